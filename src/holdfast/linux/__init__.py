@@ -1,0 +1,1 @@
+"""The kernel in thin named calls. Oddities are explained where they bite; no policy here."""

@@ -1,0 +1,318 @@
+"""Messages between daemon, spawner, worker and keeper: what they are and how they are written.
+
+One message is one packet of a SOCK_SEQPACKET socket: a 16-bit code, then the fields of its
+dataclass in order. The dataclasses below are the table; codec, documentation and tests iterate it.
+Field encodings (big-endian): bool u8, int u64, str and bytes u32 length + data, UUID 16 bytes,
+tuples u32 count + items, nested records their fields. Descriptors travel beside a message as
+SCM_RIGHTS; each message's docstring says which, in order.
+
+Not here: sockets (see `linux.channel`), and what a message makes its receiver do.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, ClassVar, Final
+from uuid import UUID
+
+from holdfast.errors import DecodeError
+from holdfast.tpm2.wire import Reader, u16, u32, u64
+
+MESSAGE_MAX: Final = 1 << 20  # bytes in one message: a full NV store is 190 KB
+ITEMS_MAX: Final = 4096  # items in one list
+
+_REGISTRY: Final[dict[int, type[Message]]] = {}
+
+
+@dataclass(frozen=True)
+class Message:
+    """Base of all messages; a subclass gives its code: `class Hello(Message, code=1)`."""
+
+    CODE: ClassVar[int] = 0
+
+    def __init_subclass__(cls, code: int = 0) -> None:
+        if code:
+            assert code not in _REGISTRY, f"message code {code} is taken"
+            cls.CODE = code
+            _REGISTRY[code] = cls
+
+    def encode(self) -> bytes:
+        parts = [u16(self.CODE)]
+        for write, name in _writers(type(self)):
+            parts.append(write(getattr(self, name)))
+        return b"".join(parts)
+
+
+def decode(data: bytes) -> Message:
+    """Read exactly one message of any kind; DecodeError."""
+    if len(data) > MESSAGE_MAX:
+        raise DecodeError("message", f"{len(data)} bytes, at most {MESSAGE_MAX}")
+    reader = Reader(data, "message")
+    code = reader.u16()
+    kind = _REGISTRY.get(code)
+    if kind is None:
+        raise reader.fail(f"unknown code {code}")
+    reader.what = kind.__name__
+    message = kind(*(read(reader) for read in _readers(kind)))
+    reader.end()
+    return message
+
+
+def _write_bytes(value: bytes) -> bytes:
+    return u32(len(value)) + value
+
+
+def _read_bytes(reader: Reader) -> bytes:
+    return reader.take(reader.u32())
+
+
+def _read_str(reader: Reader) -> str:
+    try:
+        return _read_bytes(reader).decode()
+    except UnicodeDecodeError:
+        raise reader.fail("text is not UTF-8") from None
+
+
+def _read_bool(reader: Reader) -> bool:
+    value = reader.u8()
+    if value > 1:
+        raise reader.fail("a truth value is neither 0 nor 1")
+    return bool(value)
+
+
+_SCALARS: Final[dict[type, tuple[Callable[[Any], bytes], Callable[[Reader], Any]]]] = {
+    bool: (lambda value: bytes((value,)), _read_bool),
+    int: (u64, Reader.u64),
+    bytes: (_write_bytes, _read_bytes),
+    str: (lambda value: _write_bytes(value.encode()), _read_str),
+    UUID: (lambda value: value.bytes, lambda reader: UUID(bytes=reader.take(16))),
+}
+
+
+def _codec(kind: Any) -> tuple[Callable[[Any], bytes], Callable[[Reader], Any]]:
+    if kind in _SCALARS:
+        return _SCALARS[kind]
+    if typing.get_origin(kind) is tuple:
+        args = typing.get_args(kind)
+        assert args[1:] == (Ellipsis,), f"{kind} is not a homogeneous tuple"
+        return _list_codec(*_codec(args[0]))
+    fields = [(codec, name) for name, codec in _fields(kind)]
+
+    def write(value: Any) -> bytes:
+        return b"".join(codec[0](getattr(value, name)) for codec, name in fields)
+
+    def read(reader: Reader) -> Any:
+        return kind(*(codec[1](reader) for codec, _ in fields))
+
+    return write, read
+
+
+def _list_codec(
+    write: Callable[[Any], bytes], read: Callable[[Reader], Any]
+) -> tuple[Callable[[Any], bytes], Callable[[Reader], Any]]:
+    def write_all(values: tuple[Any, ...]) -> bytes:
+        return u32(len(values)) + b"".join(map(write, values))
+
+    def read_all(reader: Reader) -> tuple[Any, ...]:
+        count = reader.u32()
+        if count > ITEMS_MAX:
+            raise reader.fail(f"{count} items, at most {ITEMS_MAX}")
+        return tuple(read(reader) for _ in range(count))
+
+    return write_all, read_all
+
+
+@cache
+def _fields(
+    kind: Any,
+) -> tuple[tuple[str, tuple[Callable[[Any], bytes], Callable[[Reader], Any]]], ...]:
+    hints = typing.get_type_hints(kind)
+    return tuple((f.name, _codec(hints[f.name])) for f in dataclasses.fields(kind))
+
+
+@cache
+def _writers(kind: Any) -> tuple[tuple[Callable[[Any], bytes], str], ...]:
+    return tuple((codec[0], name) for name, codec in _fields(kind))
+
+
+@cache
+def _readers(kind: Any) -> tuple[Callable[[Reader], Any], ...]:
+    return tuple(codec[1] for _, codec in _fields(kind))
+
+
+# --- anybody -> anybody -------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Refused(Message, code=1):
+    """The request was not carried out: which error (a name of `errors`) and why."""
+
+    error: str
+    why: str
+
+
+@dataclass(frozen=True)
+class Done(Message, code=2):
+    """The request was carried out, and there is nothing to say about it."""
+
+
+# --- worker -> keeper, over the key channel that the spawner made -------------------------------
+
+
+@dataclass(frozen=True)
+class KeyRequest(Message, code=10):
+    """Give me the data key of the instance this channel was made for.
+
+    `wrapped` is the data key as it was wrapped; empty asks for a new one.
+    """
+
+    wrapped: bytes
+
+
+@dataclass(frozen=True)
+class KeyGrant(Message, code=11):
+    """The data key (32 bytes), once; and its wrapped form, to be stored."""
+
+    data_key: bytes
+    wrapped: bytes
+
+
+# --- spawner -> keeper ---------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Lease(Message, code=20):
+    """A worker for this instance has been made. Descriptors: its key channel, its pidfd.
+
+    Answered with Done, or Refused while another worker's pidfd for this instance still lives.
+    """
+
+    instance: UUID
+
+
+# --- daemon -> keeper ----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class KeeperStatus(Message, code=30):
+    """How are you? Answered with KeeperState."""
+
+
+@dataclass(frozen=True)
+class KeeperState(Message, code=31):
+    """Whether the root key is open, and what the host TPM says it is.
+
+    `tpm` is e.g. "IBM SW TPM firmware 20191023.163636"; `stand_in` if it was provisioned as one.
+    """
+
+    open: bool
+    why_not: str
+    tpm: str
+    tcti: str
+    stand_in: bool
+
+
+@dataclass(frozen=True)
+class EnrolKeys(Message, code=32):
+    """Public areas (TPMT_PUBLIC) of a new vTPM. Answered with EnrolChallenge."""
+
+    instance: UUID
+    name: str
+    ek_rsa: bytes
+    ek_ecc: bytes
+    ak: bytes
+
+
+@dataclass(frozen=True)
+class EnrolChallenge(Message, code=33):
+    """A credential (TPM2B_ID_OBJECT, TPM2B_ENCRYPTED_SECRET) for the EK and the AK's Name."""
+
+    id_object: bytes
+    secret: bytes
+
+
+@dataclass(frozen=True)
+class EnrolProof(Message, code=34):
+    """What ActivateCredential gave. Answered with Enrolled, if it is the keeper's credential."""
+
+    instance: UUID
+    credential: bytes
+
+
+@dataclass(frozen=True)
+class Enrolled(Message, code=35):
+    """Certificates (DER): both EKs', the AK's, and the chain above them up to the site root."""
+
+    ek_rsa: bytes
+    ek_ecc: bytes
+    ak: bytes
+    chain: tuple[bytes, ...]
+
+
+@dataclass(frozen=True)
+class RoundQuote(Message, code=36):
+    """Quote the host TPM over the root of a round's tree. Answered with HostQuote.
+
+    The keeper itself hashes the tagged structure (DESIGN 6), so its AK signs nothing else.
+    `root` is 32 bytes (SHA-256).
+    """
+
+    tree_size: int
+    root: bytes
+
+
+@dataclass(frozen=True)
+class PcrValue(Message):
+    """One PCR of one bank (TPM_ALG_ID)."""
+
+    alg: int
+    pcr: int
+    value: bytes
+
+
+@dataclass(frozen=True)
+class HostQuote(Message, code=37):
+    """TPMS_ATTEST and TPMT_SIGNATURE by the host AK; and the PCR values read with it."""
+
+    attest: bytes
+    signature: bytes
+    pcrs: tuple[PcrValue, ...]
+
+
+@dataclass(frozen=True)
+class HostPcrs(Message, code=38):
+    """Read all PCRs of the host TPM. Answered with HostPcrValues."""
+
+
+@dataclass(frozen=True)
+class HostPcrValues(Message, code=39):
+    """Every active bank's PCRs 0..23."""
+
+    pcrs: tuple[PcrValue, ...]
+
+
+@dataclass(frozen=True)
+class HostIdentityRequest(Message, code=40):
+    """Who is the host TPM? Answered with HostIdentity."""
+
+
+@dataclass(frozen=True)
+class HostIdentity(Message, code=41):
+    """Certificates (DER; empty where there is none) and public areas (TPMT_PUBLIC) of the host.
+
+    `ca_attest` and `ca_signature`: the host AK's TPM2_Certify of the issuing CA's key.
+    """
+
+    ek_certificate: bytes
+    ek_public: bytes
+    ak_public: bytes
+    ak_certificate: bytes
+    ca_public: bytes
+    ca_certificate: bytes
+    ca_attest: bytes
+    ca_signature: bytes
+    root_certificate: bytes

@@ -1,0 +1,112 @@
+"""From TPM structures to cryptography: public keys, signature checks, credentials.
+
+MakeCredential (Part 1, 24; Part 3, 12.6) is done in software, so that whoever enrols a key needs
+no TPM; randomness is an argument.
+"""
+
+from __future__ import annotations
+
+import hmac
+from typing import Final
+
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.decrepit.ciphers.modes import CFB
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec, padding, rsa, utils
+from cryptography.hazmat.primitives.ciphers import Cipher, algorithms
+
+from holdfast.errors import DecodeError, IntegrityError
+from holdfast.tpm2.algorithms import HASH_NAMES, HASH_SIZES, Alg, Curve
+from holdfast.tpm2.structures import Public, Signature
+from holdfast.tpm2.wire import sized, u32
+
+_HASHES: Final[dict[Alg, hashes.HashAlgorithm]] = {
+    Alg.SHA256: hashes.SHA256(),
+    Alg.SHA384: hashes.SHA384(),
+    Alg.SHA512: hashes.SHA512(),
+}
+_CURVES: Final[dict[Curve, ec.EllipticCurve]] = {
+    Curve.NIST_P256: ec.SECP256R1(),
+    Curve.NIST_P384: ec.SECP384R1(),
+    Curve.NIST_P521: ec.SECP521R1(),
+}
+_DEFAULT_EXPONENT: Final = 65537
+
+
+def public_key(public: Public) -> rsa.RSAPublicKey | ec.EllipticCurvePublicKey:
+    """The public key of an RSA or ECC object; DecodeError if it is none or not on its curve."""
+    try:
+        if public.kind is Alg.RSA:
+            modulus = int.from_bytes(public.unique[0], "big")
+            return rsa.RSAPublicNumbers(public.exponent or _DEFAULT_EXPONENT, modulus).public_key()
+        if public.kind is Alg.ECC:
+            x, y = (int.from_bytes(part, "big") for part in public.unique)
+            return ec.EllipticCurvePublicNumbers(x, y, _CURVES[public.curve]).public_key()
+    except ValueError as error:
+        raise DecodeError("TPMT_PUBLIC", f"not a public key: {error}") from None
+    raise DecodeError("TPMT_PUBLIC", "holds no asymmetric key")
+
+
+def verify(public: Public, signature: Signature, message: bytes) -> None:
+    """Check `signature` by `public` over `message`; IntegrityError if it does not hold."""
+    hash_alg = _HASHES.get(signature.hash)
+    if hash_alg is None:
+        raise IntegrityError(f"a signature over {signature.hash.name} is not accepted")
+    if public.scheme.alg is not Alg.NULL and (public.scheme.alg, public.scheme.hash) != (
+        signature.alg,
+        signature.hash,
+    ):
+        raise IntegrityError("the signature's scheme is not its key's")
+    key = public_key(public)
+    try:
+        if isinstance(key, ec.EllipticCurvePublicKey) and signature.alg is Alg.ECDSA:
+            r, s = (int.from_bytes(part, "big") for part in signature.values)
+            key.verify(utils.encode_dss_signature(r, s), message, ec.ECDSA(hash_alg))
+        elif isinstance(key, rsa.RSAPublicKey) and signature.alg is Alg.RSASSA:
+            key.verify(signature.values[0], message, padding.PKCS1v15(), hash_alg)
+        elif isinstance(key, rsa.RSAPublicKey) and signature.alg is Alg.RSAPSS:
+            pss = padding.PSS(padding.MGF1(hash_alg), padding.PSS.AUTO)
+            key.verify(signature.values[0], message, pss, hash_alg)
+        else:
+            raise IntegrityError("the signature's algorithm is not its key's")
+    except InvalidSignature:
+        raise IntegrityError("the signature does not verify") from None
+
+
+def kdfa(alg: Alg, key: bytes, label: bytes, context: bytes, bits: int) -> bytes:
+    """KDFa (Part 1, 11.4.10.2): SP 800-108 counter mode with HMAC; `bits` a multiple of 8.
+
+    `context` is contextU and contextV, one after the other.
+    """
+    out = b""
+    counter = 0
+    while len(out) * 8 < bits:
+        counter += 1
+        message = u32(counter) + label + b"\0" + context + u32(bits)
+        out += hmac.digest(key, message, HASH_NAMES[alg])
+    return out[: bits // 8]
+
+
+def make_credential(
+    ek: Public, object_name: bytes, credential: bytes, seed: bytes
+) -> tuple[bytes, bytes]:
+    """Wrap `credential` so that only the TPM with `ek` *and* the object of that Name can open it.
+
+    `ek` is an RSA storage key; `seed` is fresh randomness of its nameAlg's digest length.
+    Returns (TPM2B_ID_OBJECT, TPM2B_ENCRYPTED_SECRET), each with its size field.
+    """
+    alg = ek.name_alg
+    if len(seed) != HASH_SIZES[alg]:
+        raise ValueError("the seed has the length of the nameAlg's digest")
+    key = public_key(ek)
+    if not isinstance(key, rsa.RSAPublicKey):
+        raise DecodeError("TPMT_PUBLIC", "credentials are made for RSA endorsement keys")
+    hash_alg = _HASHES[alg]
+    oaep = padding.OAEP(padding.MGF1(hash_alg), hash_alg, b"IDENTITY\0")
+    secret = key.encrypt(seed, oaep)
+    sym_key = kdfa(alg, seed, b"STORAGE", object_name, ek.symmetric.bits)
+    encryptor = Cipher(algorithms.AES(sym_key), CFB(bytes(16))).encryptor()
+    encrypted = encryptor.update(sized(credential)) + encryptor.finalize()
+    mac_key = kdfa(alg, seed, b"INTEGRITY", b"", HASH_SIZES[alg] * 8)
+    mac = hmac.digest(mac_key, encrypted + object_name, HASH_NAMES[alg])
+    return sized(sized(mac) + encrypted), sized(secret)
