@@ -15,7 +15,6 @@ import dataclasses
 import typing
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 from typing import Any, ClassVar, Final
 from uuid import UUID
 
@@ -25,7 +24,10 @@ from holdfast.tpm2.wire import Reader, u16, u32, u64
 MESSAGE_MAX: Final = 1 << 20  # bytes in one message: a full NV store is 190 KB
 ITEMS_MAX: Final = 4096  # items in one list
 
+_Codec = tuple[Callable[[Any], bytes], Callable[[Reader], Any]]
+_Fields = tuple[tuple[str, _Codec], ...]
 _REGISTRY: Final[dict[int, type[Message]]] = {}
+_FIELDS: Final[dict[type, _Fields]] = {}
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,7 @@ class Message:
 
     def encode(self) -> bytes:
         parts = [u16(self.CODE)]
-        for write, name in _writers(type(self)):
+        for name, (write, _) in _fields_once(type(self)):
             parts.append(write(getattr(self, name)))
         return b"".join(parts)
 
@@ -57,7 +59,7 @@ def decode(data: bytes) -> Message:
     if kind is None:
         raise reader.fail(f"unknown code {code}")
     reader.what = kind.__name__
-    message = kind(*(read(reader) for read in _readers(kind)))
+    message = kind(*(read(reader) for _, (_, read) in _fields_once(kind)))
     reader.end()
     return message
 
@@ -84,7 +86,7 @@ def _read_bool(reader: Reader) -> bool:
     return bool(value)
 
 
-_SCALARS: Final[dict[type, tuple[Callable[[Any], bytes], Callable[[Reader], Any]]]] = {
+_SCALARS: Final[dict[type, _Codec]] = {
     bool: (lambda value: bytes((value,)), _read_bool),
     int: (u64, Reader.u64),
     bytes: (_write_bytes, _read_bytes),
@@ -93,7 +95,7 @@ _SCALARS: Final[dict[type, tuple[Callable[[Any], bytes], Callable[[Reader], Any]
 }
 
 
-def _codec(kind: Any) -> tuple[Callable[[Any], bytes], Callable[[Reader], Any]]:
+def _codec(kind: Any) -> _Codec:
     if kind in _SCALARS:
         return _SCALARS[kind]
     if typing.get_origin(kind) is tuple:
@@ -111,9 +113,7 @@ def _codec(kind: Any) -> tuple[Callable[[Any], bytes], Callable[[Reader], Any]]:
     return write, read
 
 
-def _list_codec(
-    write: Callable[[Any], bytes], read: Callable[[Reader], Any]
-) -> tuple[Callable[[Any], bytes], Callable[[Reader], Any]]:
+def _list_codec(write: Callable[[Any], bytes], read: Callable[[Reader], Any]) -> _Codec:
     def write_all(values: tuple[Any, ...]) -> bytes:
         return u32(len(values)) + b"".join(map(write, values))
 
@@ -126,22 +126,15 @@ def _list_codec(
     return write_all, read_all
 
 
-@cache
-def _fields(
-    kind: Any,
-) -> tuple[tuple[str, tuple[Callable[[Any], bytes], Callable[[Reader], Any]]], ...]:
+def _fields(kind: Any) -> _Fields:
     hints = typing.get_type_hints(kind)
     return tuple((f.name, _codec(hints[f.name])) for f in dataclasses.fields(kind))
 
 
-@cache
-def _writers(kind: Any) -> tuple[tuple[Callable[[Any], bytes], str], ...]:
-    return tuple((codec[0], name) for name, codec in _fields(kind))
-
-
-@cache
-def _readers(kind: Any) -> tuple[Callable[[Reader], Any], ...]:
-    return tuple(codec[1] for _, codec in _fields(kind))
+def _fields_once(kind: type) -> _Fields:
+    if kind not in _FIELDS:
+        _FIELDS[kind] = _fields(kind)
+    return _FIELDS[kind]
 
 
 # --- anybody -> anybody -------------------------------------------------------------------------

@@ -120,6 +120,17 @@ def get_capability(capability: Cap, prop: int, count: int) -> bytes:
     return command(Cc.GetCapability, params=u32(capability) + u32(prop) + u32(count))
 
 
+def read_clock() -> bytes:
+    return command(Cc.ReadClock)
+
+
+def reset_count(data: bytes) -> int:
+    """resetCount from a ReadClock response (TPMS_TIME_INFO)."""
+    reader = response(Cc.ReadClock, data).params
+    reader.take(16)  # time, clock
+    return reader.u32()
+
+
 def pcr_read(selection: PcrSelection) -> bytes:
     return command(Cc.PCR_Read, params=selection.encode())
 

@@ -1,0 +1,1 @@
+"""libtpms: one TPM per process, restored, driven and dumped. Only worker and spawner come here."""

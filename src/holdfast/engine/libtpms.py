@@ -1,0 +1,257 @@
+"""The TPM itself: libtpms (API 0.9 and newer) through cffi in ABI mode.
+
+libtpms keeps one TPM in global variables, so there is one `Engine` in a process and every call
+comes from one thread (`cancel` excepted). The store callback only notes what is to be stored: an
+error from it would put the TPM into failure mode for good. Whoever calls `process` commits what
+was noted before the response leaves.
+
+Not here: which commands may reach the engine (`frontend`), and where state is kept (`store`).
+"""
+
+from __future__ import annotations
+
+import os
+from enum import IntEnum
+from typing import Any, Final
+
+from cffi import FFI
+
+from holdfast.errors import HostError, IntegrityError, TpmError
+from holdfast.tpm2.constants import BUFFER_MAX
+
+LIBRARY: Final = "libtpms.so.0"
+LIBCRYPTO: Final = "libcrypto.so.3"  # the one libtpms is linked with
+API_MIN: Final = (0, 9, 0)
+# Versions with a known fault that a tenant can reach (facts: CVE list); distributions backport
+# fixes, so a listed version is shown by `doctor`, not refused.
+KNOWN_BAD: Final = {
+    (0, 9, 0): "CVE-2023-1017, CVE-2023-1018, CVE-2025-49133 unless the distribution patched them",
+    (0, 9, 1): "CVE-2023-1017, CVE-2023-1018, CVE-2025-49133 unless the distribution patched them",
+    (0, 9, 2): "CVE-2023-1017, CVE-2023-1018, CVE-2025-49133 unless the distribution patched them",
+    (0, 9, 6): "CVE-2025-49133 unless the distribution patched it",
+    (0, 10, 0): "CVE-2025-49133, CVE-2026-21444 unless the distribution patched them",
+    (0, 10, 1): "CVE-2026-21444 unless the distribution patched it",
+}
+
+_TPM2: Final = 1
+_TPM_RETRY: Final = 0x800  # "there is no such state": libtpms then manufactures
+_TPM_FAIL: Final = 9
+_ENTROPY: Final = 64  # bytes added to the random generator beside its own poll
+
+_DECLARATIONS: Final = """
+typedef uint32_t TPM_RESULT;
+struct libtpms_callbacks {
+    int sizeOfStruct;
+    TPM_RESULT (*nvram_init)(void);
+    TPM_RESULT (*loaddata)(unsigned char **data, uint32_t *length, uint32_t tpm, const char *name);
+    TPM_RESULT (*storedata)(const unsigned char *data, uint32_t length, uint32_t tpm,
+                            const char *name);
+    TPM_RESULT (*deletename)(uint32_t tpm, const char *name, unsigned char must_exist);
+    TPM_RESULT (*io_init)(void);
+    TPM_RESULT (*io_getlocality)(uint32_t *locality, uint32_t tpm);
+    TPM_RESULT (*io_getphysicalpresence)(unsigned char *presence, uint32_t tpm);
+};
+uint32_t TPMLIB_GetVersion(void);
+TPM_RESULT TPMLIB_ChooseTPMVersion(int version);
+TPM_RESULT TPMLIB_RegisterCallbacks(struct libtpms_callbacks *);
+TPM_RESULT TPMLIB_MainInit(void);
+void TPMLIB_Terminate(void);
+TPM_RESULT TPMLIB_Process(unsigned char **response, uint32_t *size, uint32_t *buffer_size,
+                          unsigned char *command, uint32_t command_size);
+TPM_RESULT TPMLIB_CancelCommand(void);
+TPM_RESULT TPMLIB_SetState(int type, const unsigned char *data, uint32_t length);
+TPM_RESULT TPMLIB_GetState(int type, unsigned char **data, uint32_t *length);
+char *TPMLIB_GetInfo(uint32_t flags);
+TPM_RESULT TPM_IO_Hash_Start(void);
+TPM_RESULT TPM_IO_Hash_Data(const unsigned char *data, uint32_t length);
+TPM_RESULT TPM_IO_Hash_End(void);
+TPM_RESULT TPM_IO_TpmEstablished_Get(unsigned char *established);
+void free(void *);
+"""
+_CRYPTO_DECLARATIONS: Final = """
+int RAND_poll(void);
+void RAND_add(const void *data, int length, double entropy);
+"""
+
+
+class StateKind(IntEnum):
+    """TPMLIB_STATE_*: the two blobs a TPM 2.0 consists of."""
+
+    PERMANENT = 1
+    VOLATILE = 2
+
+
+class Engine:
+    """The one TPM of this process: off until `manufacture` or `restore`, and after `power_off`."""
+
+    def __init__(self) -> None:
+        self._ffi = FFI()
+        self._ffi.cdef(_DECLARATIONS)
+        try:
+            self._lib: Any = self._ffi.dlopen(LIBRARY)
+        except OSError:
+            raise HostError(f"{LIBRARY} is not installed (Debian: apt install libtpms0)") from None
+        version = int(self._lib.TPMLIB_GetVersion())
+        self.version: Final = (version >> 16, version >> 8 & 0xFF, version & 0xFF)
+        if self.version < API_MIN:
+            raise HostError(f"libtpms {self.version_text} is older than 0.9.0")
+        self._locality = 0
+        self._noted: bytes | None = None
+        self._response = self._ffi.new("unsigned char **")
+        self._size = self._ffi.new("uint32_t *")
+        self._capacity = self._ffi.new("uint32_t *")
+        self._callbacks = self._register()
+
+    @property
+    def version_text(self) -> str:
+        return ".".join(map(str, self.version))
+
+    def manufacture(self) -> None:
+        """Make a new TPM with fresh seeds; its state is noted for storing."""
+        self._check(self._lib.TPMLIB_ChooseTPMVersion(_TPM2), "ChooseTPMVersion")
+        self._check(self._lib.TPMLIB_MainInit(), "MainInit")
+
+    def restore(self, permanent: bytes, volatile: bytes | None = None) -> None:
+        """Bring a TPM back: without `volatile` it is powered on and wants a Startup.
+
+        IntegrityError if libtpms does not recognise the blobs.
+        """
+        self._check(self._lib.TPMLIB_ChooseTPMVersion(_TPM2), "ChooseTPMVersion")
+        blobs = [(StateKind.PERMANENT, permanent)]
+        if volatile is not None:
+            blobs.append((StateKind.VOLATILE, volatile))
+        for kind, blob in blobs:
+            # SAFETY: libtpms copies the blob before it returns.
+            if self._lib.TPMLIB_SetState(kind, blob, len(blob)):
+                raise IntegrityError(f"libtpms does not accept this {kind.name.lower()} state")
+        if self._lib.TPMLIB_MainInit():
+            raise IntegrityError("libtpms does not start on this state")
+        self._noted = None  # MainInit stores back what it was given
+
+    def power_off(self) -> None:
+        """Forget the TPM, without a Shutdown."""
+        self._lib.TPMLIB_Terminate()
+        self._noted = None
+
+    def process(self, command: bytes, locality: int = 0) -> bytes:
+        """Run one command at `locality` and return the response (at most 4096 bytes).
+
+        What the command changed durably waits in `take_noted`.
+        """
+        self._locality = locality
+        # SAFETY: libtpms reads `len(command)` bytes and does not keep the pointer; the response
+        # buffer is its own (malloc), grown and reused between calls, copied out here.
+        rc = self._lib.TPMLIB_Process(
+            self._response, self._size, self._capacity, command, len(command)
+        )
+        self._locality = 0
+        if rc:
+            raise TpmError(rc, "TPMLIB_Process")
+        return bytes(self._ffi.buffer(self._response[0], min(self._size[0], BUFFER_MAX)))
+
+    def take_noted(self) -> bytes | None:
+        """The permanent state that was last to be stored, once; None if nothing changed."""
+        noted, self._noted = self._noted, None
+        return noted
+
+    def dump(self, kind: StateKind) -> bytes:
+        """The state of the running TPM as libtpms marshals it."""
+        data, length = self._ffi.new("unsigned char **"), self._ffi.new("uint32_t *")
+        self._check(self._lib.TPMLIB_GetState(kind, data, length), "GetState")
+        # SAFETY: the buffer is malloc'ed for us and freed once, after the copy.
+        blob = bytes(self._ffi.buffer(data[0], length[0]))
+        self._lib.free(data[0])
+        return blob
+
+    def late_launch(self, bundle: bytes) -> None:
+        """The D-RTM sequence (Part 1, 34.3): PCR 17 becomes H(0 ‖ H(bundle)), 18-22 zero."""
+        self._check(self._lib.TPM_IO_Hash_Start(), "Hash_Start")
+        self._check(self._lib.TPM_IO_Hash_Data(bundle, len(bundle)), "Hash_Data")
+        self._check(self._lib.TPM_IO_Hash_End(), "Hash_End")
+
+    def established(self) -> bool:
+        """TPM_ESTABLISHMENT: whether a D-RTM sequence ever ran."""
+        bit = self._ffi.new("unsigned char *")
+        self._check(self._lib.TPM_IO_TpmEstablished_Get(bit), "TpmEstablished_Get")
+        return bool(bit[0])
+
+    def info(self, flags: int) -> str:
+        """libtpms' JSON about itself; `flags` of TPMLIB_GetInfo."""
+        text = self._lib.TPMLIB_GetInfo(flags)
+        if text == self._ffi.NULL:
+            return "{}"
+        # SAFETY: a NUL-terminated string, malloc'ed for us and freed once, after the copy.
+        copied = bytes(self._ffi.string(text)).decode("ascii", "replace")
+        self._lib.free(text)
+        return copied
+
+    def cancel(self) -> None:
+        """Make the running command end early; the one call meant for another thread."""
+        self._lib.TPMLIB_CancelCommand()
+
+    def _register(self) -> Any:
+        """Give libtpms its callbacks; the returned objects must live as long as the library."""
+        ffi = self._ffi
+
+        def loaddata(_data: Any, _length: Any, _tpm: int, _name: Any) -> int:
+            return _TPM_RETRY  # state comes by SetState only; without it a TPM is manufactured
+
+        def storedata(data: Any, length: int, _tpm: int, name: Any) -> int:
+            if ffi.string(name) == b"permall":
+                self._noted = bytes(ffi.buffer(data, length))
+            return 0
+
+        def io_getlocality(locality: Any, _tpm: int) -> int:
+            locality[0] = self._locality
+            return 0
+
+        def io_getphysicalpresence(presence: Any, _tpm: int) -> int:
+            presence[0] = 0
+            return 0
+
+        functions = {
+            "nvram_init": lambda: 0,
+            "loaddata": loaddata,
+            "storedata": storedata,
+            "deletename": lambda _tpm, _name, _must: 0,
+            "io_init": lambda: 0,
+            "io_getlocality": io_getlocality,
+            "io_getphysicalpresence": io_getphysicalpresence,
+        }
+        table = ffi.new("struct libtpms_callbacks *")
+        table.sizeOfStruct = ffi.sizeof("struct libtpms_callbacks")
+        keep = [table]
+        fields = dict(ffi.typeof("struct libtpms_callbacks").fields)
+        for name, function in functions.items():
+            # A Python exception in a callback answers TPM_FAIL: failure mode, never silence.
+            callback = ffi.callback(fields[name].type, function, error=_TPM_FAIL)
+            setattr(table, name, callback)
+            keep.append(callback)
+        # SAFETY: libtpms copies the table; `keep` holds the closures it points to.
+        self._check(self._lib.TPMLIB_RegisterCallbacks(table), "RegisterCallbacks")
+        return keep
+
+    @staticmethod
+    def _check(rc: int, what: str) -> None:
+        if rc:
+            raise TpmError(int(rc), f"TPMLIB_{what}")
+
+
+class Entropy:
+    """The random generator of the libcrypto that libtpms uses."""
+
+    def __init__(self) -> None:
+        self._ffi = FFI()
+        self._ffi.cdef(_CRYPTO_DECLARATIONS)
+        self._lib: Any = self._ffi.dlopen(LIBCRYPTO)
+
+    def reseed(self) -> None:
+        """Seed afresh. The first act of every worker, before libtpms runs anything.
+
+        OpenSSL notices a fork by getpid() alone, and workers that are all PID 1 of their own
+        namespaces would otherwise share one random stream (measured: identical EKs).
+        """
+        if self._lib.RAND_poll() != 1:
+            raise HostError("libcrypto cannot gather entropy")
+        # SAFETY: libcrypto mixes in the bytes and keeps no pointer.
+        self._lib.RAND_add(os.urandom(_ENTROPY), _ENTROPY, float(_ENTROPY))

@@ -1,0 +1,1 @@
+"""How clients reach a vTPM: filter, resource manager, devices and sockets."""

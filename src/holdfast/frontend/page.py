@@ -1,0 +1,61 @@
+"""The page that a vTPM's workers share with the holder of its descriptors, one after the other.
+
+A worker notes which FUSE request it is about to serve, so that whoever finds it dead can answer
+EIO in its place; and what its successor must know about open files. Three native 64-bit words:
+request in flight (0: none), handle that has /dev/tpm0 open (0: none), last handle given out.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import struct
+from typing import Final
+
+SIZE: Final = 4096
+_WORD: Final = struct.Struct("=Q")
+_IN_FLIGHT: Final = 0
+_EXCLUSIVE: Final = 8
+_LAST_HANDLE: Final = 16
+
+
+def create() -> int:
+    """A new page, all zero, as a descriptor."""
+    fd = os.memfd_create("holdfast-page", os.MFD_CLOEXEC)
+    os.ftruncate(fd, SIZE)
+    return fd
+
+
+class SharedPage:
+    """The page of `fd`, mapped; the descriptor may be closed afterwards."""
+
+    def __init__(self, fd: int) -> None:
+        self._map = mmap.mmap(fd, SIZE)
+
+    def _get(self, offset: int) -> int:
+        return int(_WORD.unpack_from(self._map, offset)[0])
+
+    @property
+    def in_flight(self) -> int:
+        return self._get(_IN_FLIGHT)
+
+    @in_flight.setter
+    def in_flight(self, unique: int) -> None:
+        _WORD.pack_into(self._map, _IN_FLIGHT, unique)
+
+    @property
+    def exclusive(self) -> int:
+        return self._get(_EXCLUSIVE)
+
+    @exclusive.setter
+    def exclusive(self, handle: int) -> None:
+        _WORD.pack_into(self._map, _EXCLUSIVE, handle)
+
+    def new_handle(self) -> int:
+        """A file handle that no worker of this vTPM has given out before."""
+        handle = self._get(_LAST_HANDLE) + 1
+        _WORD.pack_into(self._map, _LAST_HANDLE, handle)
+        return handle
+
+    def close(self) -> None:
+        self._map.close()

@@ -1,0 +1,47 @@
+"""One vTPM as its clients see it: every command passes the filter, then the resource manager."""
+
+from __future__ import annotations
+
+from holdfast.frontend.filter import Profile, malformed, refuse
+from holdfast.frontend.resources import Client, Process, ResourceManager
+
+
+class Vtpm:
+    """Joins filter and resource manager; `process` is the TPM behind them.
+
+    `shared` is the one context of all who come for a single command: clients that reconnect each
+    time, and /dev/tpm0, whose objects outlive an open. It evicts its own oldest when full.
+    """
+
+    def __init__(self, process: Process, profile: Profile) -> None:
+        self._resources = ResourceManager(process)
+        self._linked = profile is Profile.LINKED
+        self.host = self._resources.attach()
+        self.shared = self._resources.attach(evicts=True)
+
+    def attach(self) -> Client:
+        return self._resources.attach()
+
+    def detach(self, client: Client) -> None:
+        if client is not self.shared:
+            self._resources.detach(client)
+
+    def mark(self) -> int:
+        return self._resources.mark()
+
+    def part(self, mark: int) -> Client:
+        """A client that stays: give it, alone, what it made in the shared context since `mark`."""
+        client = self._resources.attach()
+        self._resources.adopt(client, self.shared, mark)
+        return client
+
+    def execute(self, client: Client, command: bytes) -> bytes:
+        """Answer a client's command, whatever its bytes are."""
+        answer = malformed(command) or (refuse(command) if self._linked else None)
+        if answer is not None:
+            return answer
+        return self._resources.execute(client, command)
+
+    def execute_for_host(self, command: bytes) -> bytes:
+        """Run a command of the host's own; well-formed, and not filtered."""
+        return self._resources.execute(self.host, command)

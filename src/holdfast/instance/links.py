@@ -1,0 +1,156 @@
+"""Links to our other processes: ask a question, await its answer, in order.
+
+A link survives its peer only as an error: whoever asked is told, and asks anew on a new link.
+What comes unasked (a worker's commits) goes to a handler of its own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import socket
+from collections import deque
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Final, TypeVar
+
+from holdfast import errors
+from holdfast.errors import HoldfastError, HostError, PeerError, ProtocolError
+from holdfast.linux import channel
+from holdfast.protocol import ipc
+from holdfast.protocol.ipc import Message
+
+ANSWER_SECONDS: Final = 30.0
+Answer = tuple[Message, list[int]]
+A = TypeVar("A", bound=Message)
+
+
+class Link:
+    """One channel to one peer, on the running event loop."""
+
+    def __init__(
+        self,
+        name: str,
+        sock: socket.socket,
+        unasked: Callable[[Message], Message | None] | None = None,
+        closed: Callable[[], None] | None = None,
+    ) -> None:
+        self._name = name
+        self._sock = sock
+        self._sock.setblocking(False)
+        self._waiting: deque[asyncio.Future[Answer]] = deque()
+        self._unasked = unasked
+        self._closed = closed
+        self._loop = asyncio.get_running_loop()
+        self._loop.add_reader(sock.fileno(), self._readable)
+        self.open = True
+
+    async def ask(
+        self, message: Message, expected: type[A], fds: Sequence[int] = ()
+    ) -> tuple[A, list[int]]:
+        """Send `message`, return its answer and the descriptors with it.
+
+        Raises the error a Refused names; HostError when the peer is gone or too slow.
+        """
+        if not self.open:
+            raise HostError(f"the {self._name} is gone")
+        future: asyncio.Future[Answer] = self._loop.create_future()
+        try:
+            channel.send(self._sock, message.encode(), fds)
+        except OSError as error:
+            self.close()
+            raise HostError(f"the {self._name} is gone: {error.strerror}") from None
+        self._waiting.append(future)
+        try:
+            answer, received = await asyncio.wait_for(future, ANSWER_SECONDS)
+        except TimeoutError:
+            self.close()  # answers come in order: a late one would be taken for another's
+            raise HostError(f"the {self._name} does not answer") from None
+        if isinstance(answer, ipc.Refused):
+            raise refusal(answer)
+        if not isinstance(answer, expected):
+            _close_all(received)
+            raise ProtocolError(f"the {self._name} answered {type(answer).__name__}")
+        return answer, received
+
+    def _readable(self) -> None:
+        try:
+            data, fds = channel.receive(self._sock)
+            if not data:
+                self.close()
+                return
+            message = ipc.decode(data)
+        except (OSError, PeerError):
+            self.close()
+            return
+        if self._unasked is not None:
+            reply = self._unasked(message)
+            if reply is not None:
+                with contextlib.suppress(OSError):
+                    channel.send(self._sock, reply.encode())
+                return
+        if not self._waiting:
+            _close_all(fds)
+            self.close()  # an answer to nothing: not a peer to go on with
+            return
+        future = self._waiting.popleft()
+        if future.cancelled():
+            _close_all(fds)
+        else:
+            future.set_result((message, fds))
+
+    def close(self) -> None:
+        """End the link; whoever waits is told."""
+        if not self.open:
+            return
+        self.open = False
+        self._loop.remove_reader(self._sock.fileno())
+        self._sock.close()
+        while self._waiting:
+            future = self._waiting.popleft()
+            if not future.done():
+                future.set_exception(HostError(f"the {self._name} is gone"))
+        if self._closed is not None:
+            self._closed()
+
+
+class Peer:
+    """A process that is found at a path, and found again when it was replaced."""
+
+    def __init__(self, name: str, path: Path) -> None:
+        self._name = name
+        self._path = path
+        self._link: Link | None = None
+
+    async def ask(
+        self, message: Message, expected: type[A], fds: Sequence[int] = ()
+    ) -> tuple[A, list[int]]:
+        """As Link.ask, connecting first if need be."""
+        if self._link is None or not self._link.open:
+            try:
+                self._link = Link(self._name, channel.connect(self._path))
+            except OSError as error:
+                raise HostError(
+                    f"the {self._name} cannot be reached at {self._path}: {error.strerror}"
+                ) from None
+        return await self._link.ask(message, expected, fds)
+
+    def close(self) -> None:
+        if self._link is not None:
+            self._link.close()
+
+
+def refusal(answer: ipc.Refused) -> HoldfastError:
+    """The error that a Refused stands for; an unknown name is the peer's fault."""
+    kind = getattr(errors, answer.error, None)
+    if isinstance(kind, type) and issubclass(kind, HoldfastError):
+        if kind in (errors.TpmError, errors.DecodeError, errors.AppraisalError):
+            return HostError(answer.why)
+        return kind(answer.why)
+    return ProtocolError(f"{answer.error}: {answer.why}")
+
+
+def _close_all(fds: Sequence[int]) -> None:
+    for fd in fds:
+        os.close(fd)

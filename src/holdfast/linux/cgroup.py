@@ -1,0 +1,89 @@
+"""A cgroup per worker: memory, CPU and number of processes, on cgroup v2 or the v1 hierarchies."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+ROOT: Final = Path("/sys/fs/cgroup")
+_V1_CONTROLLERS: Final = ("memory", "pids", "cpu")
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one worker may use: bytes of memory, processes, CPU weight (v2 scale, 1-10000)."""
+
+    memory: int = 96 << 20
+    processes: int = 2
+    cpu_weight: int = 100
+
+
+def _parents(slice_name: str) -> tuple[Path, ...]:
+    if (ROOT / "cgroup.controllers").exists():
+        return (ROOT / slice_name,)
+    return tuple(ROOT / c / slice_name for c in _V1_CONTROLLERS if (ROOT / c / "tasks").exists())
+
+
+def available() -> tuple[str, ...]:
+    """Which of memory, pids and cpu can be limited here."""
+    controllers = ROOT / "cgroup.controllers"
+    if controllers.exists():
+        present = controllers.read_text().split()
+        return tuple(name for name in _V1_CONTROLLERS if name in present)
+    return tuple(name for name in _V1_CONTROLLERS if (ROOT / name / "tasks").exists())
+
+
+def create(slice_name: str, name: str, limits: Limits) -> tuple[Path, ...]:
+    """Make the group under `slice_name` in every hierarchy there is; returns its directories."""
+    made = []
+    for parent in _parents(slice_name):
+        if not parent.exists():
+            parent.mkdir(parents=True)
+            with contextlib.suppress(OSError):  # v2: controllers that the host does not delegate
+                (parent / "cgroup.subtree_control").write_text("+memory +pids +cpu")
+        group = parent / name
+        group.mkdir(exist_ok=True)
+        _limit(group, limits)
+        made.append(group)
+    return tuple(made)
+
+
+def _limit(group: Path, limits: Limits) -> None:
+    settings = {
+        "memory.max": limits.memory,
+        "memory.limit_in_bytes": limits.memory,
+        "memory.swap.max": 0,
+        "pids.max": limits.processes,
+        "cpu.weight": limits.cpu_weight,
+        "cpu.shares": limits.cpu_weight * 1024 // 100,
+    }
+    for name, value in settings.items():
+        file = group / name
+        if file.exists():
+            file.write_text(str(value))
+
+
+def enter(groups: tuple[Path, ...], pid: int) -> None:
+    """Move a process into the group."""
+    for group in groups:
+        (group / "cgroup.procs").write_text(str(pid))
+
+
+def remove(groups: tuple[Path, ...]) -> None:
+    """Remove an empty group; one that still holds a dying process is left for the next sweep."""
+    for group in groups:
+        with contextlib.suppress(OSError):
+            group.rmdir()
+
+
+def sweep(slice_name: str) -> None:
+    """Remove every empty group below `slice_name`, and the slice itself if nothing is left."""
+    for parent in _parents(slice_name):
+        with contextlib.suppress(OSError):
+            for entry in os.scandir(parent):
+                if entry.is_dir():
+                    remove((Path(entry.path),))
+            parent.rmdir()

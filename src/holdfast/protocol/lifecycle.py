@@ -1,0 +1,236 @@
+"""Messages that make, start and stop vTPMs: daemon to spawner, spawner to worker, daemon to worker.
+
+Encoded as `protocol.ipc` says. What a worker says is a hostile peer's bytes to everyone else.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from uuid import UUID
+
+from holdfast.protocol.ipc import Message, PcrValue
+
+# --- daemon -> spawner -------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Hold(Message, code=100):
+    """Keep these for the instance, whoever dies. Descriptors: /dev/fuse, data and control listener.
+
+    Answered with Done. Replaces what was held for it.
+    """
+
+    instance: UUID
+
+
+@dataclass(frozen=True)
+class Release(Message, code=101):
+    """Let go of what is held for the instance; its device and sockets end. Answered with Done."""
+
+    instance: UUID
+
+
+@dataclass(frozen=True)
+class Spawn(Message, code=102):
+    """Give the instance a worker: a blank one, with what is held for it, leased at the keeper.
+
+    Answered with Spawned, or Refused (Conflict while one lives).
+    """
+
+    instance: UUID
+
+
+@dataclass(frozen=True)
+class Spawned(Message, code=103):
+    """Descriptors: the daemon's end of the worker's channel, the worker's pidfd."""
+
+    pid: int
+
+
+@dataclass(frozen=True)
+class ListHeld(Message, code=104):
+    """What do you hold, and who lives? Answered with HeldList."""
+
+
+@dataclass(frozen=True)
+class HeldEntry(Message):
+    """`pid` 0: no worker. `held`: device and sockets are kept."""
+
+    instance: UUID
+    pid: int
+    held: bool
+
+
+@dataclass(frozen=True)
+class HeldList(Message, code=105):
+    entries: tuple[HeldEntry, ...]
+    blank: int
+
+
+@dataclass(frozen=True)
+class Reattach(Message, code=106):
+    """A new daemon wants to talk to a living worker. Answered with Spawned."""
+
+    instance: UUID
+
+
+@dataclass(frozen=True)
+class FetchHeld(Message, code=107):
+    """Duplicates of what is held for the instance. Answered with Done and the descriptors."""
+
+    instance: UUID
+
+
+@dataclass(frozen=True)
+class Kill(Message, code=108):
+    """End the instance's worker at once. Answered with Done when it has ended."""
+
+    instance: UUID
+
+
+# --- spawner -> worker -------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Begin(Message, code=120):
+    """You are this instance's. Descriptors: daemon channel, key channel, shared page; and if
+    `held`, /dev/fuse, data listener, control listener."""
+
+    instance: UUID
+    held: bool
+
+
+@dataclass(frozen=True)
+class NewDaemon(Message, code=121):
+    """The daemon was replaced. Descriptor: the new daemon channel."""
+
+
+# --- daemon -> worker --------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Manufacture(Message, code=140):
+    """Make a new TPM with these PCR banks (TPM_ALG_ID). Answered with Manufactured."""
+
+    banks: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Manufactured(Message, code=141):
+    """Public areas (TPMT_PUBLIC) of its endorsement keys and its evidence AK."""
+
+    ek_rsa: bytes
+    ek_ecc: bytes
+    ak: bytes
+
+
+@dataclass(frozen=True)
+class OpenCredential(Message, code=142):
+    """ActivateCredential with the RSA EK and the AK. Answered with OpenedCredential."""
+
+    id_object: bytes
+    secret: bytes
+
+
+@dataclass(frozen=True)
+class OpenedCredential(Message, code=143):
+    credential: bytes
+
+
+@dataclass(frozen=True)
+class InstallCertificates(Message, code=144):
+    """Write them (DER) into NV, shut down and seal. Answered with Commit, then Done."""
+
+    ek_rsa: bytes
+    ek_ecc: bytes
+    chain: tuple[bytes, ...]
+
+
+@dataclass(frozen=True)
+class Extension(Message):
+    """One PCR, and one digest for each of some banks."""
+
+    pcr: int
+    digests: tuple[PcrValue, ...]
+
+
+@dataclass(frozen=True)
+class PowerOn(Message, code=150):
+    """TPM Reset on this state, then extend. Answered with Commit and PoweredOn.
+
+    `sealed` and `wrapped` as the store has them; `startup_locality` 0 or 3 (host log).
+    """
+
+    profile: str
+    epoch: int
+    sealed: bytes
+    wrapped: bytes
+    startup_locality: int
+    extensions: tuple[Extension, ...]
+
+
+@dataclass(frozen=True)
+class PoweredOn(Message, code=151):
+    """PCRs 0-15 of every active bank, and the TPM's own count of resets."""
+
+    pcrs: tuple[PcrValue, ...]
+    reset_count: int
+
+
+@dataclass(frozen=True)
+class Extend(Message, code=152):
+    """Extend these, in order. Answered with Done."""
+
+    extensions: tuple[Extension, ...]
+
+
+@dataclass(frozen=True)
+class Serve(Message, code=153):
+    """Everything is measured: let clients in. Answered with Done."""
+
+
+@dataclass(frozen=True)
+class Quote(Message, code=154):
+    """Quote these PCRs of one bank with the evidence AK. Answered with Quoted."""
+
+    qualifying: bytes
+    alg: int
+    pcrs: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Quoted(Message, code=155):
+    """TPMS_ATTEST and TPMT_SIGNATURE."""
+
+    attest: bytes
+    signature: bytes
+    clears: int
+
+
+@dataclass(frozen=True)
+class PowerOff(Message, code=156):
+    """Shutdown(CLEAR), seal, end. Answered with Commit, then Done."""
+
+
+# --- worker -> daemon --------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Commit(Message, code=170):
+    """Make this state durable. Answered with Committed, or Refused and nothing changed."""
+
+    epoch: int
+    sealed: bytes
+    wrapped: bytes
+
+
+@dataclass(frozen=True)
+class Committed(Message, code=171):
+    epoch: int
+
+
+@dataclass(frozen=True)
+class Fault(Message, code=172):
+    """The worker's last words: what went wrong, without any state."""
+
+    what: str

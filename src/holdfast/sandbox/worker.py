@@ -1,0 +1,111 @@
+"""The worker's box: no files, no network, no other process, no new code.
+
+The process is already in namespaces of its own (user, pid, net, mount, ipc, uts, cgroup) and its
+own cgroup. The order matters and is the list `steps`: identity before limits, limits before
+capabilities, the filter last.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+from collections.abc import Callable, Mapping
+from typing import Final, NamedTuple
+
+from holdfast.linux import process, seccomp
+from holdfast.linux.mounts import Ms, mount, pivot_root_here
+from holdfast.linux.namespaces import become_mapped_root
+from holdfast.linux.seccomp import Match, Op, Rule
+
+OPEN_FILES: Final = 128  # 64 connections, channels, listeners, /dev/fuse, epoll
+_PROT_EXEC: Final = 4
+_NO_EXEC: Final[Rule] = (Match(2, Op.MASKED_EQ, 0, mask=_PROT_EXEC),)
+_ANY: Final[Rule] = ()
+_F_GETFL: Final = 3
+_F_SETFL: Final = 4
+_EPERM: Final = 1
+
+# What a life needs, seen by running it; the rehearsal of every blank worker runs it again.
+ALLOWED: Final[Mapping[str, Rule]] = {
+    # waiting and talking, on descriptors that were passed in
+    **dict.fromkeys(
+        (
+            "epoll_wait", "epoll_pwait", "epoll_ctl", "epoll_create1", "poll", "ppoll",
+            "recvfrom", "recvmsg", "sendto", "sendmsg", "accept4", "accept",
+            "getsockname", "getsockopt", "setsockopt", "shutdown",
+            "read", "readv", "write", "writev", "close", "fstat", "lseek",
+        ),
+        _ANY,
+    ),
+    # memory, never executable
+    "brk": _ANY,
+    "munmap": _ANY,
+    "mremap": _ANY,
+    "madvise": _ANY,
+    "mmap": _NO_EXEC,
+    "mprotect": _NO_EXEC,
+    # time, entropy, threads' waiting, signals' return, the end
+    **dict.fromkeys(
+        (
+            "clock_gettime", "clock_nanosleep", "gettimeofday", "getrandom", "getpid", "gettid",
+            "futex", "rt_sigreturn", "rt_sigprocmask", "sched_yield", "exit", "exit_group",
+            "restart_syscall",
+        ),
+        _ANY,
+    ),
+    # blocking or not, of descriptors it has
+    "ioctl": (Match(1, Op.EQ, 0x5421),),  # FIONBIO
+    "socketpair": (Match(0, Op.EQ, 1),),  # AF_UNIX, for the rehearsal: connected to itself
+}  # fmt: skip
+
+
+class Step(NamedTuple):
+    """One door: what is shut, and how."""
+
+    describe: str
+    run: Callable[[], None]
+
+
+class WorkerSandbox:
+    """Prepared once, entered by every worker."""
+
+    def __init__(self) -> None:
+        self._program = seccomp.build(ALLOWED)
+
+    def steps(self) -> tuple[Step, ...]:
+        return (
+            Step("an empty root file system, read-only", _empty_root),
+            Step("root of its own user namespace, nobody outside", become_mapped_root),
+            Step("ended when the spawner ends", lambda: process.set_pdeathsig(signal.SIGKILL)),
+            Step("few open files, no core, no new process, no file written", _limits),
+            Step("no capabilities", process.drop_capabilities),
+            Step("not dumpable", lambda: process.set_dumpable(False)),
+            Step("no new privileges", process.set_no_new_privileges),
+            Step("system calls by allow-list", lambda: seccomp.load(self._program)),
+        )
+
+    def enter(self) -> None:
+        """Shut every door. What fails here is an OSError, and the worker must not go on."""
+        process.set_name("holdfast-worker")
+        for step in self.steps():
+            step.run()
+
+
+def _empty_root() -> None:
+    """An empty tmpfs as the only mount. /tmp serves as the place to build it on."""
+    mount("none", "/", "", Ms.REC | Ms.PRIVATE)
+    place = "/tmp"  # noqa: S108 - any directory will do: it is covered, in our namespace only
+    flags = Ms.NOSUID | Ms.NODEV | Ms.NOEXEC
+    mount("tmpfs", place, "tmpfs", flags, "size=4096,nr_inodes=2,mode=0555")
+    mount("none", place, "", Ms.REMOUNT | Ms.BIND | Ms.RDONLY | flags)
+    os.chdir(place)
+    pivot_root_here()
+    os.chdir("/")
+
+
+def _limits() -> None:
+    process.limit(resource.RLIMIT_NOFILE, OPEN_FILES)
+    process.limit(resource.RLIMIT_CORE, 0)
+    process.limit(resource.RLIMIT_NPROC, 0)
+    process.limit(resource.RLIMIT_FSIZE, 0)

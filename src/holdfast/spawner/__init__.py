@@ -1,0 +1,1 @@
+"""The spawner: forks workers, and holds what a running container's device hangs on."""

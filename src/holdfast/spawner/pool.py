@@ -1,0 +1,186 @@
+"""Blank workers: forked ahead, sandboxed, rehearsed, and knowing nothing.
+
+Each was forked from this process after libtpms was warmed and its one TPM forgotten; each has
+reseeded its random generator. A worker serves one vTPM in its life.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import os
+import select
+import signal
+import socket
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, NoReturn
+
+from holdfast.engine.libtpms import Engine, Entropy, StateKind
+from holdfast.errors import HostError
+from holdfast.linux import cgroup, channel
+from holdfast.linux.memory import forbid_writable_code
+from holdfast.linux.namespaces import ALL, fork_into, map_single_user
+from holdfast.protocol import ipc
+from holdfast.sandbox.worker import WorkerSandbox
+from holdfast.tpm2 import requests as rq
+from holdfast.tpm2.commands import Cc
+from holdfast.worker.rehearsal import rehearse
+from holdfast.worker.service import live
+
+SLICE: Final = "holdfast"
+UID_BASE: Final = 0x70000000  # each worker's own user, in no passwd file
+UID_SPAN: Final = 0xFFFF
+READY_SECONDS: Final = 10.0
+_CHANNEL_FD: Final = 3
+
+
+@dataclass(eq=False)
+class Blank:
+    """A process that waits to be told which vTPM it is."""
+
+    pid: int
+    pidfd: int
+    channel: socket.socket
+    groups: tuple[Path, ...]
+
+    def discard(self) -> None:
+        """End it and collect it."""
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
+        with contextlib.suppress(ChildProcessError):
+            os.waitpid(self.pid, 0)
+        self.channel.close()
+        os.close(self.pidfd)
+        cgroup.remove(self.groups)
+
+
+class Pool:
+    """Makes blank workers and keeps a few ready."""
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self._engine = Engine()
+        self._entropy = Entropy()
+        self._dummy = self._warm()
+        forbid_writable_code()
+        self._sandbox = WorkerSandbox()
+        self._ready: deque[Blank] = deque()
+        self._made = 0
+        gc.collect()
+        gc.freeze()
+
+    @property
+    def version(self) -> str:
+        return self._engine.version_text
+
+    @property
+    def ready(self) -> int:
+        return len(self._ready)
+
+    def _warm(self) -> bytes:
+        """Run libtpms once, so that forks inherit it warm; the TPM made here is a rehearsal's."""
+        self._entropy.reseed()
+        self._engine.manufacture()
+        rq.response(Cc.Startup, self._engine.process(rq.startup()))
+        permanent = self._engine.dump(StateKind.PERMANENT)
+        self._engine.power_off()
+        return permanent
+
+    def take(self) -> Blank:
+        """A ready worker, made now if none waits."""
+        while self._ready:
+            blank = self._ready.popleft()
+            if not _ended(blank.pidfd):
+                return blank
+            blank.discard()
+        return self.make()
+
+    def refill(self) -> bool:
+        """Make one more if one is wanted; True if more are wanted still."""
+        if len(self._ready) < self._size:
+            self._ready.append(self.make())
+        return len(self._ready) < self._size
+
+    def make(self) -> Blank:
+        """Fork, sandbox and rehearse one worker; HostError if it does not come up."""
+        return self.fork(lambda sock: live(sock, self._engine))
+
+    def fork(self, then: Callable[[socket.socket], NoReturn]) -> Blank:
+        """Fork a worker that, ready, goes on with `then`."""
+        ours, theirs = channel.pair()
+        gate_read, gate_write = os.pipe()
+        pid = fork_into(ALL)
+        if pid == 0:
+            self._child(theirs, gate_read, then)
+        theirs.close()
+        os.close(gate_read)
+        self._made += 1
+        pidfd = os.pidfd_open(pid)
+        groups = cgroup.create(SLICE, f"worker-{pid}", cgroup.Limits())
+        blank = Blank(pid, pidfd, ours, groups)
+        try:
+            cgroup.enter(groups, pid)
+            map_single_user(pid, UID_BASE + self._made % UID_SPAN)
+            os.write(gate_write, b"\1")
+            self._await_ready(blank)
+        except (OSError, HostError):
+            blank.discard()
+            raise
+        finally:
+            os.close(gate_write)
+        return blank
+
+    @staticmethod
+    def _await_ready(blank: Blank) -> None:
+        poll = select.poll()
+        poll.register(blank.channel, select.POLLIN)
+        if not poll.poll(READY_SECONDS * 1000):
+            raise HostError("a worker did not come up in time")
+        data, _ = channel.receive(blank.channel)
+        if not data:
+            _, status = os.waitpid(blank.pid, 0)
+            raise HostError(f"a worker did not come up: {_ending(status)}")
+        answer = ipc.decode(data)
+        if isinstance(answer, ipc.Refused):
+            raise HostError(f"a worker did not come up: {answer.why}")
+
+    def _child(
+        self, sock: socket.socket, gate: int, then: Callable[[socket.socket], NoReturn]
+    ) -> NoReturn:
+        """In the child: keep one descriptor, shut every door, reseed, rehearse, say so."""
+        status = 70
+        try:
+            os.read(gate, 1)  # until the parent has mapped us and put us into our cgroup
+            os.dup2(sock.detach(), _CHANNEL_FD)
+            os.closerange(0, _CHANNEL_FD)
+            os.closerange(_CHANNEL_FD + 1, os.sysconf("SC_OPEN_MAX"))
+            own = socket.socket(fileno=_CHANNEL_FD)
+            try:
+                self._sandbox.enter()
+                self._entropy.reseed()
+                rehearse(self._engine, self._dummy)
+                channel.send(own, ipc.Done().encode())
+            except Exception as error:  # noqa: BLE001 - the edge of the process: say why, and go
+                why = f"{type(error).__name__}: {error}"
+                channel.send(own, ipc.Refused("HostError", why).encode())
+                os._exit(status)
+            then(own)
+        finally:
+            os._exit(status)
+
+
+def _ended(pidfd: int) -> bool:
+    poll = select.poll()
+    poll.register(pidfd, select.POLLIN)
+    return bool(poll.poll(0))
+
+
+def _ending(status: int) -> str:
+    if os.WIFSIGNALED(status):
+        name = signal.Signals(os.WTERMSIG(status)).name
+        hint = ": the sandbox forbids a system call it needs" if name == "SIGSYS" else ""
+        return f"ended by {name}{hint}"
+    return f"exit status {os.waitstatus_to_exitcode(status)}"

@@ -1,0 +1,373 @@
+"""The spawner's service: workers for the daemon, and everything a container's device hangs on.
+
+It holds, for each vTPM, the descriptors of its FUSE file system and its listening sockets, and
+the page it shares with that vTPM's workers, so that neither a dead worker nor a dead daemon breaks
+a running container's device. It holds no secret: the key channel's ends go to worker and keeper.
+
+Single thread; requests are answered in order. A worker that died by a signal leaves a request in
+flight, which is answered with EIO here; then the spawner re-executes itself, because forks share
+its canary and address layout (a crash may have been somebody trying them).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import selectors
+import signal
+import socket
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+from uuid import UUID
+
+from holdfast.errors import Conflict, HoldfastError, HostError, NotFound, ProtocolError
+from holdfast.frontend.page import SharedPage
+from holdfast.frontend.page import create as create_page
+from holdfast.linux import cgroup, channel
+from holdfast.protocol import fuse, ipc
+from holdfast.protocol import lifecycle as lc
+from holdfast.spawner.pool import SLICE, Blank, Pool, _ended
+
+PEERS_MAX: Final = 8
+KEEPER_SECONDS: Final = 10.0
+_EIO: Final = 5
+Reply = tuple[ipc.Message, tuple[int, ...]]
+
+
+@dataclass(eq=False)
+class Entry:
+    """What is held for one instance, and its worker if it has one."""
+
+    page_fd: int
+    held: tuple[int, ...] = ()  # /dev/fuse, data listener, control listener
+    worker: Blank | None = None
+
+
+class Spawner:
+    """Serves daemons on `listener`; leases at the keeper's socket."""
+
+    def __init__(self, pool: Pool, listener: socket.socket, keeper: Path) -> None:
+        self._pool = pool
+        self._listener = listener
+        self._keeper_path = keeper
+        self._keeper: socket.socket | None = None
+        self._entries: dict[UUID, Entry] = {}
+        self._peers: set[socket.socket] = set()
+        self._selector = selectors.DefaultSelector()
+        self._selector.register(listener, selectors.EVENT_READ, self._accept)
+        self._running = True
+        self._renew = False
+        # A signal handler runs between bytecodes; only a descriptor wakes select.
+        self._wake, self._waker = socket.socketpair()
+        self._waker.setblocking(False)
+        self._selector.register(self._wake, selectors.EVENT_READ, lambda: self._wake.recv(64))
+        signal.set_wakeup_fd(self._waker.fileno())
+        self._handlers: Mapping[type[ipc.Message], Callable[..., Reply]] = {
+            lc.Hold: self._hold,
+            lc.Release: self._release,
+            lc.Spawn: self._spawn,
+            lc.ListHeld: self._list,
+            lc.Reattach: self._reattach,
+            lc.FetchHeld: self._fetch,
+            lc.Kill: self._kill,
+        }
+
+    def run(self) -> bool:
+        """Serve until told to stop; True if this process wants to be executed anew."""
+        wants_more = True
+        while self._running and not self._renew:
+            events = self._selector.select(0 if wants_more else None)
+            for key, _ in events:
+                key.data()
+            if not events or not wants_more:
+                wants_more = self._pool.refill()
+        return self._renew
+
+    def stop(self) -> None:
+        self._running = False
+
+    def close(self) -> None:
+        """End every worker and let go of everything."""
+        for entry in self._entries.values():
+            if entry.worker is not None:
+                entry.worker.discard()
+            for fd in (*entry.held, entry.page_fd):
+                os.close(fd)
+        self._entries.clear()
+        while self._pool.ready:
+            self._pool.take().discard()
+        cgroup.sweep(SLICE)
+
+    # --- peers -----------------------------------------------------------------------------------
+
+    def _accept(self) -> None:
+        sock, _ = self._listener.accept()
+        if channel.peer(sock).uid != 0 or len(self._peers) >= PEERS_MAX:
+            sock.close()
+            return
+        self._peers.add(sock)
+        self._selector.register(sock, selectors.EVENT_READ, lambda: self._serve(sock))
+
+    def _serve(self, sock: socket.socket) -> None:
+        try:
+            data, fds = channel.receive(sock)
+            if not data:
+                self._drop(sock)
+                return
+            reply, passed = self._answer(data, tuple(fds))
+            channel.send(sock, reply.encode(), passed)
+        except (OSError, ProtocolError):
+            self._drop(sock)
+
+    def _drop(self, sock: socket.socket) -> None:
+        self._selector.unregister(sock)
+        self._peers.discard(sock)
+        sock.close()
+
+    def _answer(self, data: bytes, fds: tuple[int, ...]) -> Reply:
+        kept: tuple[int, ...] = ()
+        try:
+            message = ipc.decode(data)
+            handler = self._handlers.get(type(message))
+            if handler is None:
+                raise ProtocolError(f"{type(message).__name__} is not for the spawner")
+            if isinstance(message, lc.Hold):
+                reply = self._hold(message, fds)
+                kept = fds
+                return reply
+            return handler(message)
+        except (HoldfastError, OSError) as error:
+            name = type(error).__name__ if isinstance(error, HoldfastError) else "HostError"
+            return ipc.Refused(name, str(error)), ()
+        finally:
+            for fd in set(fds) - set(kept):
+                os.close(fd)
+
+    # --- holding ---------------------------------------------------------------------------------
+
+    def _hold(self, message: lc.Hold, fds: tuple[int, ...] = ()) -> Reply:
+        if len(fds) != 3:
+            raise ProtocolError("Hold comes with three descriptors")
+        self._reap(message.instance)
+        entry = self._entries.get(message.instance)
+        if entry is not None and entry.worker is not None:
+            raise Conflict("its worker lives")
+        if entry is not None:
+            self._let_go(message.instance)
+        self._entries[message.instance] = Entry(create_page(), fds)
+        return ipc.Done(), ()
+
+    def _release(self, message: lc.Release) -> Reply:
+        self._reap(message.instance)
+        entry = self._entries.get(message.instance)
+        if entry is not None:
+            if entry.worker is not None:
+                raise Conflict("its worker lives")
+            self._let_go(message.instance)
+        return ipc.Done(), ()
+
+    def _let_go(self, instance: UUID) -> None:
+        entry = self._entries.pop(instance)
+        for fd in (*entry.held, entry.page_fd):
+            os.close(fd)
+
+    def _fetch(self, message: lc.FetchHeld) -> Reply:
+        entry = self._entries.get(message.instance)
+        if entry is None or not entry.held:
+            raise NotFound("nothing is held for this instance")
+        return ipc.Done(), (*entry.held, entry.page_fd)
+
+    def _list(self, _message: lc.ListHeld) -> Reply:
+        for instance in list(self._entries):
+            self._reap(instance)
+        entries = tuple(
+            lc.HeldEntry(instance, entry.worker.pid if entry.worker else 0, bool(entry.held))
+            for instance, entry in self._entries.items()
+        )
+        return lc.HeldList(entries, self._pool.ready), ()
+
+    # --- workers ---------------------------------------------------------------------------------
+
+    def _spawn(self, message: lc.Spawn) -> Reply:
+        instance = message.instance
+        self._reap(instance)
+        entry = self._entries.get(instance)
+        if entry is not None and entry.worker is not None:
+            raise Conflict("its worker lives")
+        blank = self._pool.take()
+        key_worker, key_keeper = channel.pair()
+        daemon_worker, daemon_end = channel.pair()
+        with key_worker, key_keeper, daemon_worker:
+            try:
+                self._lease(instance, key_keeper.fileno(), blank.pidfd)
+            except HoldfastError:
+                blank.discard()
+                daemon_end.close()
+                raise
+            entry = self._entries.setdefault(instance, entry or Entry(create_page()))
+            entry.worker = blank
+            begin = lc.Begin(instance, bool(entry.held)).encode()
+            fds = (daemon_worker.fileno(), key_worker.fileno(), entry.page_fd, *entry.held)
+            channel.send(blank.channel, begin, fds)
+        self._selector.register(blank.pidfd, selectors.EVENT_READ, lambda: self._reap(instance))
+        return lc.Spawned(blank.pid), (daemon_end.detach(), os.dup(blank.pidfd))
+
+    def _lease(self, instance: UUID, key_channel: int, pidfd: int) -> None:
+        """Tell the keeper whose worker this is; HostError if it cannot be reached."""
+        for fresh in (False, True):
+            try:
+                if self._keeper is None or fresh:
+                    self._keeper = channel.connect(self._keeper_path)
+                    self._keeper.settimeout(KEEPER_SECONDS)
+                channel.send(self._keeper, ipc.Lease(instance).encode(), (key_channel, pidfd))
+                data, _ = channel.receive(self._keeper)
+                if data:
+                    break
+            except OSError as error:
+                if fresh:
+                    self._keeper = None
+                    raise HostError(f"the keeper cannot be reached: {error.strerror}") from None
+        else:
+            raise HostError("the keeper does not answer")
+        answer = ipc.decode(data)
+        if isinstance(answer, ipc.Refused):
+            raise Conflict(f"the keeper refuses a lease: {answer.why}")
+
+    def _reattach(self, message: lc.Reattach) -> Reply:
+        self._reap(message.instance)
+        entry = self._entries.get(message.instance)
+        if entry is None or entry.worker is None:
+            raise NotFound("this instance has no worker")
+        worker_end, daemon_end = channel.pair()
+        with worker_end:
+            channel.send(entry.worker.channel, lc.NewDaemon().encode(), (worker_end.fileno(),))
+        return lc.Spawned(entry.worker.pid), (daemon_end.detach(), os.dup(entry.worker.pidfd))
+
+    def _kill(self, message: lc.Kill) -> Reply:
+        entry = self._entries.get(message.instance)
+        if entry is not None and entry.worker is not None:
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(entry.worker.pidfd, signal.SIGKILL)
+            self._collect(message.instance, entry, entry.worker)
+        return ipc.Done(), ()
+
+    def _reap(self, instance: UUID) -> None:
+        """Collect the instance's worker if it has ended."""
+        entry = self._entries.get(instance)
+        if entry is None or entry.worker is None or not _ended(entry.worker.pidfd):
+            return
+        if self._collect(instance, entry, entry.worker):
+            self._renew = True
+
+    def _collect(self, instance: UUID, entry: Entry, worker: Blank) -> bool:
+        """Wait for an ended worker and answer what it left; True if a signal ended it."""
+        with contextlib.suppress(KeyError):
+            self._selector.unregister(worker.pidfd)
+        try:
+            _, status = os.waitpid(worker.pid, 0)
+        except ChildProcessError:
+            status = 0
+        worker.channel.close()
+        os.close(worker.pidfd)
+        cgroup.remove(worker.groups)
+        entry.worker = None
+        if entry.held:
+            self._answer_in_flight(entry)
+        else:
+            self._let_go(instance)
+        return os.WIFSIGNALED(status)
+
+    @staticmethod
+    def _answer_in_flight(entry: Entry) -> None:
+        """A dead worker's request gets EIO, else its client could not even be killed."""
+        page = SharedPage(entry.page_fd)
+        if page.in_flight:
+            with contextlib.suppress(OSError):
+                os.write(entry.held[0], fuse.error(page.in_flight, _EIO))
+            page.in_flight = 0
+        page.close()
+
+    # --- over execve -----------------------------------------------------------------------------
+
+    def dump(self) -> dict[str, Any]:
+        """Everything to go on with, as JSON-able values; descriptors by number, made inheritable."""
+        while self._pool.ready:
+            self._pool.take().discard()
+        entries = []
+        for instance, entry in self._entries.items():
+            worker = None
+            if entry.worker is not None:
+                blank = entry.worker
+                worker = {
+                    "pid": blank.pid,
+                    "pidfd": blank.pidfd,
+                    "channel": blank.channel.fileno(),
+                    "groups": [str(group) for group in blank.groups],
+                }
+            entries.append(
+                {
+                    "instance": str(instance),
+                    "page": entry.page_fd,
+                    "held": list(entry.held),
+                    "worker": worker,
+                }
+            )
+        state = {
+            "listener": self._listener.fileno(),
+            "peers": [peer.fileno() for peer in self._peers],
+            "entries": entries,
+        }
+        for fd in _descriptors(state):
+            os.set_inheritable(fd, True)
+        return state
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Take over from the process this one was before it executed itself."""
+        for fd in _descriptors(state):
+            os.set_inheritable(fd, False)
+        for item in state["entries"]:
+            instance = UUID(item["instance"])
+            entry = Entry(item["page"], tuple(item["held"]))
+            if item["worker"]:
+                worker = item["worker"]
+                entry.worker = Blank(
+                    worker["pid"],
+                    worker["pidfd"],
+                    socket.socket(fileno=worker["channel"]),
+                    tuple(Path(group) for group in worker["groups"]),
+                )
+                self._selector.register(
+                    entry.worker.pidfd,
+                    selectors.EVENT_READ,
+                    lambda instance=instance: self._reap(instance),
+                )
+            self._entries[instance] = entry
+        for fd in state["peers"]:
+            sock = socket.socket(fileno=fd)
+            self._peers.add(sock)
+            self._selector.register(sock, selectors.EVENT_READ, lambda sock=sock: self._serve(sock))
+
+
+def _descriptors(state: dict[str, Any]) -> list[int]:
+    fds = [state["listener"], *state["peers"]]
+    for entry in state["entries"]:
+        fds += [entry["page"], *entry["held"]]
+        if entry["worker"]:
+            fds += [entry["worker"]["pidfd"], entry["worker"]["channel"]]
+    return fds
+
+
+def execute_anew(state: dict[str, Any], arguments: list[str]) -> None:
+    """Replace this process by a fresh one that takes over: same pid, same children."""
+    fd = os.memfd_create("holdfast-spawner-state", 0)
+    os.write(fd, json.dumps(state).encode())
+    os.lseek(fd, 0, os.SEEK_SET)
+    os.set_inheritable(fd, True)
+    os.execv(
+        sys.executable,
+        [sys.executable, "-P", "-m", "holdfast.spawner", *arguments, f"--resume={fd}"],
+    )

@@ -1,0 +1,1 @@
+"""State at rest: sealed by the worker, kept by the daemon. Ciphertext only."""

@@ -1,0 +1,223 @@
+"""The registry on disk: which vTPMs there are, and their sealed state (DESIGN 4).
+
+SQLite in WAL mode with full synchronisation: when a call returns, what it wrote is durable.
+Sealed state, wrapped keys, public areas, certificates: nothing here is secret, and nothing here is
+believed either. A state is opened only by the worker, and only as what it is.
+
+Not here: what an instance may do in which state (`instance`).
+"""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+from uuid import UUID
+
+from holdfast.errors import Conflict, IntegrityError, NotFound
+from holdfast.ids import InstanceId, InstanceName
+
+SCHEMA: Final = 1
+_TABLES: Final = """
+CREATE TABLE instances (
+    id TEXT PRIMARY KEY,
+    name TEXT NOT NULL UNIQUE,
+    state TEXT NOT NULL,
+    record TEXT NOT NULL
+) STRICT;
+CREATE TABLE states (
+    id TEXT PRIMARY KEY REFERENCES instances(id) ON DELETE CASCADE,
+    epoch INTEGER NOT NULL,
+    sealed BLOB NOT NULL,
+    wrapped BLOB NOT NULL
+) STRICT, WITHOUT ROWID;
+CREATE TABLE keys (
+    id TEXT PRIMARY KEY REFERENCES instances(id) ON DELETE CASCADE,
+    ek_rsa BLOB NOT NULL,
+    ek_ecc BLOB NOT NULL,
+    ak BLOB NOT NULL,
+    ek_rsa_certificate BLOB NOT NULL,
+    ek_ecc_certificate BLOB NOT NULL,
+    ak_certificate BLOB NOT NULL,
+    chain TEXT NOT NULL
+) STRICT, WITHOUT ROWID;
+"""
+
+
+@dataclass(frozen=True)
+class Instance:
+    """One vTPM as the registry knows it; `state` is a name of `instance.lifecycle.State`."""
+
+    id: InstanceId
+    name: InstanceName
+    state: str
+    profile: str
+    owner: int
+    banks: tuple[str, ...]
+    created: str
+    unlinked: bool = False
+    ephemeral: bool = False
+    run: int = 0
+    restarts: int = 0
+    lineage: int = 0
+    why_failed: str = ""
+    start_policy: dict[str, object] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class SealedState:
+    """A vTPM's durable state: ciphertext of `epoch`, and its wrapped data key."""
+
+    epoch: int
+    sealed: bytes
+    wrapped: bytes
+
+
+@dataclass(frozen=True)
+class KeySet:
+    """Public areas (TPMT_PUBLIC) and certificates (DER) a vTPM was made with."""
+
+    ek_rsa: bytes
+    ek_ecc: bytes
+    ak: bytes
+    ek_rsa_certificate: bytes
+    ek_ecc_certificate: bytes
+    ak_certificate: bytes
+    chain: tuple[bytes, ...]
+
+
+class Registry:
+    """All instances of one host, in `path`."""
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._db = sqlite3.connect(path, isolation_level=None)
+        for pragma in (
+            "journal_mode=WAL",
+            "synchronous=FULL",
+            "secure_delete=ON",
+            "foreign_keys=ON",
+            "trusted_schema=OFF",
+        ):
+            self._db.execute(f"PRAGMA {pragma}")
+        path.chmod(0o600)
+        self._prepare(path)
+
+    def _prepare(self, path: Path) -> None:
+        version = self._db.execute("PRAGMA user_version").fetchone()[0]
+        if version == 0:
+            self._db.executescript(f"BEGIN;{_TABLES}PRAGMA user_version={SCHEMA};COMMIT;")
+        elif version != SCHEMA:
+            raise Conflict(
+                f"{path} has schema {version}, this Holdfast knows {SCHEMA}: "
+                "it was written by another version"
+            )
+
+    def close(self) -> None:
+        self._db.close()
+
+    @contextmanager
+    def _transaction(self) -> Iterator[None]:
+        self._db.execute("BEGIN IMMEDIATE")
+        try:
+            yield
+        except BaseException:
+            self._db.execute("ROLLBACK")
+            raise
+        self._db.execute("COMMIT")
+
+    # --- instances -------------------------------------------------------------------------------
+
+    def add(self, instance: Instance) -> None:
+        """Write down a new instance; Conflict if its name is taken."""
+        try:
+            self._db.execute(
+                "INSERT INTO instances VALUES (?, ?, ?, ?)",
+                (str(instance.id), instance.name, instance.state, _encode(instance)),
+            )
+        except sqlite3.IntegrityError:
+            raise Conflict(f"there is a vTPM named {instance.name} already") from None
+
+    def update(self, instance: Instance) -> None:
+        self._db.execute(
+            "UPDATE instances SET state = ?, record = ? WHERE id = ?",
+            (instance.state, _encode(instance), str(instance.id)),
+        )
+
+    def all(self) -> list[Instance]:
+        rows = self._db.execute("SELECT id, name, state, record FROM instances ORDER BY name")
+        return [_decode(*row) for row in rows]
+
+    def remove(self, instance: InstanceId) -> None:
+        """Delete an instance with its state and keys; freed pages are overwritten."""
+        self._db.execute("DELETE FROM instances WHERE id = ?", (str(instance),))
+        self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+
+    # --- sealed state ----------------------------------------------------------------------------
+
+    def commit(self, instance: UUID, state: SealedState) -> None:
+        """Make a state durable. Epochs go up by one; the same commit twice is the same as once.
+
+        IntegrityError for an epoch that is not the next; sqlite3.Error if the disk refuses.
+        """
+        row = self._db.execute(
+            "SELECT epoch, sealed FROM states WHERE id = ?", (str(instance),)
+        ).fetchone()
+        present = row[0] if row else 0
+        if row and row[0] == state.epoch and row[1] == state.sealed:
+            return
+        if state.epoch != present + 1:
+            raise IntegrityError(f"epoch {state.epoch} cannot follow epoch {present}")
+        self._db.execute(
+            "INSERT INTO states VALUES (?1, ?2, ?3, ?4) ON CONFLICT (id) DO UPDATE "
+            "SET epoch = ?2, sealed = ?3, wrapped = ?4",
+            (str(instance), state.epoch, state.sealed, state.wrapped),
+        )
+
+    def state(self, instance: UUID) -> SealedState:
+        """The last durable state; NotFound if there never was one."""
+        row = self._db.execute(
+            "SELECT epoch, sealed, wrapped FROM states WHERE id = ?", (str(instance),)
+        ).fetchone()
+        if row is None:
+            raise NotFound(f"there is no state of {instance}")
+        return SealedState(*row)
+
+    # --- keys ------------------------------------------------------------------------------------
+
+    def put_keys(self, instance: Instance, keys: KeySet) -> None:
+        """Record what the vTPM was made with, and that it has been made, in one transaction."""
+        chain = json.dumps([der.hex() for der in keys.chain])
+        with self._transaction():
+            self._db.execute(
+                "INSERT OR REPLACE INTO keys VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+                (
+                    str(instance.id), keys.ek_rsa, keys.ek_ecc, keys.ak, keys.ek_rsa_certificate,
+                    keys.ek_ecc_certificate, keys.ak_certificate, chain,
+                ),
+            )  # fmt: skip
+            self.update(instance)
+
+    def keys(self, instance: UUID) -> KeySet:
+        row = self._db.execute("SELECT * FROM keys WHERE id = ?", (str(instance),)).fetchone()
+        if row is None:
+            raise NotFound(f"there are no keys of {instance}")
+        chain = tuple(bytes.fromhex(text) for text in json.loads(row[7]))
+        return KeySet(*row[1:7], chain)
+
+
+def _encode(instance: Instance) -> str:
+    record = {
+        name: value for name, value in vars(instance).items() if name not in ("id", "name", "state")
+    }
+    return json.dumps(record)
+
+
+def _decode(instance: str, name: str, state: str, record: str) -> Instance:
+    fields = json.loads(record)
+    fields["banks"] = tuple(fields["banks"])
+    return Instance(InstanceId(UUID(instance)), InstanceName(name), state, **fields)

@@ -1,0 +1,71 @@
+"""Sealing a vTPM's state: AES-256-GCM under a key of its own for every epoch (DESIGN 4).
+
+Sealed form: version 1 (1 byte) ‖ salt (32) ‖ nonce (12) ‖ ciphertext and tag. The epoch's key is
+HKDF-SHA256 of the instance's data key with the salt; salt and nonce are fresh randomness, never a
+function of the epoch, so that a restored host image that counts an epoch again repeats neither.
+Associated data is instance id ‖ epoch ‖ kind: a blob opens only as what it is.
+
+Runs in the worker. Not here: the data key's own wrapping (the keeper's).
+"""
+
+from __future__ import annotations
+
+import os
+from enum import Enum
+from typing import Final
+from uuid import UUID
+
+from cryptography.exceptions import InvalidTag
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.hazmat.primitives.kdf.hkdf import HKDF
+
+from holdfast.errors import IntegrityError
+
+KEY_SIZE: Final = 32
+_VERSION: Final = b"\x01"
+_SALT: Final = 32
+_NONCE: Final = 12
+_TAG: Final = 16
+_INFO: Final = b"holdfast/state/1"
+
+
+class Kind(Enum):
+    """What a blob is."""
+
+    PERMANENT = b"permanent"
+
+
+def seal(key: bytes, instance: UUID, epoch: int, kind: Kind, state: bytes) -> bytes:
+    """Encrypt `state` under a fresh key derived from the 32-byte data key."""
+    salt, nonce = os.urandom(_SALT), os.urandom(_NONCE)
+    cipher = AESGCM(_epoch_key(key, salt))
+    associated = _associated(instance, epoch, kind)
+    return _VERSION + salt + nonce + cipher.encrypt(nonce, state, associated)
+
+
+def unseal(key: bytes, instance: UUID, epoch: int, kind: Kind, sealed: bytes) -> bytes:
+    """Decrypt; IntegrityError unless it is exactly this instance's blob of this epoch."""
+    if sealed[:1] != _VERSION or len(sealed) < 1 + _SALT + _NONCE + _TAG:
+        raise IntegrityError("sealed state is cut short or of an unknown version")
+    salt = sealed[1 : 1 + _SALT]
+    nonce = sealed[1 + _SALT : 1 + _SALT + _NONCE]
+    cipher = AESGCM(_epoch_key(key, salt))
+    try:
+        return cipher.decrypt(
+            nonce, sealed[1 + _SALT + _NONCE :], _associated(instance, epoch, kind)
+        )
+    except InvalidTag:
+        raise IntegrityError(
+            "sealed state does not open: it was changed, or is another instance's or epoch's"
+        ) from None
+
+
+def _epoch_key(key: bytes, salt: bytes) -> bytes:
+    if len(key) != KEY_SIZE:
+        raise IntegrityError("a data key has 32 bytes")
+    return HKDF(SHA256(), KEY_SIZE, salt, _INFO).derive(key)
+
+
+def _associated(instance: UUID, epoch: int, kind: Kind) -> bytes:
+    return instance.bytes + epoch.to_bytes(8, "big") + kind.value

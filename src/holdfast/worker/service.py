@@ -1,0 +1,353 @@
+"""A worker's life: it is told which instance it is, opens that state, serves clients, seals, ends.
+
+Rules: it answers only its three channels and its clients. The data key comes once, over a channel
+that the spawner made. Without a daemon it goes on serving; what must be made durable waits a
+bounded time for the next daemon. Whatever it did not expect ends it, by os._exit.
+
+Not here: the sandbox it was put in before (`sandbox`), and the TPM (`worker.tpm`).
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import socket
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from typing import Final, NoReturn
+
+from holdfast.engine.libtpms import Engine
+from holdfast.errors import HoldfastError, IntegrityError, ProtocolError
+from holdfast.frontend.devices import Devices
+from holdfast.frontend.filter import Profile
+from holdfast.frontend.loop import Loop
+from holdfast.frontend.page import SharedPage
+from holdfast.frontend.sockets import ControlConnection, DataConnection
+from holdfast.frontend.vtpm import Vtpm
+from holdfast.linux import channel
+from holdfast.protocol import ipc
+from holdfast.protocol import lifecycle as lc
+from holdfast.store.sealing import Kind, seal, unseal
+from holdfast.tpm2 import requests as rq
+from holdfast.tpm2.algorithms import HASH_SIZES, Alg
+from holdfast.tpm2.commands import Cc
+from holdfast.tpm2.constants import AK_HANDLE
+from holdfast.tpm2.structures import PcrSelection
+from holdfast.worker import manufacture
+from holdfast.worker.tpm import DurableTpm
+
+FAULT_STATUS: Final = 70  # EX_SOFTWARE
+DAEMON_WAIT: Final = 15.0  # seconds a commit waits for a new daemon
+KEY_WAIT: Final = 10.0  # seconds the keeper may take
+MEASURED_PCRS: Final = tuple(range(16))
+_READ_AT_ONCE: Final = 8  # PCRs in one PCR_Read response
+
+
+class Ended(Exception):
+    """The worker's life is over, in order."""
+
+
+class Worker:
+    """One vTPM's process, from Begin to its end."""
+
+    def __init__(
+        self, spawner: socket.socket, begin: lc.Begin, fds: list[int], engine: Engine
+    ) -> None:
+        self._spawner = spawner
+        self._instance = begin.instance
+        self.daemon = socket.socket(fileno=fds[0])
+        self._keys = socket.socket(fileno=fds[1])
+        self._page = SharedPage(fds[2])
+        self._held = fds[3:] if begin.held else []
+        self._engine = engine
+        self._tpm = DurableTpm(engine, self._commit)
+        self._loop = Loop()
+        self._backlog: deque[ipc.Message] = deque()
+        self._vtpm: Vtpm | None = None
+        self._data_key = b""
+        self._wrapped = b""
+        self._epoch = 0
+        self._handlers: Mapping[type[ipc.Message], Callable[..., ipc.Message]] = {
+            lc.Manufacture: self._manufacture,
+            lc.OpenCredential: self._open_credential,
+            lc.InstallCertificates: self._install_certificates,
+            lc.PowerOn: self._power_on,
+            lc.Extend: self._extend,
+            lc.Serve: self._serve,
+            lc.Quote: self._quote,
+            lc.PowerOff: self._power_off,
+        }
+
+    def run(self) -> None:
+        """Live. Raises Ended after an orderly end; anything else is a fault."""
+        self._loop.watch(self._spawner.fileno(), self._on_spawner)
+        self._loop.watch(self.daemon.fileno(), self._on_daemon)
+        self._loop.run()
+
+    # --- channels ------------------------------------------------------------------------------
+
+    def _on_spawner(self) -> None:
+        data, fds = channel.receive(self._spawner)
+        if not data:
+            raise Ended  # the spawner is gone, and with it whoever could end us
+        message = ipc.decode(data)
+        if not isinstance(message, lc.NewDaemon) or len(fds) != 1:
+            raise ProtocolError(f"{type(message).__name__} from the spawner")
+        if self.daemon.fileno() >= 0:
+            self._loop.unwatch(self.daemon.fileno())
+            self.daemon.close()
+        self.daemon = socket.socket(fileno=fds[0])
+        self._loop.watch(self.daemon.fileno(), self._on_daemon)
+
+    def _on_daemon(self) -> None:
+        data, _ = channel.receive(self.daemon)
+        if not data:
+            self._loop.unwatch(self.daemon.fileno())
+            self.daemon.close()
+            return
+        self._handle(ipc.decode(data))
+        while self._backlog:
+            self._handle(self._backlog.popleft())
+
+    def _handle(self, message: ipc.Message) -> None:
+        handler = self._handlers.get(type(message))
+        if handler is None:
+            raise ProtocolError(f"{type(message).__name__} from the daemon")
+        answer: ipc.Message
+        try:
+            answer = handler(message)
+        except HoldfastError as error:
+            answer = ipc.Refused(type(error).__name__, str(error))
+        self._tell(answer)
+        if isinstance(message, lc.PowerOff | lc.InstallCertificates):
+            raise Ended
+
+    def _tell(self, message: ipc.Message) -> None:
+        try:
+            channel.send(self.daemon, message.encode())
+        except OSError:
+            return  # the daemon is gone; the next one asks again
+
+    # --- making state durable --------------------------------------------------------------------
+
+    def _commit(self, permanent: bytes) -> bool:
+        """Seal and have the daemon keep it; False if the daemon cannot."""
+        if not self._data_key:
+            self._fetch_key(b"")
+        epoch = self._epoch + 1
+        sealed = seal(self._data_key, self._instance, epoch, Kind.PERMANENT, permanent)
+        request = lc.Commit(epoch, sealed, self._wrapped).encode()
+        deadline = time.monotonic() + DAEMON_WAIT
+        while True:
+            verdict = self._ask_to_commit(request, epoch)
+            if verdict is not None:
+                if verdict:
+                    self._epoch = epoch
+                return verdict
+            self._await_daemon(deadline)
+
+    def _ask_to_commit(self, request: bytes, epoch: int) -> bool | None:
+        """One try with the present daemon; None if it went away before it answered."""
+        try:
+            channel.send(self.daemon, request)
+            while True:
+                data, _ = channel.receive(self.daemon)
+                if not data:
+                    return None
+                message = ipc.decode(data)
+                if isinstance(message, lc.Committed) and message.epoch == epoch:
+                    return True
+                if isinstance(message, ipc.Refused):
+                    return False
+                self._backlog.append(message)
+        except OSError:
+            return None
+
+    def _await_daemon(self, deadline: float) -> None:
+        """Wait for the spawner to bring a new daemon; without one in time, end without answering.
+
+        The same commit is then asked again: the store knows an epoch that it already has.
+        """
+        left = deadline - time.monotonic()
+        ready = select.epoll()
+        ready.register(self._spawner.fileno(), select.EPOLLIN)
+        try:
+            if left <= 0 or not ready.poll(left):
+                raise IntegrityError("no daemon came to make a change durable")
+        finally:
+            ready.close()
+        self._on_spawner()
+
+    def _fetch_key(self, wrapped: bytes) -> None:
+        """Ask the keeper, once, for this instance's data key."""
+        self._keys.settimeout(KEY_WAIT)
+        try:
+            channel.send(self._keys, ipc.KeyRequest(wrapped).encode())
+            data, _ = channel.receive(self._keys)
+        except OSError as error:
+            raise IntegrityError(f"the keeper gave no key: {error.strerror}") from None
+        finally:
+            self._keys.close()
+        answer = ipc.decode(data) if data else ipc.Refused("HostError", "it closed the channel")
+        if isinstance(answer, ipc.Refused):
+            raise IntegrityError(f"the keeper gave no key: {answer.why}")
+        if not isinstance(answer, ipc.KeyGrant):
+            raise ProtocolError(f"{type(answer).__name__} from the keeper")
+        self._data_key, self._wrapped = answer.data_key, answer.wrapped
+
+    # --- manufacture -----------------------------------------------------------------------------
+
+    def _manufacture(self, message: lc.Manufacture) -> ipc.Message:
+        execute = self._engine.process
+        self._engine.manufacture()
+        rq.response(Cc.Startup, execute(rq.startup()))
+        self._tpm.stir()
+        manufacture.allocate_banks(execute, tuple(Alg(bank) for bank in message.banks))
+        keys = manufacture.make_keys(execute)
+        return lc.Manufactured(*(public.encode() for public in keys))
+
+    def _open_credential(self, message: lc.OpenCredential) -> ipc.Message:
+        execute = self._engine.process
+        return lc.OpenedCredential(
+            manufacture.open_credential(execute, message.id_object, message.secret)
+        )
+
+    def _install_certificates(self, message: lc.InstallCertificates) -> ipc.Message:
+        execute = self._engine.process
+        manufacture.install_certificates(execute, message.ek_rsa, message.ek_ecc, message.chain)
+        return self._shut_down(execute)
+
+    def _shut_down(self, execute: Callable[[bytes], bytes]) -> ipc.Message:
+        rq.response(Cc.Shutdown, execute(rq.shutdown()))
+        noted = self._engine.take_noted()
+        if noted is not None and not self._commit(noted):
+            return ipc.Refused("HostError", "the last state could not be made durable")
+        return ipc.Done()
+
+    # --- running ---------------------------------------------------------------------------------
+
+    def _power_on(self, message: lc.PowerOn) -> ipc.Message:
+        """TPM Reset, the host's measurements, a platformAuth that nobody knows; then durable."""
+        self._fetch_key(message.wrapped)
+        self._epoch = message.epoch
+        state = unseal(self._data_key, self._instance, self._epoch, Kind.PERMANENT, message.sealed)
+        execute = self._engine.process
+        self._tpm.restore(state)
+        locality = message.startup_locality
+        rq.response(Cc.Startup, self._engine.process(rq.startup(), locality))
+        self._tpm.stir()
+        self._extend_all(execute, message.extensions)
+        profile = Profile(message.profile)
+        if profile is Profile.LINKED:
+            manufacture.forget_platform_auth(execute)
+        noted = self._engine.take_noted()
+        if noted is not None:
+            if not self._commit(noted):
+                return ipc.Refused("HostError", "the store refused the state of this power-on")
+            self._tpm.committed(noted)
+        self._vtpm = Vtpm(self._tpm.execute, profile)
+        return self._powered_on()
+
+    def _powered_on(self) -> lc.PoweredOn:
+        values = []
+        for alg in self._banks():
+            for start in range(0, len(MEASURED_PCRS), _READ_AT_ONCE):
+                pcrs = MEASURED_PCRS[start : start + _READ_AT_ONCE]
+                selection = PcrSelection.of(alg, pcrs)
+                _, read = rq.pcr_read_values(self._engine.process(rq.pcr_read(selection)))
+                values += [
+                    ipc.PcrValue(alg, pcr, value) for pcr, value in zip(pcrs, read, strict=True)
+                ]
+        return lc.PoweredOn(tuple(values), rq.reset_count(self._engine.process(rq.read_clock())))
+
+    def _banks(self) -> list[Alg]:
+        """The banks this TPM has: PCR_Read names no PCR of the others."""
+        banks = []
+        for alg in HASH_SIZES:
+            answer = self._engine.process(rq.pcr_read(PcrSelection.of(alg, (0,))))
+            _, values = rq.pcr_read_values(answer)
+            if values:
+                banks.append(alg)
+        return banks
+
+    @staticmethod
+    def _extend_all(
+        execute: Callable[[bytes], bytes], extensions: tuple[lc.Extension, ...]
+    ) -> None:
+        for extension in extensions:
+            digests = {Alg(value.alg): value.value for value in extension.digests}
+            rq.response(Cc.PCR_Extend, execute(rq.pcr_extend(extension.pcr, digests)))
+
+    def _extend(self, message: lc.Extend) -> ipc.Message:
+        self._extend_all(self._running().execute_for_host, message.extensions)
+        return ipc.Done()
+
+    def _serve(self, _message: lc.Serve) -> ipc.Message:
+        vtpm = self._running()
+        fuse_fd, data_fd, control_fd = self._held
+        devices = Devices(vtpm, self._page, time.monotonic, int(time.time()))
+        self._loop.serve_devices(fuse_fd, devices)
+        self._loop.listen(
+            socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, 0, data_fd),
+            lambda sock: DataConnection(sock, vtpm),
+        )
+        self._loop.listen(
+            socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, 0, control_fd),
+            lambda sock: ControlConnection(sock, self._engine.established, self._engine.info),
+        )
+        return ipc.Done()
+
+    def _quote(self, message: lc.Quote) -> ipc.Message:
+        selection = PcrSelection.of(Alg(message.alg), message.pcrs)
+        command = rq.quote(AK_HANDLE, message.qualifying, selection)
+        attest, signature = rq.quoted(self._running().execute_for_host(command))
+        return lc.Quoted(attest, signature, self._tpm.clears)
+
+    def _power_off(self, _message: lc.PowerOff) -> ipc.Message:
+        """An orderly end: Shutdown(CLEAR), so that `safe` stays set and clocks go forward."""
+        if self._vtpm is None:
+            return ipc.Done()
+        return self._shut_down(self._engine.process)
+
+    def _running(self) -> Vtpm:
+        if self._vtpm is None:
+            raise ProtocolError("the vTPM is not powered on")
+        return self._vtpm
+
+
+def fault(daemon: socket.socket, error: BaseException) -> None:
+    """Say what ended this worker; no state is in an error of ours, nor in a type's name."""
+    text = str(error) if isinstance(error, HoldfastError) else type(error).__name__
+    try:
+        channel.send(daemon, lc.Fault(text).encode())
+    except OSError:
+        return
+
+
+def await_begin(spawner: socket.socket) -> tuple[lc.Begin, list[int]]:
+    """Wait, blank, for the instance; Ended if the spawner goes first."""
+    data, fds = channel.receive(spawner)
+    if not data:
+        raise Ended
+    message = ipc.decode(data)
+    if not isinstance(message, lc.Begin) or len(fds) != (6 if message.held else 3):
+        raise ProtocolError(f"{type(message).__name__} from the spawner")
+    return message, fds
+
+
+def live(spawner: socket.socket, engine: Engine) -> NoReturn:
+    """Be a worker, from blank to end; never returns."""
+    status = FAULT_STATUS
+    daemon: socket.socket | None = None
+    try:
+        begin, fds = await_begin(spawner)
+        worker = Worker(spawner, begin, fds, engine)
+        daemon = worker.daemon
+        worker.run()
+    except Ended:
+        status = 0
+    except BaseException as error:  # noqa: BLE001 - the edge of the process: say why, and go
+        if daemon is not None:
+            fault(daemon, error)
+    os._exit(status)

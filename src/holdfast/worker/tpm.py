@@ -1,0 +1,84 @@
+"""A TPM whose answers are durable: what a command stores is committed before its response leaves.
+
+A commit that is refused is undone: the TPM goes back to its last durable permanent state and the
+volatile state from before the command, and the client is told TPM_RC_NV_UNAVAILABLE. An error
+from libtpms' store callback would mean failure mode instead (measured), so the callback only
+notes. Which commands store cannot be read off their attributes: a failed authorization stores
+too. So the volatile state is taken before every command with an authorization, 10 µs.
+
+Not here: sealing and the channel on which a commit travels.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Final
+
+from holdfast.engine.libtpms import Engine, StateKind
+from holdfast.errors import IntegrityError
+from holdfast.tpm2.commands import Cc
+from holdfast.tpm2.constants import ST_SESSIONS, Rc
+from holdfast.tpm2.requests import error_response, response, stir_random
+
+Commit = Callable[[bytes], bool]  # permanent state -> whether it is durable now
+
+STIR_BYTES: Final = 64
+_CODE: Final = slice(6, 10)
+# Authorized, yet never stored by: PCRs have no dictionary-attack protection.
+_NEVER_STORE: Final = frozenset(
+    code.to_bytes(4, "big") for code in (Cc.PCR_Extend, Cc.PCR_Event, Cc.PCR_Reset)
+)
+
+
+class DurableTpm:
+    """The engine with its commits."""
+
+    def __init__(self, engine: Engine, commit: Commit) -> None:
+        self._engine = engine
+        self._commit = commit
+        self._durable = b""  # the permanent state that was committed last
+        self.clears = 0  # TPM2_Clear that succeeded since power-on
+
+    def restore(self, permanent: bytes) -> None:
+        """Power on from a durable state and stir in fresh entropy, before anything else runs.
+
+        A volatile state restored twice would repeat its random numbers (measured), and there is
+        no telling here whether a state was restored before.
+        """
+        self._engine.restore(permanent)
+        self._durable = permanent
+
+    def committed(self, permanent: bytes) -> None:
+        """This state is durable now."""
+        self._durable = permanent
+
+    def stir(self) -> None:
+        response(Cc.StirRandom, self._engine.process(stir_random(os.urandom(STIR_BYTES))))
+
+    def execute(self, command: bytes, locality: int = 0) -> bytes:
+        """Run a command; its effect is durable when this returns."""
+        engine = self._engine
+        snapshot = None
+        if command[1] == ST_SESSIONS & 0xFF and command[_CODE] not in _NEVER_STORE:
+            snapshot = engine.dump(StateKind.VOLATILE)
+        answer = engine.process(command, locality)
+        noted = engine.take_noted()
+        if noted is not None:
+            if not self._commit(noted):
+                return self._undo(snapshot)
+            self._durable = noted
+            if command[_CODE] == _CLEAR and answer[_CODE] == bytes(4):
+                self.clears += 1
+        return answer
+
+    def _undo(self, snapshot: bytes | None) -> bytes:
+        if snapshot is None or not self._durable:
+            raise IntegrityError("a command stored state that could not be made durable")
+        self._engine.power_off()
+        self._engine.restore(self._durable, snapshot)
+        self.stir()
+        return error_response(Rc.NV_UNAVAILABLE)
+
+
+_CLEAR: Final = Cc.Clear.to_bytes(4, "big")
