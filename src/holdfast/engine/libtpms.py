@@ -66,6 +66,7 @@ TPM_RESULT TPM_IO_Hash_Start(void);
 TPM_RESULT TPM_IO_Hash_Data(const unsigned char *data, uint32_t length);
 TPM_RESULT TPM_IO_Hash_End(void);
 TPM_RESULT TPM_IO_TpmEstablished_Get(unsigned char *established);
+void *malloc(size_t);
 void free(void *);
 """
 _CRYPTO_DECLARATIONS: Final = """
@@ -108,6 +109,7 @@ class Engine:
 
     def manufacture(self) -> None:
         """Make a new TPM with fresh seeds; its state is noted for storing."""
+        self._noted = None
         self._check(self._lib.TPMLIB_ChooseTPMVersion(_TPM2), "ChooseTPMVersion")
         self._check(self._lib.TPMLIB_MainInit(), "MainInit")
 
@@ -193,8 +195,17 @@ class Engine:
         """Give libtpms its callbacks; the returned objects must live as long as the library."""
         ffi = self._ffi
 
-        def loaddata(_data: Any, _length: Any, _tpm: int, _name: Any) -> int:
-            return _TPM_RETRY  # state comes by SetState only; without it a TPM is manufactured
+        def loaddata(data: Any, length: Any, _tpm: int, name: Any) -> int:
+            # State comes by SetState; but manufacture reads back what it has just stored.
+            if self._noted is None or ffi.string(name) != b"permall":
+                return _TPM_RETRY
+            # SAFETY: libtpms takes the buffer over and frees it.
+            buffer = self._lib.malloc(len(self._noted))
+            if buffer == ffi.NULL:
+                return _TPM_FAIL
+            ffi.memmove(buffer, self._noted, len(self._noted))
+            data[0], length[0] = buffer, len(self._noted)
+            return 0
 
         def storedata(data: Any, length: int, _tpm: int, name: Any) -> int:
             if ffi.string(name) == b"permall":

@@ -110,7 +110,7 @@ class Devices:
         """The reply has been written."""
         self._page.in_flight = 0
 
-    # --- names and attributes ------------------------------------------------------------------
+    # --- names and attributes ---
 
     def _attributes(self, node: int) -> fuse.Attributes:
         if node == fuse.ROOT_ID:
@@ -132,7 +132,7 @@ class Devices:
         _, offset, _ = fuse.read_request(request.body)
         return fuse.directory_reply(request.unique, _DIRECTORY, offset)
 
-    # --- open files ----------------------------------------------------------------------------
+    # --- open files ---
 
     def _open(self, request: fuse.Request) -> bytes:
         if self._vtpm is None:

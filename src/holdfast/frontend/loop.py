@@ -110,7 +110,7 @@ class Loop:
         elif fd in self._listeners:
             self._accept(*self._listeners[fd])
 
-    # --- connections -----------------------------------------------------------------------------
+    # --- connections ---
 
     def _accept(self, listener: socket.socket, made: Callable[[socket.socket], Connection]) -> None:
         try:
@@ -175,7 +175,7 @@ class Loop:
             if connection.deadline and connection.deadline < now:
                 self._close(fd, connection)
 
-    # --- devices ------------------------------------------------------------------------------
+    # --- devices ---
 
     def _serve_fuse(self, fd: int, devices: Devices) -> None:
         if self._burst(lambda: _fuse_once(fd, devices)) == GONE:

@@ -124,7 +124,7 @@ class ResourceManager:
             return self._retrying(command, frozenset(), client)
         return self._execute(client, command, code, shape)
 
-    # --- one command -------------------------------------------------------------------------
+    # --- one command ---
 
     def _execute(self, client: Client, command: bytes, code: int, shape: Shape) -> bytes:
         if shape.returns_handle and not self._room(client, code):
@@ -248,7 +248,7 @@ class ResourceManager:
                 oldest.owner.sessions.pop(oldest.handle, None)
             self._forget_session(oldest, flush=True)
 
-    # --- slots -------------------------------------------------------------------------------
+    # --- slots ---
 
     def _retrying(
         self, command: bytes, pinned: frozenset[_Object | _Session], client: Client
@@ -358,7 +358,7 @@ class ResourceManager:
                 if held.real and held.real not in alive:
                     del client.objects[virtual]
 
-    # --- commands that name handles in their parameters ----------------------------------------
+    # --- commands that name handles in their parameters ---
 
     def _flush(self, client: Client, command: bytes) -> bytes:
         """TPM2_FlushContext (Part 3, 28.4): only what is the client's own."""

@@ -100,3 +100,8 @@ def _grow(channel: socket.socket) -> None:
         channel.setsockopt(socket.SOL_SOCKET, _SO_SNDBUFFORCE, PACKET_MAX + 65536)
     except PermissionError:
         channel.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, PACKET_MAX + 65536)
+
+
+def from_fd(fd: int) -> socket.socket:
+    """The channel of a descriptor that was passed to us; it owns the descriptor."""
+    return socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET, 0, fd)

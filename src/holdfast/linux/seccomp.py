@@ -82,10 +82,10 @@ def build(
     if context == ffi.NULL:
         raise HostError("libseccomp cannot make a filter")
     try:
-        for name, rule in allow.items():
-            _add(ffi, lib, context, name, ALLOW, rule)
-        for name, number in (fail or {}).items():
-            _add(ffi, lib, context, name, errno_action(number), ())
+        rows = [(name, ALLOW, rule) for name, rule in allow.items()]
+        rows += [(name, errno_action(number), ()) for name, number in (fail or {}).items()]
+        for row in rows:
+            _add(ffi, lib, context, row)
         fd = os.memfd_create("seccomp", os.MFD_CLOEXEC)
         try:
             if lib.seccomp_export_bpf(context, fd) != 0:
@@ -97,7 +97,8 @@ def build(
         lib.seccomp_release(context)
 
 
-def _add(ffi: FFI, lib: Any, context: Any, name: str, action: int, rule: Rule) -> None:
+def _add(ffi: FFI, lib: Any, context: Any, row: tuple[str, int, Rule]) -> None:
+    name, action, rule = row
     number = lib.seccomp_syscall_resolve_name(name.encode())
     if number < 0:
         return

@@ -102,7 +102,7 @@ class Spawner:
             self._pool.take().discard()
         cgroup.sweep(SLICE)
 
-    # --- peers -----------------------------------------------------------------------------------
+    # --- peers ---
 
     def _accept(self) -> None:
         sock, _ = self._listener.accept()
@@ -147,7 +147,7 @@ class Spawner:
             for fd in set(fds) - set(kept):
                 os.close(fd)
 
-    # --- holding ---------------------------------------------------------------------------------
+    # --- holding ---
 
     def _hold(self, message: lc.Hold, fds: tuple[int, ...] = ()) -> Reply:
         if len(fds) != 3:
@@ -190,7 +190,7 @@ class Spawner:
         )
         return lc.HeldList(entries, self._pool.ready), ()
 
-    # --- workers ---------------------------------------------------------------------------------
+    # --- workers ---
 
     def _spawn(self, message: lc.Spawn) -> Reply:
         instance = message.instance
@@ -291,10 +291,10 @@ class Spawner:
             page.in_flight = 0
         page.close()
 
-    # --- over execve -----------------------------------------------------------------------------
+    # --- over execve ---
 
     def dump(self) -> dict[str, Any]:
-        """Everything to go on with, as JSON-able values; descriptors by number, made inheritable."""
+        """Everything to go on with, as JSON-able values; descriptors by number, inheritable."""
         while self._pool.ready:
             self._pool.take().discard()
         entries = []
@@ -367,7 +367,5 @@ def execute_anew(state: dict[str, Any], arguments: list[str]) -> None:
     os.write(fd, json.dumps(state).encode())
     os.lseek(fd, 0, os.SEEK_SET)
     os.set_inheritable(fd, True)
-    os.execv(
-        sys.executable,
-        [sys.executable, "-P", "-m", "holdfast.spawner", *arguments, f"--resume={fd}"],
-    )
+    command = [sys.executable, "-P", "-m", "holdfast.spawner", *arguments, f"--resume={fd}"]
+    os.execv(sys.executable, command)  # noqa: S606 - our own interpreter, our own module

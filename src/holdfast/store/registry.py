@@ -130,7 +130,7 @@ class Registry:
             raise
         self._db.execute("COMMIT")
 
-    # --- instances -------------------------------------------------------------------------------
+    # --- instances ---
 
     def add(self, instance: Instance) -> None:
         """Write down a new instance; Conflict if its name is taken."""
@@ -157,7 +157,7 @@ class Registry:
         self._db.execute("DELETE FROM instances WHERE id = ?", (str(instance),))
         self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
 
-    # --- sealed state ----------------------------------------------------------------------------
+    # --- sealed state ---
 
     def commit(self, instance: UUID, state: SealedState) -> None:
         """Make a state durable. Epochs go up by one; the same commit twice is the same as once.
@@ -187,7 +187,7 @@ class Registry:
             raise NotFound(f"there is no state of {instance}")
         return SealedState(*row)
 
-    # --- keys ------------------------------------------------------------------------------------
+    # --- keys ---
 
     def put_keys(self, instance: Instance, keys: KeySet) -> None:
         """Record what the vTPM was made with, and that it has been made, in one transaction."""
@@ -207,7 +207,7 @@ class Registry:
         if row is None:
             raise NotFound(f"there are no keys of {instance}")
         chain = tuple(bytes.fromhex(text) for text in json.loads(row[7]))
-        return KeySet(*row[1:7], chain)
+        return KeySet(row[1], row[2], row[3], row[4], row[5], row[6], chain)
 
 
 def _encode(instance: Instance) -> str:

@@ -85,7 +85,7 @@ class Worker:
         self._loop.watch(self.daemon.fileno(), self._on_daemon)
         self._loop.run()
 
-    # --- channels ------------------------------------------------------------------------------
+    # --- channels ---
 
     def _on_spawner(self) -> None:
         data, fds = channel.receive(self._spawner)
@@ -129,7 +129,7 @@ class Worker:
         except OSError:
             return  # the daemon is gone; the next one asks again
 
-    # --- making state durable --------------------------------------------------------------------
+    # --- making state durable ---
 
     def _commit(self, permanent: bytes) -> bool:
         """Seal and have the daemon keep it; False if the daemon cannot."""
@@ -196,7 +196,7 @@ class Worker:
             raise ProtocolError(f"{type(answer).__name__} from the keeper")
         self._data_key, self._wrapped = answer.data_key, answer.wrapped
 
-    # --- manufacture -----------------------------------------------------------------------------
+    # --- manufacture ---
 
     def _manufacture(self, message: lc.Manufacture) -> ipc.Message:
         execute = self._engine.process
@@ -225,7 +225,7 @@ class Worker:
             return ipc.Refused("HostError", "the last state could not be made durable")
         return ipc.Done()
 
-    # --- running ---------------------------------------------------------------------------------
+    # --- running ---
 
     def _power_on(self, message: lc.PowerOn) -> ipc.Message:
         """TPM Reset, the host's measurements, a platformAuth that nobody knows; then durable."""

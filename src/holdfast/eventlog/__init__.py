@@ -1,0 +1,1 @@
+"""Event logs: records, their encodings, and what PCR values they lead to. Pure."""

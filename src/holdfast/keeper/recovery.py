@@ -1,0 +1,63 @@
+"""What leaves the host at `init`: the recovery key and the site root's private key, encrypted.
+
+A recipient is an age or ssh public key, or a file that holds one (https://age-encryption.org/v1).
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any, Final
+
+import pyrage
+
+from holdfast.errors import InvalidInput
+
+_RECIPIENT_MAX: Final = 16_384  # characters in a recipient's file
+
+
+def recipient(text: str) -> Any:
+    """A public key to encrypt to; InvalidInput if it is none."""
+    candidate = text
+    if not text.startswith(("age1", "ssh-")):
+        path = Path(text)
+        try:
+            lines = path.read_text()[:_RECIPIENT_MAX].splitlines()
+        except (OSError, UnicodeDecodeError):
+            raise InvalidInput(
+                f"{text!a} is neither an age1… or ssh-… public key nor a file with one"
+            ) from None
+        keys = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
+        if len(keys) != 1:
+            raise InvalidInput(f"{path} holds {len(keys)} public keys, not one")
+        candidate = keys[0]
+    kind = pyrage.ssh.Recipient if candidate.startswith("ssh-") else pyrage.x25519.Recipient
+    try:
+        return kind.from_str(candidate)
+    except Exception:  # noqa: BLE001 - pyrage's errors share no base of their own
+        raise InvalidInput("the recovery recipient is not an age or ssh public key") from None
+
+
+def write_encrypted(path: Path, to: Any, secret: bytes) -> None:
+    """Write `secret` encrypted to `to` (binary age file, 0600); never over a file that is there."""
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
+    with os.fdopen(fd, "wb") as file:
+        file.write(pyrage.encrypt(secret, [to]))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_encrypted(path: Path, identity: Path) -> bytes:
+    """Decrypt a file with the age or ssh private key in `identity`."""
+    text = identity.read_text()
+    keys = [line.strip() for line in text.splitlines() if line.startswith("AGE-SECRET-KEY-")]
+    try:
+        if keys:
+            opened = [pyrage.x25519.Identity.from_str(key) for key in keys]
+        else:
+            opened = [pyrage.ssh.Identity.from_buffer(text.encode())]
+        return bytes(pyrage.decrypt(path.read_bytes(), opened))
+    except OSError:
+        raise
+    except Exception:  # noqa: BLE001 - as above; and its text may hold what we must not repeat
+        raise InvalidInput(f"{identity} does not open {path}") from None

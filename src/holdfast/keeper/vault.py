@@ -1,0 +1,125 @@
+"""What the keeper has on disk: its objects' blobs, approvals and certificates, in one file.
+
+The file is readable by the keeper alone (0600 in a 0700 directory) and is replaced as a whole. The
+blobs open only in the host TPM that made them, and root and CA key only in an approved boot state;
+the authorization values beside them keep others who reach that TPM from using them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from holdfast.errors import Conflict, IntegrityError, NotFound
+from holdfast.hwtpm.host import Approval, Blob
+from holdfast.hwtpm.policy import Signature
+
+FILE: Final = "keeper.json"
+VERSION: Final = 1
+
+
+@dataclass(frozen=True)
+class Vault:
+    """Everything `provision` made; byte strings as their names say."""
+
+    site: str
+    host: str
+    service: str
+    stand_in: bool
+    tcti: str
+    unique: bytes
+    primary_auth: bytes
+    index_auth: bytes
+    index_name: bytes
+    version: int
+    recovery_public: bytes
+    root_key: Blob
+    ca_key: Blob
+    ak: Blob
+    approvals: tuple[Approval, ...]
+    ek_public: bytes
+    ek_certificate: bytes
+    ak_certificate: bytes
+    ca_certificate: bytes
+    ca_attest: bytes
+    ca_signature: bytes
+    root_certificate: bytes
+
+    def save(self, directory: Path) -> None:
+        """Replace the file, durably."""
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        fresh = directory / f"{FILE}.new"
+        fd = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600)
+        with os.fdopen(fd, "w") as file:
+            json.dump({"version_of_file": VERSION, **_to_json(self)}, file, indent=1)
+            file.flush()
+            os.fsync(file.fileno())
+        fresh.rename(directory / FILE)
+        handle = os.open(directory, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def exists(directory: Path) -> bool:
+    return (directory / FILE).exists()
+
+
+def load(directory: Path) -> Vault:
+    """Read the file; NotFound before `holdfast init`, IntegrityError if it makes no sense."""
+    try:
+        text = (directory / FILE).read_text()
+    except FileNotFoundError:
+        raise NotFound("this host is not initialised: run holdfast init") from None
+    try:
+        value = json.loads(text)
+        if value.pop("version_of_file") != VERSION:
+            raise Conflict(f"{FILE} was written by another version of Holdfast")
+        return _from_json(value)
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise IntegrityError(f"{directory / FILE} is damaged: restore it from a backup") from None
+
+
+def _to_json(vault: Vault) -> dict[str, Any]:
+    def plain(value: Any) -> Any:
+        if isinstance(value, bytes):
+            return value.hex()
+        if isinstance(value, Blob):
+            return {name: item.hex() for name, item in vars(value).items()}
+        if isinstance(value, Approval):
+            return {
+                "version": value.version,
+                "values": {str(pcr): digest.hex() for pcr, digest in value.values.items()},
+                "signature": [value.signature.r, value.signature.s],
+            }
+        return [plain(item) for item in value] if isinstance(value, tuple) else value
+
+    return {name: plain(value) for name, value in vars(vault).items()}
+
+
+_BLOBS: Final = ("root_key", "ca_key", "ak")
+_PLAIN: Final = ("site", "host", "service", "stand_in", "tcti", "version")
+
+
+def _from_json(value: Mapping[str, Any]) -> Vault:
+    fields: dict[str, Any] = {}
+    for name, item in value.items():
+        if name in _PLAIN:
+            fields[name] = item
+        elif name in _BLOBS:
+            fields[name] = Blob(**{part: bytes.fromhex(text) for part, text in item.items()})
+        elif name == "approvals":
+            fields[name] = tuple(map(_approval, item))
+        else:
+            fields[name] = bytes.fromhex(item)
+    return Vault(**fields)
+
+
+def _approval(value: Mapping[str, Any]) -> Approval:
+    values = {int(pcr): bytes.fromhex(text) for pcr, text in value["values"].items()}
+    return Approval(value["version"], values, Signature(*value["signature"]))
