@@ -16,7 +16,7 @@ from typing import Any, Final
 
 from cffi import FFI
 
-from holdfast.errors import HostError, IntegrityError, TpmError
+from holdfast.errors import DecodeError, HostError, IntegrityError, TpmError
 from holdfast.tpm2.constants import BUFFER_MAX
 
 LIBRARY: Final = "libtpms.so.0"
@@ -98,6 +98,7 @@ class Engine:
             raise HostError(f"libtpms {self.version_text} is older than 0.9.0")
         self._locality = 0
         self._noted: bytes | None = None
+        self._command = self._ffi.new("unsigned char[]", BUFFER_MAX)
         self._response = self._ffi.new("unsigned char **")
         self._size = self._ffi.new("uint32_t *")
         self._capacity = self._ffi.new("uint32_t *")
@@ -140,11 +141,17 @@ class Engine:
 
         What the command changed durably waits in `take_noted`.
         """
+        size = len(command)
+        if size > BUFFER_MAX:
+            raise DecodeError("TPM command", f"{size} bytes, at most {BUFFER_MAX}")
         self._locality = locality
-        # SAFETY: libtpms reads `len(command)` bytes and does not keep the pointer; the response
-        # buffer is its own (malloc), grown and reused between calls, copied out here.
+        # libtpms decrypts parameters in the command's own buffer, so it gets a copy: whoever
+        # sends a command again must send what the client authorized.
+        self._ffi.memmove(self._command, command, size)
+        # SAFETY: the copy is BUFFER_MAX long and lives as long as we do; the response buffer is
+        # libtpms' own (malloc), grown and reused between calls, copied out here.
         rc = self._lib.TPMLIB_Process(
-            self._response, self._size, self._capacity, command, len(command)
+            self._response, self._size, self._capacity, self._command, size
         )
         self._locality = 0
         if rc:

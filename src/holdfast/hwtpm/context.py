@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -115,6 +116,15 @@ class Context:
                 counters.add(counter)
                 values.setdefault(alg, {}).update(zip(pcrs, read, strict=True))
         return values, counters
+
+
+def preload(tcti: str) -> None:
+    """Map the TCTI's library now: a process that may map no new code cannot do it later."""
+    name = tcti.partition(":")[0]
+    try:
+        ctypes.CDLL(f"libtss2-tcti-{name}.so.0")
+    except OSError:
+        raise HostError(f"there is no TCTI library for {name!a} on this host") from None
 
 
 def tss_public(public: Public) -> Any:

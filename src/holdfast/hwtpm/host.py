@@ -195,7 +195,7 @@ class HostTpm:
 
     def create_ca_key(self, recovery_name: bytes) -> Blob:
         """An unrestricted P-256 signing key under the object policy."""
-        attributes = _POLICY_BOUND | ObjectAttr.SENSITIVE_DATA_ORIGIN | ObjectAttr.SIGN
+        attributes = _BASE | ObjectAttr.SIGN
         return self.create(
             Public(
                 Alg.ECC,
@@ -288,7 +288,9 @@ class HostTpm:
 
     def _load_recovery(self, public: Public) -> Any:
         return self._context.call(
-            "LoadExternal", lambda: self._esapi.load_external(tss_public(public))
+            "LoadExternal",
+            # In a hierarchy of the TPM's own: a ticket of the NULL hierarchy is an empty one.
+            lambda: self._esapi.load_external(tss_public(public), hierarchy=ESYS_TR.OWNER),
         )
 
     def approve(self, recovery: Public, approval: Approval) -> None:
@@ -402,7 +404,9 @@ class HostTpm:
 
     def certify_ca(self, qualifying: bytes) -> tuple[bytes, bytes]:
         """The AK's TPM2_Certify of the CA key: it lives in the same TPM, under its policy."""
-        session = self._authorized_admin()
+        # The ADMIN role is satisfied by the authorization value, as adminWithPolicy is clear; for
+        # signing, the USER role, there is only the policy.
+        session = self._context.hmac(ENCRYPT_BOTH)
         attest, signature = self._context.call(
             "Certify",
             lambda: self._esapi.certify(
@@ -411,16 +415,10 @@ class HostTpm:
                 qualifying,
                 TPMT_SIG_SCHEME(scheme=TPM2_ALG.NULL),
                 session1=session,
-                session2=self._context.hmac(ENCRYPT_BOTH),
+                session2=self._context.start(TPM2_SE.HMAC),
             ),
         )
         return bytes(attest), bytes(signature.marshal())
-
-    def _authorized_admin(self) -> Any:
-        """TPM2_Certify takes the object in the ADMIN role, which here is the same policy."""
-        session = self._authorized()
-        self._esapi.trsess_set_attributes(session, 1)
-        return session
 
     # --- the host's own endorsement key ---
 

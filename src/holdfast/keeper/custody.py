@@ -1,0 +1,231 @@
+"""The keeper's powers, once the host TPM has opened: data keys, enrolment, quotes.
+
+Not here: who asks, and leases (`keeper.service`).
+"""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import hmac
+import os
+from collections import OrderedDict
+from typing import Any, Final
+from uuid import UUID
+
+from cryptography import x509
+from cryptography.exceptions import InvalidTag
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec, utils
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+from cryptography.hazmat.primitives.kdf.hkdf import HKDF
+
+from holdfast.errors import HostError, IntegrityError, InvalidInput, NotFound, TpmError
+from holdfast.hwtpm.context import Context
+from holdfast.hwtpm.host import HostTpm, quoted_selection
+from holdfast.hwtpm.policy import Signature
+from holdfast.ids import instance_name
+from holdfast.keeper import certificates
+from holdfast.keeper.vault import Vault
+from holdfast.protocol import ipc
+from holdfast.tpm2.algorithms import Alg
+from holdfast.tpm2.keys import make_credential, public_key
+from holdfast.tpm2.structures import Attest, Public, QuoteInfo, pcr_composite
+from holdfast.tpm2.templates import AK_P256, EK_P256, EK_RSA2048
+from holdfast.tpm2.wire import u16, u64
+
+DATA_KEY_SIZE: Final = 32
+ENROLMENTS_MAX: Final = 1024
+CREDENTIAL_SIZE: Final = 32
+QUOTE_TRIES: Final = 5
+ROUND_TAG: Final = b"holdfast/round/1"
+_WRAP_INFO: Final = b"holdfast/data-key/1"
+_NONCE: Final = 12
+
+
+class Custody:
+    """Root key and host TPM, open. `close` forgets."""
+
+    def __init__(self, made: Vault, tcti: str) -> None:
+        """Open what `made` describes; HostError says why it does not."""
+        self._made = made
+        self._context = Context(tcti)
+        try:
+            self._tpm, self._root_key = self._open()
+        except BaseException:
+            self._context.close()
+            raise
+        wrapping = HKDF(hashes.SHA256(), 32, None, _WRAP_INFO).derive(bytes(self._root_key))
+        self._wrapping = AESGCM(wrapping)
+        self._issuer = x509.load_der_x509_certificate(made.ca_certificate)
+        self._ca_key = _TpmKey(self._tpm, Public.decode(made.ca_key.public))
+        self._pending: OrderedDict[UUID, tuple[bytes, ipc.EnrolKeys]] = OrderedDict()
+        self.description = self._tpm.describe()
+
+    def _open(self) -> tuple[HostTpm, bytearray]:
+        made = self._made
+        tpm = HostTpm(self._context)
+        tpm.open_primary(made.unique, made.primary_auth)
+        tpm.open_index(made.index_auth, made.index_name)
+        current = tpm.read_pcrs().get(Alg.SHA256, {})
+        approval = next(
+            (a for a in made.approvals if all(current.get(p) == v for p, v in a.values.items())),
+            None,
+        )
+        if approval is None:
+            closest = made.approvals[0].values
+            differ = [str(pcr) for pcr in sorted(closest) if current.get(pcr) != closest[pcr]]
+            raise HostError(
+                f"this boot state is not approved: PCR {', '.join(differ)} (sha256) differs; "
+                "if that is as it should be, run holdfast policy authorize with the recovery key"
+            )
+        tpm.approve(Public.decode(made.recovery_public), approval)
+        root_key = bytearray(tpm.unseal(made.root_key))
+        tpm.use_ak(made.ak)
+        tpm.use_ca(made.ca_key)
+        return tpm, root_key
+
+    def close(self) -> None:
+        self._root_key[:] = bytes(len(self._root_key))
+        self._context.close()
+
+    # --- data keys ---
+
+    def wrap_new(self, instance: UUID) -> tuple[bytes, bytes]:
+        """A new data key (32 bytes) for the instance, and its wrapped form: nonce ‖ AES-GCM."""
+        key, nonce = os.urandom(DATA_KEY_SIZE), os.urandom(_NONCE)
+        return key, nonce + self._wrapping.encrypt(nonce, key, _WRAP_INFO + instance.bytes)
+
+    def unwrap(self, instance: UUID, wrapped: bytes) -> bytes:
+        """The data key; IntegrityError if it was wrapped for another instance or host."""
+        try:
+            return self._wrapping.decrypt(
+                wrapped[:_NONCE], wrapped[_NONCE:], _WRAP_INFO + instance.bytes
+            )
+        except (InvalidTag, ValueError):
+            raise IntegrityError(
+                "the wrapped data key does not open: it is another instance's, or another host's"
+            ) from None
+
+    # --- enrolment of new vTPMs ---
+
+    def challenge(self, keys: ipc.EnrolKeys) -> ipc.EnrolChallenge:
+        """A credential that only the TPM with this EK and this AK can open."""
+        instance_name(keys.name)
+        ek_rsa, ek_ecc, ak = (Public.decode(raw) for raw in (keys.ek_rsa, keys.ek_ecc, keys.ak))
+        pairs = ((ek_rsa, EK_RSA2048), (ek_ecc, EK_P256), (ak, AK_P256))
+        if not all(_follows(public, template) for public, template in pairs):
+            raise InvalidInput("a key does not follow its template")
+        credential = os.urandom(CREDENTIAL_SIZE)
+        while len(self._pending) >= ENROLMENTS_MAX:
+            self._pending.popitem(last=False)
+        self._pending[keys.instance] = (credential, keys)
+        seed = os.urandom(CREDENTIAL_SIZE)
+        return ipc.EnrolChallenge(*make_credential(ek_rsa, ak.name, credential, seed))
+
+    def enrol(self, proof: ipc.EnrolProof) -> ipc.Enrolled:
+        """Certificates, if the credential was opened."""
+        credential, keys = self._pending.pop(proof.instance, (b"", None))
+        if keys is None:
+            raise NotFound("no enrolment is under way for this instance")
+        if not hmac.compare_digest(credential, proof.credential):
+            raise IntegrityError("the vTPM did not open its credential: EK and AK are not together")
+        now = datetime.datetime.now(datetime.UTC)
+        made = self._made
+        subject = certificates.vtpm_subject(made.site, keys.name, str(keys.instance))
+        issuer, key = self._issuer, self._ca_key
+        ek_rsa, ek_ecc = (
+            certificates.vtpm_ek(subject, Public.decode(raw), issuer, key, made.service, now)
+            for raw in (keys.ek_rsa, keys.ek_ecc)
+        )
+        ak = certificates.vtpm_ak(subject, Public.decode(keys.ak), issuer, key, now)
+        return ipc.Enrolled(ek_rsa, ek_ecc, ak, (made.ca_certificate, made.root_certificate))
+
+    # --- attesting ---
+
+    def quote_round(self, tree_size: int, root: bytes) -> ipc.HostQuote:
+        """Quote a round's tree. The tagged structure is made here, so the AK signs nothing else."""
+        if len(root) != 32 or not tree_size:
+            raise InvalidInput("a round has a 32-byte root over at least one leaf")
+        qualifying = hashlib.sha256(ROUND_TAG + u16(Alg.SHA256) + u64(tree_size) + root).digest()
+        for _ in range(QUOTE_TRIES):
+            attest, signature = self._tpm.quote(qualifying)
+            values = self._tpm.read_pcrs()
+            quoted = Attest.decode(attest).attested
+            assert isinstance(quoted, QuoteInfo)
+            if quoted.pcr_digest == pcr_composite(Alg.SHA256, quoted_selection(), values):
+                pcrs = tuple(
+                    ipc.PcrValue(Alg.SHA256, pcr, value)
+                    for pcr, value in values[Alg.SHA256].items()
+                )
+                return ipc.HostQuote(attest, signature, pcrs)
+        raise HostError("the host TPM's PCRs change faster than they can be quoted")
+
+    def pcrs(self) -> ipc.HostPcrValues:
+        values = self._tpm.read_pcrs()
+        return ipc.HostPcrValues(
+            tuple(
+                ipc.PcrValue(alg, pcr, value)
+                for alg, bank in values.items()
+                for pcr, value in bank.items()
+            )
+        )
+
+    def identity(self) -> ipc.HostIdentity:
+        made = self._made
+        return ipc.HostIdentity(
+            made.ek_certificate, made.ek_public, made.ak.public, made.ak_certificate,
+            made.ca_key.public, made.ca_certificate, made.ca_attest, made.ca_signature,
+            made.root_certificate,
+        )  # fmt: skip
+
+
+def _follows(public: Public, template: Public) -> bool:
+    """Whether a key has its template's type, attributes, policy and parameters."""
+    names = ("kind", "name_alg", "attributes", "policy", "scheme", "symmetric", "curve", "bits")
+    return all(getattr(public, name) == getattr(template, name) for name in names)
+
+
+class _TpmKey(ec.EllipticCurvePrivateKey):
+    """The issuing CA's key as `cryptography` wants a private key; it can only sign."""
+
+    def __init__(self, tpm: HostTpm, public: Public) -> None:
+        self._tpm = tpm
+        key = public_key(public)
+        assert isinstance(key, ec.EllipticCurvePublicKey)
+        self._public = key
+
+    def sign(self, data: Any, signature_algorithm: ec.EllipticCurveSignatureAlgorithm) -> bytes:
+        algorithm = signature_algorithm.algorithm
+        assert isinstance(algorithm, hashes.SHA256)
+        try:
+            made: Signature = self._tpm.sign_as_ca(hashlib.sha256(data).digest())
+        except TpmError as error:
+            raise HostError(f"the issuing CA's key cannot sign (0x{error.rc:x})") from None
+        return utils.encode_dss_signature(made.r, made.s)
+
+    def public_key(self) -> ec.EllipticCurvePublicKey:
+        return self._public
+
+    @property
+    def curve(self) -> ec.EllipticCurve:
+        return self._public.curve
+
+    @property
+    def key_size(self) -> int:
+        return self._public.key_size
+
+    def exchange(self, *_: object) -> bytes:
+        raise HostError("a CA's key does not agree on keys")
+
+    def private_numbers(self) -> ec.EllipticCurvePrivateNumbers:
+        raise HostError("the CA's private key does not leave the host TPM")
+
+    def private_bytes(self, *_: object, **__: object) -> bytes:
+        raise HostError("the CA's private key does not leave the host TPM")
+
+    def __copy__(self) -> _TpmKey:
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _TpmKey:
+        return self
