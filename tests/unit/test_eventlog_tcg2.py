@@ -24,6 +24,21 @@ ORACLE = shutil.which("tpm2_eventlog")
 needs_oracle = pytest.mark.skipif(ORACLE is None, reason="tpm2_eventlog (tpm2-tools) is missing")
 
 
+def oracle_version() -> tuple[int, ...]:
+    """Version of tpm2-tools, or (0,)."""
+    if ORACLE is None:
+        return (0,)
+    shown = subprocess.run([ORACLE, "--version"], capture_output=True, text=True, check=True).stdout
+    found = re.search(r'version="(\d+(?:\.\d+)*)', shown)
+    return tuple(map(int, found[1].split("."))) if found else (0,)
+
+
+# Before, it extends EV_NO_ACTION and knows no StartupLocality (tpm2-tools #3224, #3146).
+needs_newer_oracle = pytest.mark.skipif(
+    oracle_version() < (5, 6), reason=f"tpm2-tools {oracle_version()} replays no StartupLocality"
+)
+
+
 def event(pcr: int, event_type: int, data: bytes, measured: bytes | None = None) -> Tcg2Event:
     hashed = data if measured is None else measured
     return Tcg2Event(pcr, event_type, {alg: digest(alg, hashed) for alg in BANKS}, data)
@@ -91,7 +106,7 @@ def test_tpm2_eventlog_replays_the_fixture_as_we_do(tmp_path: Path) -> None:
     assert_agrees(replay.pcr_values(tcg2.parse(FIXTURE)), oracle)
 
 
-@needs_oracle
+@needs_newer_oracle
 @pytest.mark.parametrize("start", [0, 3, 4])
 def test_tpm2_eventlog_agrees_on_where_pcr_0_starts(start: int, tmp_path: Path) -> None:
     log = tcg2.build([locality(start), event(0, tcg2.EV_S_CRTM_VERSION, b"v\0")], BANKS)
@@ -194,14 +209,31 @@ def test_digests_of_algorithms_we_do_not_know_are_carried_in_place() -> None:
     body = b"Spec ID Event03\0" + struct.pack("<IBBBBI", 0, 0, 2, 0, 2, 3)
     body += struct.pack("<HHHHHH", Alg.SHA1, 20, sm3, 32, Alg.SHA256, 32) + b"\3abc"
     head = struct.pack("<II20sI", 0, tcg2.EV_NO_ACTION, bytes(20), len(body)) + body
-    one = struct.pack("<III", 7, tcg2.EV_SEPARATOR, 3)
-    one += struct.pack("<H32s", sm3, b"m" * 32) + struct.pack("<H20s", Alg.SHA1, b"s" * 20)
-    one += struct.pack("<H32s", Alg.SHA256, b"t" * 32) + struct.pack("<I", 4) + bytes(4)
+    one = struct.pack("<III", 7, tcg2.EV_SEPARATOR, 3) + struct.pack("<H20s", Alg.SHA1, b"s" * 20)
+    one += struct.pack("<H32s", sm3, b"m" * 32) + struct.pack("<H32s", Alg.SHA256, b"t" * 32)
+    one += struct.pack("<I", 4) + bytes(4)
     log = tcg2.parse(head + one)
     assert tcg2.encode(log) == head + one
     assert log.algorithms == (Alg.SHA1, Alg.SHA256)
     assert log.events[0].digests == {Alg.SHA1: b"s" * 20, Alg.SHA256: b"t" * 32}
-    assert log.events[0].other_digests == ((0, sm3, b"m" * 32),)
+    assert log.events[0].other_digests == ((1, sm3, b"m" * 32),)
+
+
+def test_two_digests_for_one_bank_are_refused() -> None:
+    head = tcg2.encode(tcg2.build([], BANKS))
+    digest_twice = struct.pack("<H20s", Alg.SHA1, bytes(20)) * 2
+    with pytest.raises(DecodeError, match="0x0004"):
+        tcg2.parse(head + struct.pack("<III", 7, 4, 2) + digest_twice + struct.pack("<I", 0))
+
+
+@pytest.mark.parametrize("start", [0, 3, 4])
+def test_the_startup_locality_is_where_pcr_0_starts(start: int) -> None:
+    log = tcg2.build([locality(start), event(0, tcg2.EV_S_CRTM_VERSION, b"v\0")], BANKS)
+    assert log.startup_locality == start
+    values = replay.pcr_values(log)
+    for alg in BANKS:
+        before = bytes(HASH_SIZES[alg] - 1) + bytes((start,))
+        assert values[alg][0] == digest(alg, before + digest(alg, b"v\0"))
 
 
 def test_the_startup_locality_is_that_of_the_h_crtm_without_an_event_saying_so() -> None:
@@ -246,7 +278,10 @@ def test_no_action_is_not_extended() -> None:
         (event(0, tcg2.EV_S_CRTM_VERSION, b"1\0", b"2\0"), None),
         (event(1, tcg2.EV_EFI_VARIABLE_BOOT, variable("Boot0000", b"disk"), b"disk"), b"disk"),
         (event(1, tcg2.EV_EFI_VARIABLE_BOOT2, variable("Boot0000", b"disk"), b"disk"), None),
-        (event(8, tcg2.EV_IPL, b"grub_cmd: linux /vmlinuz\0", b"linux /vmlinuz"), b"linux /vmlinuz"),
+        (
+            event(8, tcg2.EV_IPL, b"grub_cmd: linux /vmlinuz\0", b"linux /vmlinuz"),
+            b"linux /vmlinuz",
+        ),
         (event(9, tcg2.EV_IPL, b"/vmlinuz\0", b"a kernel"), None),
         (event(8, tcg2.EV_IPL, b"(hd0,gpt2)/grub.cfg\0", b"a file"), None),
         # Relabelled: a file measured by grub passed off as a Secure Boot variable.

@@ -94,7 +94,11 @@ class Entry:
         return b"".join(_LEN.pack(len(value)) + value for value in fields)
 
     def digest(self, bank: Alg) -> bytes:
-        """What `bank` of the PCR is extended with."""
+        """What `bank` of the PCR is extended with: that bank's hash of the template data.
+
+        Not so in a host's PCR 10 if its kernel has not loaded the bank's hash when IMA begins
+        (seen with SHA-384 and SHA-512): Linux then pads the SHA-1 with zeros.
+        """
         if self.violation:
             return b"\xff" * HASH_SIZES[bank]
         return digest(bank, self.template_data())

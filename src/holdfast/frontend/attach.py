@@ -60,6 +60,15 @@ def attach(directory: Path, name: str) -> Attachment:
     return Attachment(fuse, *sockets)
 
 
+def adopt(directory: Path, fds: list[int]) -> Attachment:
+    """The ends of a run that goes on, from their holder; only the evidence socket is new."""
+    fuse, data, control = fds
+    path = directory / "run" / EVIDENCE_SOCKET
+    path.unlink(missing_ok=True)
+    streams = [socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, 0, fd) for fd in (data, control)]
+    return Attachment(fuse, *streams, _listen(path))
+
+
 def _listen(path: Path) -> socket.socket:
     server = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     server.bind(os.fspath(path))

@@ -1,0 +1,409 @@
+"""Commands: what each asks of the daemon, or does without one.
+
+`verify`, `policy` and `tpm` need neither daemon nor root; the rest goes through the API.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pwd
+import subprocess
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated, Any, Final
+
+import typer
+
+from holdfast import __version__
+from holdfast.cli import output
+from holdfast.cli.output import failures, progress, show
+from holdfast.cli.tpm import run_command
+from holdfast.client import Client
+from holdfast.errors import Forbidden, HostError, InvalidInput
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=True,
+    pretty_exceptions_enable=False,
+    help="A TPM 2.0 of its own for every Linux container, held fast to the host's TPM.",
+)
+policy_app = typer.Typer(no_args_is_help=True, help="Appraisal policies, and approved boot states.")
+app.add_typer(policy_app, name="policy")
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Name = Annotated[str, typer.Argument(help="The vTPM's name.")]
+ConfigFile = Annotated[Path | None, typer.Option("--config", help="Configuration file (TOML).")]
+_STATE_MARKS: Final = {
+    "ok": "[green]ok[/green]",
+    "note": "[cyan]note[/cyan]",
+    "warning": "[yellow]warning[/yellow]",
+    "problem": "[red]problem[/red]",
+}
+
+
+def run() -> None:
+    """Run the command line."""
+    app(prog_name="holdfast")
+
+
+@app.command()
+def version(as_json: Json = False) -> None:
+    """Show the version."""
+    show({"version": __version__}, as_json, lambda v: output.line(f"holdfast {v['version']}"))
+
+
+# --- the host ---
+
+
+@app.command()
+def init(
+    recovery_recipient: Annotated[
+        str, typer.Option(help="age1… or ssh-… public key, or a file with one: gets the keys.")
+    ],
+    out: Annotated[Path, typer.Option(help="Where the encrypted keys are written.")],
+    config: ConfigFile = None,
+    site: Annotated[str, typer.Option(help="The site's name, in every certificate.")] = (
+        "Holdfast site"
+    ),
+    pcrs: Annotated[str, typer.Option(help="Host PCRs that make up the boot state.")] = "0,2,4,7",
+    as_json: Json = False,
+) -> None:
+    """Set this host up, once: keys in its TPM, a site root CA, a recovery key that leaves it.
+
+    Move the written files off this host: recovery.age approves later boot states,
+    site-root-ca.key.age certifies further hosts, site-root-ca.pem is what verifiers trust.
+    """
+    with failures():
+        _root("init")
+        settings = _settings(config)
+        uid, gid = _keeper_user(settings["keeper_user"])
+        command = [
+            "provision", "--dir", settings["keeper"], "--tcti", settings["tcti"],
+            "--recovery-recipient", recovery_recipient, "--out", str(out), "--pcrs", pcrs,
+            "--site", site, "--uid", str(uid), "--gid", str(gid),
+        ]  # fmt: skip
+        command += ["--stand-in"] if settings["stand_in"] else []
+        with progress("making keys in the host TPM"):
+            made = _keeper(command)
+
+        def human(value: dict[str, Any]) -> None:
+            output.line("initialised", "[green]✓[/green]")
+            output.line(f"recovery key (encrypted):   {value['recovery_key']}")
+            output.line(f"site root key (encrypted):  {value['site_root_key']}")
+            output.line(f"site root certificate:      {value['site_root_certificate']}")
+            output.line(f"host AK name:               {value['host_ak_name']}")
+            output.line("Move the encrypted files off this host. Then: holdfast serve")
+
+        show(made, as_json, human)
+
+
+@app.command()
+def serve(config: ConfigFile = None) -> None:
+    """Run Holdfast in the foreground: keeper, spawner and daemon."""
+    with failures():
+        _root("serve")
+        command = [sys.executable, "-P", "-m", "holdfast.daemon.supervisor"]
+        command += ["--config", str(config)] if config else []
+        os.execv(sys.executable, command)  # noqa: S606 - our own interpreter, our own module
+
+
+@app.command()
+def status(as_json: Json = False) -> None:
+    """Show how the host is."""
+    _examine("/v1/status", as_json)
+
+
+@app.command()
+def doctor(as_json: Json = False) -> None:
+    """Look for what this host lacks, and say it in plain words."""
+    _examine("/v1/doctor", as_json)
+
+
+def _examine(path: str, as_json: bool) -> None:
+    with failures():
+        value = Client().call("GET", path)
+
+        def human(value: dict[str, Any]) -> None:
+            for finding in value["findings"]:
+                mark = _STATE_MARKS[finding["level"]]
+                output.line(f"{finding['what']}: {finding['says']}", mark)
+            counts = ", ".join(f"{count} {state}" for state, count in value["vtpms"].items())
+            output.line(f"vTPMs: {counts or 'none'}")
+
+        show(value, as_json, human)
+        if value["verdict"] == "problem":
+            raise typer.Exit(6)
+
+
+# --- vTPMs ---
+
+
+@app.command()
+def create(
+    name: Name,
+    profile: Annotated[str, typer.Option(help="linked (for a container) or plain.")] = "linked",
+    owner: Annotated[str, typer.Option(help="User who may start, stop and attest it.")] = "",
+    bank: Annotated[list[str] | None, typer.Option(help="PCR bank; may be repeated.")] = None,
+    start_policy: Annotated[
+        Path | None, typer.Option(help="JSON file: which image or configuration may start it.")
+    ] = None,
+    unsafe_unlinked: Annotated[
+        bool, typer.Option(help="Start even if the host's event log cannot be replayed.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Make a vTPM, and the CDI device a container is started with."""
+    with failures():
+        body: dict[str, Any] = {"name": name, "profile": profile}
+        if owner:
+            body["owner"] = _uid(owner)
+        if bank:
+            body["banks"] = bank
+        if start_policy is not None:
+            body["start_policy"] = _json_file(start_policy)
+        if unsafe_unlinked:
+            body["unsafe_unlinked"] = True
+        with progress(f"making {name}"):
+            value = Client().call("POST", "/v1/vtpms", body)
+
+        def human(value: dict[str, Any]) -> None:
+            output.line(f"{value['name']} ({value['id']})", "[green]✓[/green]")
+            if value["profile"] == "linked":
+                output.line(f"podman run --device {value['device']} …")
+            else:
+                output.line(f"holdfast start {value['name']}; TPM2TOOLS_TCTI={value['tcti']}")
+
+        show(value, as_json, human)
+
+
+@app.command()
+def start(name: Name, as_json: Json = False) -> None:
+    """Power on a plain vTPM. A linked one is powered on by starting its container."""
+    with failures():
+        value = Client().call("POST", f"/v1/vtpms/{_quoted(name)}/start", {})
+        show(value, as_json, lambda v: output.line(f"TPM2TOOLS_TCTI={v['tcti']}"))
+
+
+@app.command()
+def stop(name: Name, as_json: Json = False) -> None:
+    """Power a vTPM off, in order. Its container finds its device gone."""
+    with failures():
+        value = Client().call("POST", f"/v1/vtpms/{_quoted(name)}/stop", {})
+        show(value, as_json, lambda v: output.line(f"{v['name']} is {v['state']}"))
+
+
+@app.command()
+def retry(name: Name, as_json: Json = False) -> None:
+    """Let a vTPM that failed be started again, its state untouched."""
+    with failures():
+        value = Client().call("POST", f"/v1/vtpms/{_quoted(name)}/retry", {})
+        show(value, as_json, lambda v: output.line(f"{v['name']} is {v['state']}"))
+
+
+@app.command()
+def rm(name: Name, as_json: Json = False) -> None:
+    """Destroy a vTPM: its keys and everything sealed to it are gone for good."""
+    with failures():
+        value = Client().call("DELETE", f"/v1/vtpms/{_quoted(name)}")
+        show(value, as_json, lambda v: output.line(f"{v['name']} is destroyed"))
+
+
+@app.command()
+def ls(as_json: Json = False) -> None:
+    """List vTPMs."""
+    with failures():
+        value = Client().call("GET", "/v1/vtpms")
+
+        def human(value: dict[str, Any]) -> None:
+            rows = [
+                (v["name"], v["state"], v["profile"], v["container"][:12], str(v["run"]),
+                 str(v["restarts"]), v["created"])
+                for v in value["vtpms"]
+            ]  # fmt: skip
+            output.table(
+                ("NAME", "STATE", "PROFILE", "CONTAINER", "RUN", "RESTARTS", "CREATED"), rows
+            )
+
+        show(value, as_json, human)
+
+
+@app.command()
+def inspect(name: Name) -> None:
+    """Show everything about a vTPM, as JSON."""
+    with failures():
+        value = Client().call("GET", f"/v1/vtpms/{_quoted(name)}")
+        show(value, True, lambda _: None)
+
+
+@app.command()
+def logs(name: Name, as_json: Json = False) -> None:
+    """Show what was measured for the last run."""
+    with failures():
+        value = Client().call("GET", f"/v1/vtpms/{_quoted(name)}/log")
+
+        def human(value: dict[str, Any]) -> None:
+            rows = [
+                (str(e["recnum"]), str(e["pcr"]), e["content_type"], json.dumps(e["content"])[:90])
+                for e in value["events"]
+            ]
+            output.table(("EVENT", "PCR", "TYPE", "CONTENT"), rows)
+
+        show(value, as_json, human)
+
+
+# --- evidence ---
+
+
+@app.command()
+def attest(
+    name: Name,
+    nonce: Annotated[str, typer.Option(help="The verifier's nonce, 8 to 64 bytes in hex.")],
+    audience: Annotated[str, typer.Option(help="Whom the evidence is for.")] = "",
+    user_data: Annotated[str, typer.Option(help="What it is bound to, in hex.")] = "",
+    out: Annotated[Path | None, typer.Option(help="Write here instead of printing.")] = None,
+) -> None:
+    """Make evidence: a deep quote of a running vTPM, down to the host's TPM."""
+    with failures():
+        body = {"nonce": nonce, "audience": audience, "user_data": user_data}
+        value = Client().call("POST", f"/v1/vtpms/{_quoted(name)}/evidence", body)
+        text = json.dumps(value, separators=(",", ":"), sort_keys=True)
+        if out is None:
+            sys.stdout.write(text + "\n")
+        else:
+            out.write_text(text)
+
+
+# --- the rest ---
+
+
+@app.command()
+def cdi(name: Name) -> None:
+    """Print the CDI specification of a vTPM (it is in /run/cdi already)."""
+    with failures():
+        value = Client().call("GET", f"/v1/vtpms/{_quoted(name)}/cdi")
+        show(value, True, lambda _: None)
+
+
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+)
+def tpm(
+    context: typer.Context,
+    state: Annotated[
+        Path | None, typer.Option(help="Keep the TPM's state in this directory, unprotected.")
+    ] = None,
+    replay: Annotated[
+        Path | None, typer.Option(help="A TCG2 event log to replay into it first.")
+    ] = None,
+) -> None:
+    """Run a command with a TPM of its own: holdfast tpm -- tpm2_getrandom --hex 8
+
+    The TPM is a plain one, in software, linked to nothing; it needs neither root nor daemon.
+    """
+    with failures():
+        if not context.args:
+            raise InvalidInput("which command? for example: holdfast tpm -- tpm2_getrandom --hex 8")
+        raise typer.Exit(run_command(context.args, state, replay))
+
+
+@policy_app.command()
+def authorize(
+    identity: Annotated[Path, typer.Option(help="age or ssh private key of the recipient.")],
+    recovery_file: Annotated[Path, typer.Option(help="The recovery.age that init wrote.")],
+    retire: Annotated[bool, typer.Option(help="Retire all boot states approved before.")] = False,
+    config: ConfigFile = None,
+    as_json: Json = False,
+) -> None:
+    """Approve the host's present boot state, with the recovery key."""
+    with failures():
+        _root("policy authorize")
+        settings = _settings(config)
+        uid, gid = _keeper_user(settings["keeper_user"])
+        command = [
+            "authorize", "--dir", settings["keeper"], "--tcti", settings["tcti"],
+            "--identity", str(identity), "--recovery-file", str(recovery_file),
+            "--uid", str(uid), "--gid", str(gid),
+        ]  # fmt: skip
+        made = _keeper([*command, "--retire"] if retire else command)
+        show(made, as_json, lambda v: output.line(f"approved, version {v['version']}"))
+
+
+# --- parts ---
+
+
+def _root(what: str) -> None:
+    if os.geteuid() != 0:
+        raise Forbidden(f"{what} is for root")
+
+
+def _quoted(name: str) -> str:
+    """A name in a path; what is no name is left for the daemon to refuse."""
+    from urllib.parse import quote  # noqa: PLC0415 - a detail of one line
+
+    return quote(name, safe="")
+
+
+def _uid(owner: str) -> int:
+    if owner.isdigit():
+        return int(owner)
+    try:
+        return pwd.getpwnam(owner).pw_uid
+    except KeyError:
+        raise InvalidInput(f"there is no user {owner!a}") from None
+
+
+def _json_file(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise InvalidInput(f"{path} is not JSON: {error}") from None
+
+
+def _module(arguments: list[str]) -> Any:
+    """Run one of our modules and read the JSON it prints; its error becomes ours."""
+    command = [sys.executable, "-P", "-m", *arguments]
+    done = subprocess.run(command, stdout=subprocess.PIPE, check=False)
+    try:
+        value = json.loads(done.stdout)
+    except ValueError:
+        raise HostError(f"{arguments[0]} ended with status {done.returncode}") from None
+    if done.returncode:
+        from holdfast import errors  # noqa: PLC0415 - only here are names made errors
+
+        kind = getattr(errors, value["error"], HostError)
+        if kind not in (errors.InvalidInput, errors.Conflict, errors.NotFound):
+            kind = HostError
+        raise kind(value["why"])
+    return value
+
+
+def _keeper(arguments: list[str]) -> dict[str, Any]:
+    value = _module(["holdfast.keeper", *arguments])
+    assert isinstance(value, dict)
+    return value
+
+
+def _settings(config: Path | None) -> dict[str, Any]:
+    given = ["--config", str(config)] if config else []
+    value = _module(["holdfast.daemon.settings", *given])
+    assert isinstance(value, dict)
+    return value
+
+
+def _keeper_user(name: str) -> tuple[int, int]:
+    """The keeper's own user; made if there is none."""
+    try:
+        entry = pwd.getpwnam(name)
+    except KeyError:
+        command = ["useradd", "--system", "--no-create-home", "--shell", "/usr/sbin/nologin", name]
+        if subprocess.run(command, check=False).returncode:
+            raise HostError(f"the user {name} could not be made") from None
+        entry = pwd.getpwnam(name)
+    return entry.pw_uid, entry.pw_gid
+
+
+def now() -> datetime:
+    """The clock, read at the edge."""
+    return datetime.now(UTC)

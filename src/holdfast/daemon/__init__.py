@@ -1,0 +1,1 @@
+"""The daemon: life cycle, policy, API. It sees ciphertext only and never opens the host TPM."""

@@ -1,0 +1,349 @@
+"""The API: HTTP and JSON on Unix sockets, version 1; errors are problem+json (RFC 9457).
+
+Who may call what is decided here and nowhere else, by the peer's credentials as the kernel gives
+them: root everything; the owner of an instance its start, stop, evidence and logs; hooks root only.
+Every call that changes something leaves an audit line. On the socket inside a container there is
+only that container's own evidence.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+import structlog
+from aiohttp import web
+from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
+
+from holdfast import __version__
+from holdfast.attest.collector import Collector
+from holdfast.daemon.doctor import examine
+from holdfast.daemon.host import Host
+from holdfast.daemon.starting import Start
+from holdfast.errors import (
+    AppraisalError,
+    CallerError,
+    Conflict,
+    DecodeError,
+    Forbidden,
+    HoldfastError,
+    HostError,
+    IntegrityError,
+    InvalidInput,
+    NotFound,
+)
+from holdfast.eventlog.cel import decode_seq, to_json
+from holdfast.instance.vtpm import VirtualTpm
+from holdfast.linux.channel import peer
+from holdfast.oci.state import parse as parse_state
+
+AUDIT: Final = structlog.get_logger("audit")
+BODY_MAX: Final = 1 << 20
+NONCE_MIN: Final = 8  # bytes
+NONCE_MAX: Final = 64
+_STATUS: Final[Mapping[type[HoldfastError], int]] = {
+    InvalidInput: 400,
+    DecodeError: 400,
+    Forbidden: 403,
+    NotFound: 404,
+    Conflict: 409,
+    CallerError: 400,
+    AppraisalError: 422,
+    IntegrityError: 500,
+    HostError: 503,
+}
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+@dataclass(frozen=True)
+class Caller:
+    """Who is calling, as the kernel says."""
+
+    pid: int
+    uid: int
+
+    def must_be_root(self, what: str) -> None:
+        if self.uid != 0:
+            raise Forbidden(f"{what} is for root")
+
+    def must_own(self, vtpm: VirtualTpm) -> None:
+        if self.uid not in (0, vtpm.record.owner):
+            raise Forbidden(f"{vtpm.record.name} belongs to user {vtpm.record.owner}")
+
+
+def caller(request: web.Request) -> Caller:
+    assert request.transport is not None
+    who = peer(request.transport.get_extra_info("socket"))
+    return Caller(who.pid, who.uid)
+
+
+def _problem(error: HoldfastError) -> web.Response:
+    status = next((code for kind, code in _STATUS.items() if isinstance(error, kind)), 500)
+    body = {
+        "type": f"urn:holdfast:error:{type(error).__name__}",
+        "title": type(error).__name__,
+        "status": status,
+        "detail": str(error),
+    }
+    return web.json_response(body, status=status, content_type="application/problem+json")
+
+
+@web.middleware
+async def problems(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Turn our errors into problem+json; anything unexpected into a logged 500."""
+    try:
+        return await handler(request)
+    except HoldfastError as error:
+        return _problem(error)
+    except web.HTTPException:
+        raise
+    except Exception:  # noqa: BLE001 - the edge of a request: log, answer, go on
+        structlog.get_logger().exception("request failed", path=request.path)
+        return _problem(HostError("an unexpected error; the daemon's log has it"))
+
+
+class Api:
+    """The routes, on one host."""
+
+    def __init__(self, host: Host, collector: Collector) -> None:
+        self._host = host
+        self._collector = collector
+        self._metrics = CollectorRegistry()
+        self._calls = Counter(
+            "holdfast_api_calls_total", "API calls that changed something", ["what"],
+            registry=self._metrics,
+        )  # fmt: skip
+        self._gauge = Gauge("holdfast_vtpms", "vTPMs by state", ["state"], registry=self._metrics)
+
+    def application(self) -> web.Application:
+        """What is served on the API socket."""
+        app = web.Application(middlewares=[problems], client_max_size=BODY_MAX)
+        app.add_routes(
+            [
+                web.get("/healthz", self._health),
+                web.get("/metrics", self._show_metrics),
+                web.get("/v1/version", self._version),
+                web.get("/v1/status", self._status),
+                web.get("/v1/doctor", self._doctor),
+                web.get("/v1/vtpms", self._list),
+                web.post("/v1/vtpms", self._create),
+                web.get("/v1/vtpms/{name}", self._inspect),
+                web.delete("/v1/vtpms/{name}", self._remove),
+                web.post("/v1/vtpms/{name}/start", self._start),
+                web.post("/v1/vtpms/{name}/stop", self._stop),
+                web.post("/v1/vtpms/{name}/retry", self._retry),
+                web.get("/v1/vtpms/{name}/log", self._log),
+                web.get("/v1/vtpms/{name}/cdi", self._cdi),
+                web.post("/v1/vtpms/{name}/evidence", self._evidence),
+                web.post("/v1/hooks/{stage}", self._hook),
+            ]
+        )
+        return app
+
+    def own_application(self, vtpm: VirtualTpm) -> web.Application:
+        """What is served inside a container: evidence of its own vTPM, and nothing else."""
+
+        async def evidence(request: web.Request) -> web.Response:
+            return await self._collect(vtpm, await _body(request))
+
+        async def log(_request: web.Request) -> web.Response:
+            return web.json_response(_log_of(vtpm))
+
+        app = web.Application(middlewares=[problems], client_max_size=BODY_MAX)
+        app.add_routes([web.post("/v1/evidence", evidence), web.get("/v1/log", log)])
+        return app
+
+    # --- the daemon itself ---
+
+    async def _health(self, _request: web.Request) -> web.Response:
+        return web.Response(text="ok\n")
+
+    async def _version(self, _request: web.Request) -> web.Response:
+        return web.json_response({"version": __version__, "api": 1})
+
+    async def _show_metrics(self, _request: web.Request) -> web.Response:
+        counts: dict[str, int] = {}
+        for vtpm in self._host.all():
+            counts[vtpm.record.state] = counts.get(vtpm.record.state, 0) + 1
+        self._gauge.clear()
+        for state, count in counts.items():
+            self._gauge.labels(state).set(count)
+        return web.Response(body=generate_latest(self._metrics), content_type="text/plain")
+
+    async def _status(self, request: web.Request) -> web.Response:
+        caller(request).must_be_root("status")
+        return web.json_response(await examine(self._host))
+
+    async def _doctor(self, request: web.Request) -> web.Response:
+        caller(request).must_be_root("doctor")
+        return web.json_response(await examine(self._host))
+
+    # --- vTPMs ---
+
+    async def _list(self, request: web.Request) -> web.Response:
+        who = caller(request)
+        vtpms = [v for v in self._host.all() if who.uid in (0, v.record.owner)]
+        return web.json_response({"vtpms": [_summary(vtpm) for vtpm in vtpms]})
+
+    async def _create(self, request: web.Request) -> web.Response:
+        who = caller(request)
+        who.must_be_root("creating a vTPM")
+        wanted = await _body(request)
+        _known(
+            wanted,
+            {"name", "profile", "owner", "banks", "unsafe_unlinked", "start_policy"},
+        )
+        vtpm = await self._host.create(wanted, who.uid)
+        self._audit(who, "create", vtpm.record.name)
+        return web.json_response(self._details(vtpm), status=201)
+
+    async def _inspect(self, request: web.Request) -> web.Response:
+        return web.json_response(self._details(self._owned(request)))
+
+    async def _remove(self, request: web.Request) -> web.Response:
+        who = caller(request)
+        who.must_be_root("destroying a vTPM")
+        name = request.match_info["name"]
+        await self._host.destroy(name)
+        self._audit(who, "destroy", name)
+        return web.json_response({"name": name, "state": "destroyed"})
+
+    async def _start(self, request: web.Request) -> web.Response:
+        vtpm = self._owned(request)
+        await self._host.start_plain(vtpm.record.name)
+        self._audit(caller(request), "start", vtpm.record.name)
+        return web.json_response(self._details(vtpm))
+
+    async def _stop(self, request: web.Request) -> web.Response:
+        vtpm = self._owned(request)
+        await self._host.end(vtpm.record.name)
+        self._audit(caller(request), "stop", vtpm.record.name)
+        return web.json_response(self._details(vtpm))
+
+    async def _retry(self, request: web.Request) -> web.Response:
+        vtpm = self._owned(request)
+        await self._host.retry(vtpm.record.name)
+        self._audit(caller(request), "retry", vtpm.record.name)
+        return web.json_response(self._details(vtpm))
+
+    async def _log(self, request: web.Request) -> web.Response:
+        return web.json_response(_log_of(self._owned(request)))
+
+    async def _cdi(self, request: web.Request) -> web.Response:
+        vtpm = self._owned(request)
+        return web.json_response(self._host.cdi_of(vtpm))
+
+    async def _evidence(self, request: web.Request) -> web.Response:
+        vtpm = self._owned(request)
+        response = await self._collect(vtpm, await _body(request))
+        self._audit(caller(request), "attest", vtpm.record.name)
+        return response
+
+    async def _collect(self, vtpm: VirtualTpm, body: dict[str, Any]) -> web.Response:
+        _known(body, {"nonce", "audience", "user_data"})
+        nonce = _hex(body, "nonce")
+        if not NONCE_MIN <= len(nonce) <= NONCE_MAX:
+            raise InvalidInput(f"a nonce has {NONCE_MIN} to {NONCE_MAX} bytes, in hexadecimal")
+        audience = body.get("audience", "")
+        if not isinstance(audience, str):
+            raise InvalidInput("audience is text")
+        evidence = await self._collector.collect(vtpm, nonce, audience, _hex(body, "user_data"))
+        return web.Response(body=evidence, content_type="application/json")
+
+    # --- hooks ---
+
+    async def _hook(self, request: web.Request) -> web.Response:
+        who = caller(request)
+        who.must_be_root("a runtime's hook")
+        body = await _body(request)
+        _known(body, {"vtpm", "state"})
+        name = str(body.get("vtpm", ""))
+        state = parse_state(json.dumps(body.get("state")).encode())
+        stage = request.match_info["stage"]
+        if stage == "createRuntime":
+            await self._host.start_for(name, Start(state, self._host.log, self._host.config))
+            self._audit(who, "power on", name, container=state.id)
+        elif stage == "poststop":
+            # Only hurries what the end of the container's init brings about anyway.
+            await self._host.end_of(name, state.id)
+            self._audit(who, "power off", name, container=state.id)
+        else:
+            raise NotFound(f"there is no hook stage {stage!a}")
+        return web.json_response({"vtpm": name, "stage": stage})
+
+    # --- parts ---
+
+    def _owned(self, request: web.Request) -> VirtualTpm:
+        vtpm = self._host.find(request.match_info["name"])
+        caller(request).must_own(vtpm)
+        return vtpm
+
+    def _audit(self, who: Caller, what: str, vtpm: str, **more: str) -> None:
+        self._calls.labels(what).inc()
+        AUDIT.info(what, vtpm=vtpm, uid=who.uid, pid=who.pid, **more)
+
+    def _details(self, vtpm: VirtualTpm) -> dict[str, Any]:
+        place = self._host.config.paths.vtpm(vtpm.record.name)
+        return {
+            **_summary(vtpm),
+            "banks": list(vtpm.record.banks),
+            "start_policy": vtpm.record.start_policy,
+            "unsafe_unlinked": vtpm.record.unlinked,
+            "device": f"holdfast.dev/vtpm={vtpm.record.name}",
+            "tcti": f"swtpm:path={place / 'run' / 'tpm.sock'}",
+            "pcrs": {
+                alg.name.lower(): {str(pcr): value.hex() for pcr, value in bank.items()}
+                for alg, bank in vtpm.ledger.items()
+            },
+        }
+
+
+def _summary(vtpm: VirtualTpm) -> dict[str, Any]:
+    record = vtpm.record
+    return {
+        "name": record.name,
+        "id": str(record.id),
+        "state": record.state,
+        "profile": record.profile,
+        "owner": record.owner,
+        "created": record.created,
+        "run": record.run,
+        "restarts": record.restarts,
+        "container": vtpm.run.container if vtpm.run else "",
+        "why_failed": record.why_failed,
+    }
+
+
+def _log_of(vtpm: VirtualTpm) -> dict[str, Any]:
+    """The log of the last run: what was measured, whether or not it still runs."""
+    path = vtpm.log_directory / f"{vtpm.record.run:08d}.cel"
+    try:
+        records, torn = decode_seq(path.read_bytes())
+    except FileNotFoundError:
+        records, torn = (), b""
+    return {"run": vtpm.record.run, "torn": bool(torn), "events": [to_json(r) for r in records]}
+
+
+async def _body(request: web.Request) -> dict[str, Any]:
+    try:
+        value = await request.json()
+    except ValueError:
+        raise InvalidInput("the request's body is not JSON") from None
+    if not isinstance(value, dict):
+        raise InvalidInput("the request's body is not a JSON object")
+    return value
+
+
+def _known(body: dict[str, Any], names: set[str]) -> None:
+    unknown = sorted(set(body) - names)
+    if unknown:
+        raise InvalidInput(f"{unknown[0]!a} is not known here")
+
+
+def _hex(body: dict[str, Any], name: str) -> bytes:
+    try:
+        return bytes.fromhex(body.get(name, ""))
+    except (TypeError, ValueError):
+        raise InvalidInput(f"{name} is not hexadecimal") from None

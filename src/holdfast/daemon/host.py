@@ -1,0 +1,374 @@
+"""All vTPMs of one host: made, found by name, started for a container, ended with it, destroyed.
+
+Rules: nothing measured means nothing starts; the lease of a run is its container's init process,
+held by pidfd; what a dead daemon left is taken up or put in order before the API opens.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import datetime
+import json
+import os
+import signal
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+from uuid import uuid4
+
+import structlog
+
+from holdfast.daemon.config import Config
+from holdfast.daemon.starting import HostLog, Start, measured_run, plain_run
+from holdfast.errors import Conflict, HoldfastError, HostError, InvalidInput, NotFound
+from holdfast.eventlog.cel import encode_json
+from holdfast.frontend import attach as places
+from holdfast.frontend.attach import Attachment
+from holdfast.frontend.filter import Profile
+from holdfast.ids import InstanceId, InstanceName, instance_name
+from holdfast.instance.lifecycle import State
+from holdfast.instance.links import Peer
+from holdfast.instance.vtpm import Run, Surroundings, VirtualTpm
+from holdfast.oci import cdi
+from holdfast.protocol import ipc
+from holdfast.protocol import lifecycle as lc
+from holdfast.store.registry import Instance, Registry
+from holdfast.tpm2.algorithms import HASHES_BY_NAME
+
+LOG = structlog.get_logger()
+DEFAULT_BANKS: Final = ("sha256", "sha384")
+INSTANCES_MAX: Final = 10_000
+Opened = Callable[[VirtualTpm, Attachment], None]
+
+
+@dataclass
+class Lease:
+    """A run's container: its init's pidfd."""
+
+    pidfd: int
+    container: str
+
+
+class Host:
+    """The registry in memory, and everything done to it."""
+
+    def __init__(self, config: Config, opened: Opened) -> None:
+        paths = config.paths
+        self.config = config
+        self.keeper = Peer("keeper", paths.keeper)
+        self.spawner = Peer("spawner", paths.spawner)
+        self.log = HostLog(config.host.event_log)
+        self._registry = Registry(paths.state / "registry.sqlite")
+        self._around = Surroundings(self._registry, self.spawner, self.keeper, paths.state / "logs")
+        self._vtpms: dict[InstanceName, VirtualTpm] = {}
+        self._leases: dict[InstanceId, Lease] = {}
+        self._opened = opened
+        self._create = asyncio.Lock()
+
+    # --- start and end of the daemon ---
+
+    async def start(self) -> None:
+        """Take up what is there: living runs go on, the rest is put in order."""
+        held, _ = await self.spawner.ask(lc.ListHeld(), lc.HeldList)
+        workers = {entry.instance: entry for entry in held.entries}
+        for record in self._registry.all():
+            vtpm = VirtualTpm(record, self._around)
+            self._vtpms[record.name] = vtpm
+            entry = workers.pop(record.id, None)
+            alive = entry is not None and entry.pid != 0
+            try:
+                if vtpm.state is State.ACTIVE and await self._resume(vtpm, alive):
+                    continue
+                await self._put_in_order(vtpm, alive)
+            except (HoldfastError, OSError) as error:
+                LOG.warning("not taken up", vtpm=record.name, why=str(error))
+                if vtpm.state in (State.ACTIVE, State.OFF):
+                    vtpm.fail(str(error))
+        for instance in workers:  # of instances that the registry does not know
+            await self.spawner.ask(lc.Kill(instance), ipc.Done)
+            await self.spawner.ask(lc.Release(instance), ipc.Done)
+
+    async def _resume(self, vtpm: VirtualTpm, alive: bool) -> bool:
+        """Take up with a run that outlived the old daemon; False if its container is gone."""
+        saved = self._saved_run(vtpm)
+        if saved is None:
+            return False
+        run, started = saved
+        pidfd = _pidfd(run.init_pid, started) if run.init_pid else None
+        if run.init_pid and pidfd is None:
+            return False
+        _, fds = await self.spawner.ask(lc.FetchHeld(vtpm.record.id), ipc.Done)
+        os.close(fds.pop())
+        attachment = places.adopt(self.config.paths.vtpm(vtpm.record.name), fds)
+        await vtpm.reattach(run, attachment, alive=alive)
+        self._opened(vtpm, attachment)
+        if pidfd is not None:
+            self._watch(vtpm, Lease(pidfd, run.container))
+        LOG.info("taken up", vtpm=vtpm.record.name, container=run.container)
+        return True
+
+    async def _put_in_order(self, vtpm: VirtualTpm, alive: bool) -> None:
+        """No run goes on: end a worker without a container, make the device anew."""
+        if alive:
+            await self.spawner.ask(lc.Kill(vtpm.record.id), ipc.Done)
+        await self.spawner.ask(lc.Release(vtpm.record.id), ipc.Done)
+        if vtpm.state is State.ACTIVE:
+            await vtpm.power_off()
+        if vtpm.state is State.DEFINED:  # the manufacture was interrupted: nothing was promised
+            self._registry.remove(vtpm.record.id)
+            del self._vtpms[vtpm.record.name]
+        elif vtpm.state is State.OFF:
+            await self._attach(vtpm)
+
+    async def stop(self) -> None:
+        """End in order: every vTPM off and sealed, every mount and CDI file gone."""
+        for vtpm in list(self._vtpms.values()):
+            async with vtpm.lock:
+                with contextlib.suppress(HoldfastError, OSError):
+                    await self._end(vtpm)
+                    await self._detach(vtpm)
+        self.spawner.close()
+        self.keeper.close()
+        self._registry.close()
+
+    # --- finding ---
+
+    def all(self) -> list[VirtualTpm]:
+        return [self._vtpms[name] for name in sorted(self._vtpms)]
+
+    def find(self, name: str) -> VirtualTpm:
+        """The vTPM of that name; NotFound."""
+        vtpm = self._vtpms.get(instance_name(name))
+        if vtpm is None:
+            raise NotFound(f"there is no vTPM named {name}")
+        return vtpm
+
+    # --- making and destroying ---
+
+    async def create(self, wanted: dict[str, Any], owner: int) -> VirtualTpm:
+        """Make a vTPM; InvalidInput or Conflict say what is wrong with what was asked."""
+        name = instance_name(str(wanted.get("name", "")))
+        profile = Profile(wanted.get("profile", Profile.LINKED.value))
+        unlinked = bool(wanted.get("unsafe_unlinked", False))
+        banks = self._banks(wanted.get("banks"), profile, unlinked)
+        record = Instance(
+            id=InstanceId(uuid4()), name=name, state=State.DEFINED.value, profile=profile.value,
+            owner=int(wanted.get("owner", owner)), banks=banks, unlinked=unlinked,
+            created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            start_policy=wanted.get("start_policy") or {},
+        )  # fmt: skip
+        if len(self._vtpms) >= INSTANCES_MAX:
+            raise Conflict(f"there are {INSTANCES_MAX} vTPMs, no more fit")
+        vtpm = VirtualTpm(record, self._around)
+        self._registry.add(record)
+        self._vtpms[name] = vtpm
+        try:
+            async with vtpm.lock:
+                await vtpm.manufacture()
+                await self._attach(vtpm)
+        except BaseException:
+            del self._vtpms[name]
+            self._registry.remove(record.id)
+            raise
+        LOG.info("created", vtpm=name, id=str(record.id))
+        return vtpm
+
+    def _banks(self, asked: Any, profile: Profile, unlinked: bool) -> tuple[str, ...]:
+        """Banks that the host's log has; another would stay empty and satisfy any policy."""
+        if asked is not None and (
+            not isinstance(asked, list) or not asked or not set(asked) <= set(HASHES_BY_NAME)
+        ):
+            raise InvalidInput(f"banks are some of {', '.join(HASHES_BY_NAME)}")
+        banks = tuple(asked) if asked else DEFAULT_BANKS
+        if profile is Profile.LINKED and not unlinked:
+            there = self.log.bank_names()
+            banks = tuple(bank for bank in banks if bank in there)
+            if not banks:
+                raise HostError(f"the host's event log has only {', '.join(there)}")
+        return banks
+
+    async def destroy(self, name: str) -> None:
+        """Forget a vTPM for good: its state, keys and names."""
+        vtpm = self.find(name)
+        async with vtpm.lock:
+            if vtpm.state is State.ACTIVE:
+                raise Conflict(f"{name} is in use by {self._user(vtpm)}: stop it first")
+            await self._detach(vtpm)
+            self._registry.remove(vtpm.record.id)
+            del self._vtpms[vtpm.record.name]
+        LOG.info("destroyed", vtpm=name)
+
+    # --- a run ---
+
+    async def start_for(self, name: str, start: Start) -> VirtualTpm:
+        """Measure a container and power its vTPM on; whatever fails, nothing starts."""
+        vtpm = self.find(name)
+        async with vtpm.lock:
+            self._may_start(vtpm)
+            pidfd = os.pidfd_open(start.state.pid)
+            try:
+                run = await asyncio.to_thread(measured_run, vtpm.record, vtpm.banks, start)
+                await self._power_on(vtpm, run, _start_time(start.state.pid))
+            except BaseException:
+                os.close(pidfd)
+                raise
+            self._watch(vtpm, Lease(pidfd, run.container))
+        LOG.info("started", vtpm=name, container=run.container, run=vtpm.record.run)
+        return vtpm
+
+    async def start_plain(self, name: str) -> VirtualTpm:
+        """Power on a vTPM that is not linked: for whoever on the host may reach its socket."""
+        vtpm = self.find(name)
+        async with vtpm.lock:
+            if vtpm.record.profile != Profile.PLAIN.value:
+                raise Conflict(f"{name} is linked: it is powered on by starting its container")
+            self._may_start(vtpm)
+            await self._power_on(vtpm, plain_run(), 0)
+        return vtpm
+
+    def _may_start(self, vtpm: VirtualTpm) -> None:
+        if vtpm.state is State.ACTIVE:
+            raise Conflict(
+                f"{vtpm.record.name} is in use by {self._user(vtpm)}: "
+                "a vTPM belongs to one container at a time"
+            )
+        if vtpm.state is State.FAILED:
+            raise Conflict(f"{vtpm.record.name} has failed: {vtpm.record.why_failed}")
+
+    def _user(self, vtpm: VirtualTpm) -> str:
+        lease = self._leases.get(vtpm.record.id)
+        return f"container {lease.container}" if lease else "a program on this host"
+
+    async def _power_on(self, vtpm: VirtualTpm, run: Run, started: int) -> None:
+        self._save_run(vtpm, run, started)
+        await vtpm.power_on(run)
+        place = self.config.paths.vtpm(vtpm.record.name) / "run" / places.EVENT_LOG
+        place.write_text(encode_json(run.records))
+
+    def _watch(self, vtpm: VirtualTpm, lease: Lease) -> None:
+        """The run ends with its container's init."""
+        self._leases[vtpm.record.id] = lease
+        loop = asyncio.get_running_loop()
+
+        def ended() -> None:
+            loop.remove_reader(lease.pidfd)
+            os.close(lease.pidfd)
+            task = loop.create_task(self.end(vtpm.record.name, lease))
+            _TASKS.add(task)
+            task.add_done_callback(_TASKS.discard)
+
+        loop.add_reader(lease.pidfd, ended)
+
+    async def end(self, name: str, lease: Lease | None = None) -> None:
+        """Power off, and make the device anew for the next run."""
+        vtpm = self.find(name)
+        async with vtpm.lock:
+            present = self._leases.get(vtpm.record.id)
+            if lease is not None and present is not lease:
+                return
+            await self._end(vtpm)
+            await self._detach(vtpm, keep_cdi=True)
+            if vtpm.state is State.OFF:
+                await self._attach(vtpm)
+        LOG.info("ended", vtpm=name)
+
+    async def end_of(self, name: str, container: str) -> None:
+        """End the run of this very container, if it is still the one."""
+        vtpm = self.find(name)
+        lease = self._leases.get(vtpm.record.id)
+        if lease is not None and lease.container == container:
+            await self.end(name, lease)
+
+    async def retry(self, name: str) -> None:
+        """Let a failed vTPM be started again."""
+        vtpm = self.find(name)
+        async with vtpm.lock:
+            vtpm.retry()
+            await self._detach(vtpm, keep_cdi=True)
+            await self._attach(vtpm)
+
+    async def _end(self, vtpm: VirtualTpm) -> None:
+        lease = self._leases.pop(vtpm.record.id, None)
+        if lease is not None:
+            with contextlib.suppress(OSError, ValueError):
+                asyncio.get_running_loop().remove_reader(lease.pidfd)
+        if vtpm.state is State.ACTIVE:
+            await vtpm.power_off()
+        self._run_file(vtpm).unlink(missing_ok=True)
+
+    # --- the place where a container meets it ---
+
+    async def _attach(self, vtpm: VirtualTpm) -> None:
+        paths, name = self.config.paths, vtpm.record.name
+        attachment = places.attach(paths.vtpm(name), name)
+        await vtpm.attach(attachment)
+        self._opened(vtpm, attachment)
+        cdi.write(paths.cdi, name, paths.vtpm(name), cdi.hook_path())
+
+    def cdi_of(self, vtpm: VirtualTpm) -> dict[str, Any]:
+        """The CDI specification of a vTPM's device."""
+        name = vtpm.record.name
+        return cdi.specification(name, self.config.paths.vtpm(name), cdi.hook_path())
+
+    async def _detach(self, vtpm: VirtualTpm, *, keep_cdi: bool = False) -> None:
+        paths, name = self.config.paths, vtpm.record.name
+        await vtpm.detach()
+        places.detach(paths.vtpm(name))
+        if not keep_cdi:
+            cdi.remove(paths.cdi, name)
+
+    # --- what a run was started with, for the next daemon ---
+
+    def _run_file(self, vtpm: VirtualTpm) -> Path:
+        return self.config.paths.run / "runs" / f"{vtpm.record.id}.json"
+
+    def _save_run(self, vtpm: VirtualTpm, run: Run, started: int) -> None:
+        file = self._run_file(vtpm)
+        file.parent.mkdir(mode=0o700, exist_ok=True)
+        value = {
+            "container": run.container,
+            "init_pid": run.init_pid,
+            "init_started": started,
+            "host_log": run.host_log.hex(),
+            "records": encode_json(run.records),
+        }
+        fresh = file.with_suffix(".new")
+        fresh.write_text(json.dumps(value))
+        fresh.rename(file)
+
+    def _saved_run(self, vtpm: VirtualTpm) -> tuple[Run, int] | None:
+        try:
+            value = json.loads(self._run_file(vtpm).read_text())
+        except (FileNotFoundError, ValueError):
+            return None
+        run = plain_run()
+        if vtpm.record.profile == Profile.LINKED.value:
+            run = HostLog.run_again(
+                value["container"], value["init_pid"], bytes.fromhex(value["host_log"]),
+                value["records"], vtpm.banks,
+            )  # fmt: skip
+        return run, int(value["init_started"])
+
+
+_TASKS: set[asyncio.Task[None]] = set()
+
+
+def _start_time(pid: int) -> int:
+    """Field 22 of /proc/PID/stat: clock ticks since boot; tells one use of a pid from another."""
+    text = Path(f"/proc/{pid}/stat").read_text()
+    return int(text.rpartition(")")[2].split()[19])
+
+
+def _pidfd(pid: int, started: int) -> int | None:
+    """A pidfd of that very process, if it still lives."""
+    try:
+        fd = os.pidfd_open(pid)
+        signal.pidfd_send_signal(fd, 0)
+        if _start_time(pid) == started:
+            return fd
+    except (OSError, ValueError):
+        return None
+    os.close(fd)
+    return None

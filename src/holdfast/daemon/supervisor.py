@@ -1,0 +1,219 @@
+"""`holdfast serve`: keeper, spawner and daemon, started in order, restarted when they die.
+
+They are processes of equal standing: one that dies is started again, with back-off, and finds the
+others; only the spawner's death ends running vTPMs. Ends with SIGTERM: daemon first, then spawner,
+then keeper. Tells systemd when it is ready (sd_notify), if systemd asked.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import pwd
+import selectors
+import signal
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+
+from holdfast.daemon import config
+from holdfast.daemon.config import Config
+from holdfast.errors import HoldfastError, HostError
+from holdfast.frontend.attach import detach
+
+RESTART_SECONDS: Final = (0.0, 0.2, 1.0, 3.0, 10.0)
+STEADY_SECONDS: Final = 60.0
+END_SECONDS: Final = 30.0
+READY_SECONDS: Final = 60.0
+
+
+@dataclass
+class Child:
+    """One of the three: how it is started, and how often it died lately."""
+
+    name: str
+    command: list[str]
+    process: subprocess.Popen[bytes] | None = None
+    pidfd: int = -1
+    deaths: list[float] = field(default_factory=list)
+
+
+class Supervisor:
+    """Keeps the three running until told to end."""
+
+    def __init__(self, settings: Config, config_file: Path | None) -> None:
+        self._settings = settings
+        paths = settings.paths
+        uid, gid = _user(settings.keeper.user)
+        python = [sys.executable, "-P", "-m"]
+        given = ["--config", str(config_file)] if config_file else []
+        self._children = [
+            Child(
+                "keeper",
+                [
+                    *python, "holdfast.keeper", "serve", "--dir", str(paths.state / "keeper"),
+                    "--tcti", settings.host.tcti, "--socket", str(paths.keeper),
+                    "--uid", str(uid), "--gid", str(gid),
+                ],
+            ),
+            Child(
+                "spawner",
+                [
+                    *python, "holdfast.spawner", "--socket", str(paths.spawner),
+                    "--keeper", str(paths.keeper), "--blank", str(settings.workers.blank),
+                ],
+            ),
+            Child("daemon", [*python, "holdfast.daemon", *given]),
+        ]  # fmt: skip
+        self._selector = selectors.DefaultSelector()
+        self._wake, waker = socket.socketpair()
+        waker.setblocking(False)
+        signal.set_wakeup_fd(waker.fileno())
+        self._waker = waker
+        self._ending = False
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._end)
+        self._selector.register(self._wake, selectors.EVENT_READ, None)
+
+    def _end(self, *_: object) -> None:
+        self._ending = True
+
+    def run(self) -> int:
+        """Start all, wait, restart; returns the exit status."""
+        self._prepare()
+        for child in self._children[:2]:
+            self._start(child)
+            self._await_socket(child)
+        read, write = os.pipe()
+        self._start(self._children[2], ("--ready-fd", str(write)), (write,))
+        os.close(write)
+        self._await_ready(read)
+        _notify("READY=1")
+        while not self._ending:
+            for key, _ in self._selector.select():
+                if key.data is None:
+                    self._wake.recv(64)
+                elif not self._ending:
+                    self._restart(key.data)
+        _notify("STOPPING=1")
+        for child in reversed(self._children):
+            self._stop(child)
+        self._tidy()
+        return 0
+
+    def _prepare(self) -> None:
+        """Directories; and what a former self that was killed left mounted."""
+        paths = self._settings.paths
+        paths.state.mkdir(mode=0o711, parents=True, exist_ok=True)
+        paths.run.mkdir(mode=0o755, parents=True, exist_ok=True)
+        paths.keeper.parent.mkdir(mode=0o700, exist_ok=True)
+        self._tidy()
+
+    def _tidy(self) -> None:
+        paths = self._settings.paths
+        for base in (paths.run / "vtpm",):
+            if base.is_dir():
+                for place in base.iterdir():
+                    with contextlib.suppress(OSError):
+                        detach(place)
+
+    # --- children ---
+
+    def _start(
+        self, child: Child, more: list[str] | None = None, fds: tuple[int, ...] = ()
+    ) -> None:
+        child.process = subprocess.Popen([*child.command, *(more or [])], pass_fds=fds)
+        child.pidfd = os.pidfd_open(child.process.pid)
+        self._selector.register(child.pidfd, selectors.EVENT_READ, child)
+
+    def _await_socket(self, child: Child) -> None:
+        """Its socket appears when it listens; HostError if it ends first."""
+        path = Path(child.command[child.command.index("--socket") + 1])
+        deadline = time.monotonic() + READY_SECONDS
+        assert child.process is not None
+        while not path.exists():
+            if child.process.poll() is not None or time.monotonic() > deadline:
+                raise HostError(f"the {child.name} did not start")
+            with contextlib.suppress(TimeoutError):
+                select_quietly(child.pidfd, 0.02)
+
+    def _await_ready(self, fd: int) -> None:
+        """End of file means ready, or dead: the latter shows at its pidfd."""
+        daemon = self._children[2]
+        with os.fdopen(fd, "rb") as pipe, selectors.DefaultSelector() as ready:
+            ready.register(pipe, selectors.EVENT_READ)
+            ready.select(READY_SECONDS)
+        assert daemon.process is not None
+        if daemon.process.poll() is not None:
+            raise HostError("the daemon did not start")
+
+    def _restart(self, child: Child) -> None:
+        """Start a dead child again, later and later if it keeps dying."""
+        assert child.process is not None
+        status = child.process.wait()
+        self._selector.unregister(child.pidfd)
+        os.close(child.pidfd)
+        now = time.monotonic()
+        child.deaths = [at for at in child.deaths if now - at < STEADY_SECONDS]
+        delay = RESTART_SECONDS[min(len(child.deaths), len(RESTART_SECONDS) - 1)]
+        child.deaths.append(now)
+        sys.stderr.write(f"holdfast: the {child.name} ended ({status}); again in {delay} s\n")
+        if delay:
+            select_quietly(self._wake.fileno(), delay)
+        if not self._ending:
+            self._start(child)
+
+    def _stop(self, child: Child) -> None:
+        if child.process is None:
+            return
+        child.process.terminate()
+        try:
+            child.process.wait(END_SECONDS)
+        except subprocess.TimeoutExpired:
+            child.process.kill()
+            child.process.wait()
+
+
+def select_quietly(fd: int, seconds: float) -> None:
+    """Wait until `fd` is readable, at most so long."""
+    with selectors.DefaultSelector() as ready:
+        ready.register(fd, selectors.EVENT_READ)
+        ready.select(seconds)
+
+
+def _user(name: str) -> tuple[int, int]:
+    """The keeper's user; root (0) only where the name is root."""
+    try:
+        entry = pwd.getpwnam(name)
+    except KeyError:
+        raise HostError(f"there is no user {name}: run holdfast init") from None
+    return entry.pw_uid, entry.pw_gid
+
+
+def _notify(state: str) -> None:
+    """sd_notify(3)."""
+    path = os.environ.get("NOTIFY_SOCKET")
+    if path:
+        address = "\0" + path[1:] if path.startswith("@") else path
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+            sock.sendto(state.encode(), address)
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="holdfast serve", description=__doc__)
+    parser.add_argument("--config", type=Path)
+    options = parser.parse_args(arguments)
+    try:
+        return Supervisor(config.load(options.config), options.config).run()
+    except (HoldfastError, OSError) as error:
+        sys.stderr.write(f"holdfast serve: {error}\n")
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,366 @@
+"""One vTPM in the daemon: made, powered on for a container, kept alive, powered off.
+
+Every change of state goes through `lifecycle.after` and is written down before it is acted on.
+A worker that dies while its container lives is replaced: a TPM Reset with the same measurements,
+counted, with back-off. What cannot be opened or measured becomes FAILED and stays as it is.
+
+Not here: measuring (`measure`), evidence (`attest`), who may ask (`daemon`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Final
+
+from holdfast.errors import Conflict, HoldfastError, HostError, IntegrityError
+from holdfast.eventlog.cel import encode_seq
+from holdfast.eventlog.records import Record
+from holdfast.eventlog.replay import PcrValues, first_difference, initial, replay
+from holdfast.eventlog.tcg2 import Tcg2Log
+from holdfast.frontend.attach import Attachment
+from holdfast.frontend.devices import Devices
+from holdfast.frontend.page import SharedPage
+from holdfast.instance.lifecycle import Event, State, after
+from holdfast.instance.links import Peer
+from holdfast.instance.worker_link import WorkerLink, reattach, spawn
+from holdfast.protocol import ipc
+from holdfast.protocol import lifecycle as lc
+from holdfast.protocol.fuse import REQUEST_MAX
+from holdfast.store.registry import Instance, KeySet, Registry
+from holdfast.tpm2.algorithms import HASHES_BY_NAME, Alg
+
+RESTART_DELAYS: Final = (0.0, 0.1, 0.5, 2.0, 5.0, 15.0)  # seconds before each replacement in a row
+STEADY_SECONDS: Final = 60.0  # after which a worker's death counts as the first again
+MEASURED_PCRS: Final = range(16)
+Extends = Sequence[tuple[int, Mapping[Alg, bytes]]]
+
+
+@dataclass(frozen=True)
+class Run:
+    """What one run of a container's vTPM began with, and who uses it."""
+
+    container: str
+    init_pid: int
+    startup_locality: int
+    host_log: bytes
+    host_events: int
+    extends: tuple[tuple[int, Mapping[Alg, bytes]], ...]  # host's, then the container's
+    records: tuple[Record, ...]
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """What every vTPM of a host shares."""
+
+    registry: Registry
+    spawner: Peer
+    keeper: Peer
+    logs: Path
+
+
+class VirtualTpm:
+    """One instance. Its lock serialises whatever changes its state."""
+
+    def __init__(self, record: Instance, around: Surroundings) -> None:
+        self.record = record
+        self.lock = asyncio.Lock()
+        self.run: Run | None = None
+        self.ledger: PcrValues = {}
+        self._around = around
+        self._worker: WorkerLink | None = None
+        self._restarts: list[float] = []
+        self._attachment: Attachment | None = None
+        self._off_devices: Devices | None = None
+        self._page: SharedPage | None = None
+        self._stopping = False
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    @property
+    def state(self) -> State:
+        return State(self.record.state)
+
+    @property
+    def banks(self) -> tuple[Alg, ...]:
+        return tuple(HASHES_BY_NAME[name] for name in self.record.banks)
+
+    @property
+    def worker_alive(self) -> bool:
+        return self._worker is not None and not self._worker.ended.is_set()
+
+    def _move(self, event: Event, **changes: object) -> None:
+        """Write a transition down."""
+        state = after(self.state, event)
+        self.record = replace(self.record, state=state.value, **changes)  # type: ignore[arg-type]
+        self._around.registry.update(self.record)
+
+    # --- manufacture ---
+
+    async def manufacture(self) -> None:
+        """Make the TPM: keys in a fresh worker, enrolment by the keeper, certificates, sealed."""
+        after(self.state, Event.MANUFACTURED)
+        around = self._around
+        worker = await spawn(around.spawner, self.record.id, around.registry, lambda _: None)
+        try:
+            banks = tuple(int(alg) for alg in self.banks)
+            made, _ = await worker.link.ask(lc.Manufacture(banks), lc.Manufactured)
+            enrolled = await self._enrol(worker, made)
+            certificates = lc.InstallCertificates(enrolled.ek_rsa, enrolled.ek_ecc, enrolled.chain)
+            await worker.link.ask(certificates, ipc.Done)
+            await asyncio.wait_for(worker.ended.wait(), 5)
+        except BaseException:
+            with contextlib.suppress(HoldfastError):
+                await worker.kill(around.spawner)
+            raise
+        keys = KeySet(
+            made.ek_rsa, made.ek_ecc, made.ak,
+            enrolled.ek_rsa, enrolled.ek_ecc, enrolled.ak, enrolled.chain,
+        )  # fmt: skip
+        state = after(self.state, Event.MANUFACTURED)
+        self.record = replace(self.record, state=state.value)
+        around.registry.put_keys(self.record, keys)
+
+    async def _enrol(self, worker: WorkerLink, made: lc.Manufactured) -> ipc.Enrolled:
+        keeper, instance = self._around.keeper, self.record.id
+        keys = ipc.EnrolKeys(instance, self.record.name, made.ek_rsa, made.ek_ecc, made.ak)
+        challenge, _ = await keeper.ask(keys, ipc.EnrolChallenge)
+        opened, _ = await worker.link.ask(
+            lc.OpenCredential(challenge.id_object, challenge.secret), lc.OpenedCredential
+        )
+        enrolled, _ = await keeper.ask(ipc.EnrolProof(instance, opened.credential), ipc.Enrolled)
+        return enrolled
+
+    # --- the place where a container meets it ---
+
+    async def attach(self, attachment: Attachment) -> None:
+        """Hand the open ends to the holder; until power-on its device can be seen, not opened."""
+        fds = (attachment.fuse, attachment.data.fileno(), attachment.control.fileno())
+        await self._around.spawner.ask(lc.Hold(self.record.id), ipc.Done, fds)
+        await self._adopt(attachment)
+
+    async def _adopt(self, attachment: Attachment) -> None:
+        _, held = await self._around.spawner.ask(lc.FetchHeld(self.record.id), ipc.Done)
+        for fd in held[:-1]:
+            os.close(fd)
+        page = held[-1]
+        self._page = SharedPage(page)
+        os.close(page)
+        self._attachment = attachment
+        if not self.worker_alive:
+            self._serve_off()
+
+    def _serve_off(self) -> None:
+        """Answer the device's requests for names while the vTPM is off."""
+        assert self._attachment is not None and self._page is not None  # noqa: PT018
+        os.set_blocking(self._attachment.fuse, False)
+        self._off_devices = Devices(None, self._page, time.monotonic, int(time.time()))
+        asyncio.get_running_loop().add_reader(self._attachment.fuse, self._off_request)
+
+    def _off_request(self) -> None:
+        assert self._attachment is not None and self._off_devices is not None  # noqa: PT018
+        fd = self._attachment.fuse
+        try:
+            data = os.read(fd, REQUEST_MAX)
+            reply = self._off_devices.answer(data)
+            if reply is not None:
+                os.write(fd, reply)
+                self._off_devices.answered()
+        except (BlockingIOError, FileNotFoundError, InterruptedError):
+            return
+        except (OSError, HoldfastError):
+            self._serve_no_more()
+
+    def _serve_no_more(self) -> None:
+        if self._attachment is not None and self._off_devices is not None:
+            asyncio.get_running_loop().remove_reader(self._attachment.fuse)
+            self._off_devices = None
+
+    async def detach(self) -> None:
+        """Let go of the run's ends; whoever still has the device open finds it gone."""
+        self._serve_no_more()
+        if self._page is not None:
+            self._page.close()
+            self._page = None
+        if self._attachment is not None:
+            self._attachment.close()
+            self._attachment = None
+        await self._around.spawner.ask(lc.Release(self.record.id), ipc.Done)
+
+    # --- power ---
+
+    async def power_on(self, run: Run) -> None:
+        """TPM Reset with this run's measurements, written down before they are extended.
+
+        Conflict if it is on already; HostError or IntegrityError if it cannot be.
+        """
+        after(self.state, Event.POWERED_ON)
+        if self._attachment is None:
+            raise Conflict("the vTPM has no device to be reached by")
+        self._write_log(run)
+        self._stopping = False
+        self.run = run
+        self._restarts.clear()
+        self._serve_no_more()
+        try:
+            await self._begin(run)
+        except BaseException:
+            self.run = None
+            self._serve_off()
+            raise
+        self._move(Event.POWERED_ON, run=self.record.run + 1)
+
+    async def _begin(self, run: Run) -> None:
+        """Give the run a worker, and let clients in when its PCRs are what the ledger says."""
+        around = self._around
+        worker = await spawn(around.spawner, self.record.id, around.registry, self._died)
+        try:
+            await self._power(worker, run)
+            await worker.link.ask(lc.Serve(), ipc.Done)
+        except BaseException:
+            with contextlib.suppress(HoldfastError):
+                await worker.kill(around.spawner)
+            raise
+        self._worker = worker
+
+    async def _power(self, worker: WorkerLink, run: Run) -> None:
+        state = self._around.registry.state(self.record.id)
+        message = lc.PowerOn(
+            self.record.profile, state.epoch, state.sealed, state.wrapped, run.startup_locality,
+            tuple(_extension(pcr, digests) for pcr, digests in run.extends),
+        )  # fmt: skip
+        answer, _ = await worker.link.ask(message, lc.PoweredOn)
+        said: dict[Alg, dict[int, bytes]] = {}
+        for value in answer.pcrs:
+            said.setdefault(Alg(value.alg), {})[value.pcr] = value.value
+        expected = replay(initial(self.banks, run.startup_locality), run.extends)
+        if set(said) != set(expected):
+            raise IntegrityError("the worker's PCR banks are not those it was made with")
+        differs = first_difference(said, expected, MEASURED_PCRS)
+        if differs is not None:
+            raise IntegrityError(f"the worker's {differs} is not what was extended")
+        self.ledger = expected
+
+    def _write_log(self, run: Run) -> None:
+        """The write-ahead record: what is about to be extended, durable first."""
+        directory = self.log_directory
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        path = directory / f"{self.record.run + 1:08d}.cel"
+        with path.open("wb") as file:
+            for record in run.records:
+                file.write(encode_seq(record))
+            file.flush()
+            os.fsync(file.fileno())
+
+    @property
+    def log_directory(self) -> Path:
+        return self._around.logs / str(self.record.id)
+
+    async def power_off(self) -> None:
+        """An orderly end: Shutdown(CLEAR), sealed; the worker gone."""
+        after(self.state, Event.POWERED_OFF)
+        self._stopping = True
+        worker, self._worker = self._worker, None
+        try:
+            if worker is not None and not worker.ended.is_set():
+                with contextlib.suppress(HoldfastError):
+                    await worker.link.ask(lc.PowerOff(), ipc.Done)
+                    await asyncio.wait_for(worker.ended.wait(), 5)
+        except TimeoutError:
+            pass
+        finally:
+            if worker is not None and not worker.ended.is_set():
+                await worker.kill(self._around.spawner)
+        self.run = None
+        self.ledger = {}
+        self._move(Event.POWERED_OFF)
+
+    # --- a worker's death ---
+
+    def _died(self, why: str) -> None:
+        """Called when a worker's process has ended."""
+        if self._stopping or self.run is None or self._worker is None:
+            return
+        task = asyncio.get_running_loop().create_task(self._replace(why))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _replace(self, why: str) -> None:
+        """TPM Reset: the same measurements in a new worker, later and later if that goes on."""
+        async with self.lock:
+            run = self.run
+            if self._stopping or run is None:
+                return
+            self._worker = None
+            now = time.monotonic()
+            self._restarts = [at for at in self._restarts if now - at < STEADY_SECONDS]
+            while len(self._restarts) < len(RESTART_DELAYS):
+                await asyncio.sleep(RESTART_DELAYS[len(self._restarts)])
+                self._restarts.append(time.monotonic())
+                self.record = replace(self.record, restarts=self.record.restarts + 1)
+                self._around.registry.update(self.record)
+                try:
+                    await self._begin(run)
+                except HostError as error:  # keeper or spawner away: they come back
+                    why = str(error)
+                except HoldfastError as error:
+                    self.fail(str(error))
+                    return
+                else:
+                    return
+            self.fail(f"its worker keeps dying: {why}")
+
+    def fail(self, why: str) -> None:
+        """Stay as it is, say why, and let clients see errors instead of waiting."""
+        self.run = None
+        self._move(Event.FAILED, why_failed=why)
+        if self._attachment is not None and self._off_devices is None:
+            self._serve_off()
+
+    def retry(self) -> None:
+        """An administrator says: try again."""
+        self._move(Event.RETRIED, why_failed="")
+
+    async def reattach(self, run: Run, attachment: Attachment, *, alive: bool) -> None:
+        """Take up, in a new daemon, with a run that outlived the old one."""
+        around = self._around
+        self.run = run
+        if alive:
+            self.ledger = replay(initial(self.banks, run.startup_locality), run.extends)
+            self._worker = await reattach(
+                around.spawner, self.record.id, around.registry, self._died
+            )
+        else:
+            await self._begin(run)
+        await self._adopt(attachment)
+
+    # --- attesting ---
+
+    async def quote(self, qualifying: bytes, alg: Alg, pcrs: tuple[int, ...]) -> lc.Quoted:
+        """A quote by the evidence AK."""
+        if self._worker is None:
+            raise Conflict("the vTPM is not powered on")
+        answer, _ = await self._worker.link.ask(lc.Quote(qualifying, alg, pcrs), lc.Quoted)
+        return answer
+
+    async def settle(self) -> None:
+        """Wait for replacements that are under way."""
+        while self._tasks:
+            await asyncio.gather(*self._tasks, return_exceptions=True)
+
+
+def _extension(pcr: int, digests: Mapping[Alg, bytes]) -> lc.Extension:
+    return lc.Extension(pcr, tuple(ipc.PcrValue(alg, pcr, value) for alg, value in digests.items()))
+
+
+def host_extends(log: Tcg2Log, banks: Sequence[Alg]) -> Extends:
+    """What a host's log extends in these banks (DESIGN 5: PCRs 0-9 and 14 speak of the host)."""
+    return tuple(
+        (event.pcr, {alg: value for alg, value in event.digests.items() if alg in banks})
+        for event in log.extends()
+        if event.pcr < 10 or event.pcr == 14
+    )
