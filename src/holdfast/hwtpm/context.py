@@ -1,15 +1,18 @@
-"""A connection to the host TPM: ESAPI over any TCTI, its errors made ours, its sessions salted."""
+"""One ESAPI context on the host TPM: its errors made ours, sessions salted, nothing left behind.
+
+Whatever is transient in the TPM belongs to the context that is open: it starts by flushing what a
+killed predecessor left (a TPM without a resource manager has three slots), and ends by flushing
+its own. Behind a resource manager a context sees, and flushes, its own objects alone.
+
+Not here: the bytes on the wire (`transport`), and what our objects are (`host`).
+"""
 
 from __future__ import annotations
 
-import ctypes
-import os
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any, Final, TypeVar
-
-os.environ.setdefault("TSS2_LOG", "all+NONE")  # read once, when the library is loaded
 
 from tpm2_pytss import (
     ESAPI,
@@ -18,58 +21,81 @@ from tpm2_pytss import (
     TPM2_SE,
     TPM2B_PUBLIC,
     TPMA_SESSION,
+    TPMT_SIGNATURE,
     TPMT_SYM_DEF,
-    TCTILdr,
     TSS2_Exception,
 )
 
-from holdfast.errors import HostError, TpmError
+from holdfast.errors import DecodeError, HoldfastError, HostError, TpmError
+from holdfast.hwtpm.policy import Signature
+from holdfast.hwtpm.transport import Transport
+from holdfast.tpm2 import requests as rq
 from holdfast.tpm2.algorithms import Alg
-from holdfast.tpm2.constants import PCR_COUNT
+from holdfast.tpm2.commands import Cc
+from holdfast.tpm2.constants import PCR_COUNT, Cap, Ht
 from holdfast.tpm2.structures import Public
-from holdfast.tpm2.wire import sized
+from holdfast.tpm2.wire import sized, u16
 
+HANDLES_MAX: Final = 64  # transient objects or sessions looked for at once
+ENCRYPT_BOTH: Final = TPMA_SESSION.CONTINUESESSION | TPMA_SESSION.DECRYPT | TPMA_SESSION.ENCRYPT
+ENCRYPT_IN: Final = TPMA_SESSION.CONTINUESESSION | TPMA_SESSION.DECRYPT
+ENCRYPT_OUT: Final = TPMA_SESSION.CONTINUESESSION | TPMA_SESSION.ENCRYPT
+BANKS: Final = (Alg.SHA1, Alg.SHA256, Alg.SHA384, Alg.SHA512)
 _RC_LAYER: Final = 0xFFFF0000
 _RC_TPM: Final = 0xFFFF
 _READ_AT_ONCE: Final = 8
 _READ_TRIES: Final = 5
 T = TypeVar("T")
-_BOTH: Final = TPMA_SESSION.CONTINUESESSION | TPMA_SESSION.DECRYPT | TPMA_SESSION.ENCRYPT
-_IN: Final = TPMA_SESSION.CONTINUESESSION | TPMA_SESSION.DECRYPT
-_OUT: Final = TPMA_SESSION.CONTINUESESSION | TPMA_SESSION.ENCRYPT
 
 
 class Context:
     """An open host TPM. Every failure is a TpmError (it answered) or a HostError (it did not)."""
 
-    def __init__(self, tcti: str) -> None:
-        name, _, config = tcti.partition(":")
-        self.tcti = tcti
-        try:
-            self.esapi: Any = ESAPI(TCTILdr(name, config or None))
-        except (TSS2_Exception, RuntimeError) as error:
-            raise HostError(f"the host TPM cannot be reached at {tcti}: {error}") from None
+    def __init__(self, transport: Transport) -> None:
+        """Take the TPM; HostError when it does not answer."""
+        self.tcti = transport.tcti
+        self._transport = transport
+        self._tcti = transport.attach()
+        self._broken = False
         self._salt: Any = ESYS_TR.NONE
         self._session: Any = None
+        try:
+            self._flush_all()
+        except TpmError as error:
+            raise HostError(
+                f"the host TPM at {self.tcti} is not ready (0x{error.rc:x} at {error.command})"
+            ) from None
+        self.esapi: Any = self.call("Esys_Initialize", lambda: ESAPI(self._tcti))
 
     def close(self) -> None:
+        """Leave nothing of ours in the TPM; never raises. The transport stays open."""
+        if not self._broken:
+            with suppress(HoldfastError):
+                self._flush_all()
         self.esapi.close()
 
     def call(self, command: str, function: Callable[[], T]) -> T:
         """Run one ESAPI call; name the command in whatever goes wrong."""
+        if self._broken:  # a second wait would be as long as the first
+            raise HostError(f"the host TPM at {self.tcti} has failed before")
         try:
             return function()
         except TSS2_Exception as error:
             rc = int(error.rc)
             if rc & _RC_LAYER:
-                raise HostError(f"the host TPM failed at {command}: {error}") from None
+                self._broken = True
+                why = getattr(self._tcti, "failure", "") or str(error)
+                raise HostError(f"the host TPM at {self.tcti} failed at {command}: {why}") from None
             raise TpmError(rc & _RC_TPM, command) from None
 
     def use_salt(self, handle: Any) -> None:
         """From now on sessions are salted to this decryption key."""
         self._salt = handle
+        if self._session is not None:
+            session, self._session = self._session, None
+            self.flush(session)
 
-    def hmac(self, attributes: TPMA_SESSION = _BOTH) -> Any:
+    def hmac(self, attributes: TPMA_SESSION = ENCRYPT_BOTH) -> Any:
         """The one salted, encrypting HMAC session, with these attributes."""
         if self._session is None:
             self._session = self.start(TPM2_SE.HMAC)
@@ -86,26 +112,31 @@ class Context:
             ),
         )
 
+    def flush(self, handle: Any) -> None:
+        """Remove a transient object or session from the TPM."""
+        self.call("FlushContext", lambda: self.esapi.flush_context(handle))
+
     @contextmanager
     def flushed(self, handle: Any) -> Iterator[Any]:
-        """Flush a transient object or session afterwards, whatever happened."""
+        """Flush a transient object or session afterwards, unless the TPM is gone by then."""
         try:
             yield handle
         finally:
-            self.call("FlushContext", lambda: self.esapi.flush_context(handle))
+            if not self._broken:
+                self.flush(handle)
 
-    def read_pcrs(self) -> Mapping[Alg, Mapping[int, bytes]]:
-        """All PCRs of all active banks, read without a change in between."""
+    def read_pcrs(self, banks: Sequence[Alg] = BANKS) -> Mapping[Alg, Mapping[int, bytes]]:
+        """All PCRs of those of `banks` that are active, read without a change in between."""
         for _ in range(_READ_TRIES):
-            values, counters = self._read_pcrs()
+            values, counters = self._read_pcrs(banks)
             if len(counters) == 1:
                 return values
         raise HostError("the host TPM's PCRs change faster than they can be read")
 
-    def _read_pcrs(self) -> tuple[dict[Alg, dict[int, bytes]], set[int]]:
+    def _read_pcrs(self, banks: Sequence[Alg]) -> tuple[dict[Alg, dict[int, bytes]], set[int]]:
         values: dict[Alg, dict[int, bytes]] = {}
         counters = set()
-        for alg in (Alg.SHA1, Alg.SHA256, Alg.SHA384, Alg.SHA512):
+        for alg in banks:
             for start in range(0, PCR_COUNT, _READ_AT_ONCE):
                 pcrs = range(start, start + _READ_AT_ONCE)
                 selection = f"{alg.name.lower()}:{','.join(map(str, pcrs))}"
@@ -117,14 +148,36 @@ class Context:
                 values.setdefault(alg, {}).update(zip(pcrs, read, strict=True))
         return values, counters
 
+    def load_external(self, public: Public) -> Any:
+        """Load a public key that is not this TPM's."""
+        # In a hierarchy of the TPM's own: a ticket of the NULL hierarchy is an empty one.
+        return self.call(
+            "LoadExternal",
+            lambda: self.esapi.load_external(tss_public(public), hierarchy=ESYS_TR.OWNER),
+        )
 
-def preload(tcti: str) -> None:
-    """Map the TCTI's library now: a process that may map no new code cannot do it later."""
-    name = tcti.partition(":")[0]
-    try:
-        ctypes.CDLL(f"libtss2-tcti-{name}.so.0")
-    except OSError:
-        raise HostError(f"there is no TCTI library for {name!a} on this host") from None
+    def _flush_all(self) -> None:
+        """Flush every transient object and loaded session that can be seen."""
+        for kind in (Ht.TRANSIENT, Ht.HMAC_SESSION):
+            query = rq.get_capability(Cap.HANDLES, kind << 24, HANDLES_MAX)
+            params = self._raw(Cc.GetCapability, query).params
+            params.take(1 + 4)  # moreData, capability
+            for _ in range(min(params.u32(), HANDLES_MAX)):
+                handle = params.u32()
+                with suppress(TpmError):
+                    self._raw(Cc.FlushContext, rq.flush_context(handle))
+
+    def _raw(self, code: Cc, command: bytes) -> rq.Response:
+        """A command past ESAPI, which flushes only what it made itself."""
+
+        def exchange() -> bytes:
+            self._tcti.transmit(command)
+            return bytes(self._tcti.receive())
+
+        try:
+            return rq.response(code, self.call(code.name, exchange))
+        except DecodeError as error:
+            raise HostError(f"what answers at {self.tcti} is no TPM: {error}") from None
 
 
 def tss_public(public: Public) -> Any:
@@ -138,6 +191,8 @@ def own_public(made: Any) -> Public:
     return Public.decode(made.marshal()[2:])
 
 
-ENCRYPT_BOTH: Final = _BOTH
-ENCRYPT_IN: Final = _IN
-ENCRYPT_OUT: Final = _OUT
+def tss_signature(signature: Signature) -> Any:
+    """Our ECDSA signature (P-256, SHA-256) as tpm2-pytss' TPMT_SIGNATURE."""
+    raw = u16(Alg.ECDSA) + u16(Alg.SHA256)
+    raw += sized(signature.r.to_bytes(32, "big")) + sized(signature.s.to_bytes(32, "big"))
+    return TPMT_SIGNATURE.unmarshal(raw)[0]

@@ -42,6 +42,7 @@ class Link:
         self._waiting: deque[asyncio.Future[Answer]] = deque()
         self._unasked = unasked
         self._closed = closed
+        self.last_words = ""
         self._loop = asyncio.get_running_loop()
         self._loop.add_reader(sock.fileno(), self._readable)
         self.open = True
@@ -107,10 +108,11 @@ class Link:
         self.open = False
         self._loop.remove_reader(self._sock.fileno())
         self._sock.close()
+        why = f": {self.last_words}" if self.last_words else ""
         while self._waiting:
             future = self._waiting.popleft()
             if not future.done():
-                future.set_exception(HostError(f"the {self._name} is gone"))
+                future.set_exception(HostError(f"the {self._name} is gone{why}"))
         if self._closed is not None:
             self._closed()
 

@@ -25,7 +25,6 @@ class WorkerLink:
         self._instance = instance
         self._registry = registry
         self._died = died
-        self._last_words = ""
         self._pidfd = fds[1]
         self.ended = asyncio.Event()
         self.link = Link("worker", channel.from_fd(fds[0]), self._unasked)
@@ -34,7 +33,7 @@ class WorkerLink:
     def _unasked(self, message: ipc.Message) -> ipc.Message | None:
         """A commit is answered when it is durable; last words are kept."""
         if isinstance(message, lc.Fault):
-            self._last_words = message.what
+            self.link.last_words = message.what
             return ipc.Done()  # nobody reads it: the worker is leaving
         if not isinstance(message, lc.Commit):
             return None
@@ -53,7 +52,7 @@ class WorkerLink:
         os.close(self._pidfd)
         self.link.close()
         self.ended.set()
-        self._died(self._last_words or "it ended")
+        self._died(self.link.last_words or "it ended")
 
     async def kill(self, spawner: Peer) -> None:
         """End the process at once, and wait until it has."""

@@ -1,4 +1,7 @@
-"""`python -m holdfast.keeper`: provision and authorize for the CLI, serve for the supervisor."""
+"""`python -m holdfast.keeper`: provision and authorize for the CLI, serve for the supervisor.
+
+provision and authorize print one JSON object: what was done, or {"error", "why"} with exit code 1.
+"""
 
 from __future__ import annotations
 
@@ -6,60 +9,128 @@ import argparse
 import contextlib
 import json
 import os
+import resource
 import signal
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, Final
 
-from holdfast.errors import HoldfastError
-from holdfast.hwtpm.context import preload
-from holdfast.keeper.provision import DEFAULT_PCRS, authorize, provision
-from holdfast.keeper.service import Keeper
+from holdfast.errors import HoldfastError, HostError, InvalidInput
+from holdfast.hwtpm.transport import Transport
+from holdfast.keeper.leases import DESCRIPTORS, LEASES_MAX
+from holdfast.keeper.provision import DEFAULT_PCRS, Site, authorize, provision
+from holdfast.keeper.service import PEERS_MAX, Keeper, log
 from holdfast.linux import channel, process
 from holdfast.sandbox import keeper as sandbox
+
+AUTH_MAX: Final = 32  # bytes in an owner authorization value
+VALUES_MAX: Final = 65_536  # bytes in a file of PCR values
+_OTHER_DESCRIPTORS: Final = 64
 
 
 def main(arguments: list[str]) -> int:
     options = _parse(arguments)
+    actions = {"provision": _provision, "authorize": _authorize}
     try:
-        if options.action == "provision":
-            pcrs = tuple(int(pcr) for pcr in options.pcrs.split(","))
-            result = provision(
-                options.dir, options.tcti, options.recovery_recipient, options.out, pcrs,
-                site=options.site, stand_in=options.stand_in,
-            )  # fmt: skip
-            if options.uid:
-                _give_away(options.dir, options.uid, options.gid)
-        elif options.action == "authorize":
-            result = authorize(
-                options.dir, options.tcti, options.identity, options.recovery_file,
-                retire=options.retire,
-            )  # fmt: skip
-            if options.uid:
-                _give_away(options.dir, options.uid, options.gid)
-        else:
+        if options.action == "serve":
             return _serve(options)
-    except (HoldfastError, OSError, ValueError) as error:
-        json.dump({"error": type(error).__name__, "why": str(error)}, sys.stdout)
+        result = actions[options.action](options)
+        if options.uid:
+            _give_away(options.dir, options.uid, options.gid)
+    except (HoldfastError, OSError) as error:
+        print(json.dumps({"error": type(error).__name__, "why": str(error)}))
         return 1
-    json.dump(result, sys.stdout)
+    print(json.dumps(result))
     return 0
+
+
+def _provision(options: argparse.Namespace) -> dict[str, Any]:
+    if options.recovery_recipient is None:
+        raise InvalidInput(
+            "a recovery recipient is needed: an age or ssh public key, or a file with one"
+        )
+    site = Site(
+        options.site, _numbers(options.pcrs), options.crl, options.stand_in,
+        _auth(options.owner_auth),
+    )  # fmt: skip
+    return provision(
+        options.dir, options.tcti, options.recovery_recipient, options.out, site,
+        show=options.print_recovery_key,
+    )  # fmt: skip
+
+
+def _authorize(options: argparse.Namespace) -> dict[str, Any]:
+    return authorize(
+        options.dir, options.tcti, options.identity, options.recovery_file,
+        retire=options.retire, values=_values(options.values),
+    )  # fmt: skip
 
 
 def _serve(options: argparse.Namespace) -> int:
     process.set_name("holdfast-keeper")
+    transport = None
+    try:
+        transport = Transport(options.tcti)  # a device is opened while we still may
+    except HostError as error:
+        log(str(error))
+    if transport is not None and not transport.bounded:
+        raise InvalidInput(
+            f"the keeper serves with device:… or swtpm:path=…, not {options.tcti}: it has no "
+            "network, starts no process, and must not wait for ever"
+        )
     listener = channel.listen(options.socket, 0o600)
-    network = not options.tcti.startswith(("device", "swtpm:path", "mssim:path", "cmd"))
-    preload(options.tcti)
-    lacking = sandbox.enter(options.uid, options.gid, network=network)
-    for what in lacking:
-        sys.stderr.write(f"holdfast-keeper: {what}\n")
-    keeper = Keeper(listener, options.dir, options.tcti)
+    _raise_descriptor_limit()
+    for what in sandbox.enter(options.uid, options.gid, network=False):
+        log(what)
+    keeper = Keeper(listener, options.dir, options.tcti, transport)
     signal.signal(signal.SIGTERM, lambda *_: keeper.stop())
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     keeper.run()
     with contextlib.suppress(OSError):
         options.socket.unlink()
     return 0
+
+
+def _raise_descriptor_limit() -> None:
+    """Room for every lease there can be, or for as many as the system allows."""
+    wanted = DESCRIPTORS * LEASES_MAX + PEERS_MAX + _OTHER_DESCRIPTORS
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY:
+        wanted = min(wanted, hard)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, wanted), hard))
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(sorted({int(part) for part in text.split(",")}))
+    except ValueError:
+        raise InvalidInput(f"{text!a} is not a list of PCRs such as 0,2,4,7") from None
+
+
+def _auth(path: Path | None) -> bytes:
+    """An authorization value from a file, so that it is in no argument list."""
+    if path is None:
+        return b""
+    value = path.read_bytes().rstrip(b"\n")
+    if len(value) > AUTH_MAX:
+        raise InvalidInput(f"an authorization value has at most {AUTH_MAX} bytes")
+    return value
+
+
+def _values(path: Path | None) -> Mapping[int, bytes] | None:
+    """PCR values from a JSON file: {"0": "hex", …}, SHA-256."""
+    if path is None:
+        return None
+    try:
+        with path.open("rb") as file:
+            given = json.loads(file.read(VALUES_MAX))
+        values = {int(pcr): bytes.fromhex(text) for pcr, text in given.items()}
+    except (ValueError, AttributeError, TypeError):
+        values = {}
+    if not values or not set(values) <= set(range(24)) or {len(v) for v in values.values()} != {32}:
+        raise InvalidInput(f'{path} does not hold SHA-256 PCR values as {{"0": "hex", …}}')
+    return values
 
 
 def _give_away(directory: Path, uid: int, gid: int) -> None:
@@ -75,15 +146,20 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     common.add_argument("--tcti", required=True)
     common.add_argument("--uid", type=int, default=0)
     common.add_argument("--gid", type=int, default=0)
+    common.add_argument("--json", action="store_true", help="as it is anyhow")
     made = actions.add_parser("provision", parents=[common])
-    made.add_argument("--recovery-recipient", required=True)
+    made.add_argument("--recovery-recipient")
     made.add_argument("--out", type=Path, required=True)
     made.add_argument("--pcrs", default=",".join(map(str, DEFAULT_PCRS)))
-    made.add_argument("--site", default="Holdfast site")
+    made.add_argument("--site", "--site-name", default="Holdfast site")
+    made.add_argument("--crl", default="", help="URI of the host CA's revocation list")
+    made.add_argument("--owner-auth", type=Path, help="file with the owner's authorization value")
     made.add_argument("--stand-in", action="store_true")
+    made.add_argument("--print-recovery-key", action="store_true")
     allowed = actions.add_parser("authorize", parents=[common])
-    allowed.add_argument("--identity", type=Path, required=True)
+    allowed.add_argument("--identity", "--recovery-identity", type=Path, required=True)
     allowed.add_argument("--recovery-file", type=Path, required=True)
+    allowed.add_argument("--values", type=Path, help="JSON file with PCR values to approve")
     allowed.add_argument("--retire", action="store_true")
     served = actions.add_parser("serve", parents=[common])
     served.add_argument("--socket", type=Path, required=True)

@@ -9,12 +9,16 @@ EKU 2.23.133.8.1, and no end of validity, since they must outlive every move of 
 say that their TPM is virtual twice: by the model, and by the extension
 virtualPlatformAttestationService (2.23.133.6.4, TCG Virtualized Platform Architecture).
 
+Where the site names a place for it, they name the host CA's revocation list (`revocation_list`).
+
 Pure but for serial numbers. Not here: keys in TPMs (a key is anything that can sign).
 """
 
 from __future__ import annotations
 
 import datetime
+import secrets
+from collections.abc import Iterable
 from typing import Final
 
 from cryptography import x509
@@ -42,6 +46,9 @@ _OID_DIRECTORY_ATTRIBUTES: Final = ObjectIdentifier("2.5.29.9")
 # SEQUENCE OF Attribute { 2.23.133.2.16, { TPMSpecification { "2.0", 0, 164 } } }
 _SPECIFICATION: Final = bytes.fromhex("3019301706056781050210310e300c0c03322e30020100020200a4")
 
+CN_MAX: Final = 64  # ub-common-name, ub-organization-name (RFC 5280, appendix A.1)
+NV_SIZE_MAX: Final = 2048  # a certificate must fit into one NV index
+
 CaKey = ec.EllipticCurvePrivateKey
 
 
@@ -52,7 +59,7 @@ def site_name(site: str) -> x509.Name:
 def _named(site: str, common: str) -> x509.Name:
     return x509.Name([
         x509.NameAttribute(NameOID.ORGANIZATION_NAME, site),
-        x509.NameAttribute(NameOID.COMMON_NAME, common),
+        x509.NameAttribute(NameOID.COMMON_NAME, common[:CN_MAX]),
     ])  # fmt: skip
 
 
@@ -62,6 +69,11 @@ def _usage(**wanted: bool) -> x509.KeyUsage:
         "key_agreement", "key_cert_sign", "crl_sign", "encipher_only", "decipher_only",
     )  # fmt: skip
     return x509.KeyUsage(**{name: wanted.get(name, False) for name in names})
+
+
+def _serial() -> int:
+    """A random positive number of exactly 16 octets."""
+    return secrets.randbits(126) | 1 << 126
 
 
 def _builder(
@@ -76,7 +88,7 @@ def _builder(
         .subject_name(subject)
         .issuer_name(issuer)
         .public_key(key)
-        .serial_number(x509.random_serial_number())
+        .serial_number(_serial())
         .not_valid_before((now - CLOCK_SKEW).replace(microsecond=0))
         .not_valid_after(until.replace(microsecond=0))
     )
@@ -108,7 +120,7 @@ def host_ca(
     within = x509.NameConstraints([x509.DirectoryName(site_name(site))], None)
     builder = (
         _builder(
-            _named(site, f"Holdfast host {host} issuing CA"),
+            _named(site, f"Holdfast issuing CA of {host}"),
             issuer.subject, public, now, issuer.not_valid_after_utc,
         )
         .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
@@ -126,17 +138,20 @@ def host_ak(
     """The host AK's certificate (DER), given after a credential was activated for it."""
     issuer = x509.load_der_x509_certificate(root)
     builder = _builder(
-        _named(site, f"Holdfast host {host} AK"),
+        _named(site, f"Holdfast host AK of {host}"),
         issuer.subject, public_key(ak), now, issuer.not_valid_after_utc,
     )  # fmt: skip
     return _der(_attestation(builder, issuer).sign(root_key, hashes.SHA256()))
 
 
 def vtpm_ek(
-    subject: x509.Name, ek: Public, issuer: x509.Certificate, key: CaKey, service: str,
+    subject: x509.Name, ek: Public, issuer: x509.Certificate, key: CaKey, service: str, crl: str,
     now: datetime.datetime,
 ) -> bytes:  # fmt: skip
-    """An EK certificate (DER) for an RSA or ECC EK; `service`: URI of who attests its platform."""
+    """An EK certificate (DER) for an RSA or ECC EK.
+
+    `service`: URI of who attests its platform; `crl`: URI of the revocation list, or empty.
+    """
     public = public_key(ek)
     is_rsa = isinstance(public, rsa.RSAPublicKey)
     tpm = x509.DirectoryName(x509.Name([
@@ -157,20 +172,43 @@ def vtpm_ek(
         .add_extension(x509.UnrecognizedExtension(OID_VIRTUAL, _uri(service)), critical=False)
         .add_extension(_authority(issuer), critical=False)
     )
-    return _der(builder.sign(key, hashes.SHA256()))
+    return _der(_revocable(builder, crl).sign(key, hashes.SHA256()))
 
 
 def vtpm_ak(
-    subject: x509.Name, ak: Public, issuer: x509.Certificate, key: CaKey, now: datetime.datetime
-) -> bytes:
+    subject: x509.Name, ak: Public, issuer: x509.Certificate, key: CaKey, crl: str,
+    now: datetime.datetime,
+) -> bytes:  # fmt: skip
     """The certificate (DER) of a vTPM's evidence AK, given after its credential was activated."""
     builder = _builder(subject, issuer.subject, public_key(ak), now, FOREVER)
-    return _der(_attestation(builder, issuer).sign(key, hashes.SHA256()))
+    return _der(_revocable(_attestation(builder, issuer), crl).sign(key, hashes.SHA256()))
+
+
+def revocation_list(
+    issuer: x509.Certificate, key: CaKey, revoked: Iterable[tuple[int, datetime.datetime]],
+    number: int, now: datetime.datetime, next_update: datetime.datetime,
+) -> bytes:  # fmt: skip
+    """The host CA's CRL (DER): serial numbers and since when; `number` grows from list to list."""
+    builder = (
+        x509.CertificateRevocationListBuilder()
+        .issuer_name(issuer.subject)
+        .last_update((now - CLOCK_SKEW).replace(microsecond=0))
+        .next_update(next_update.replace(microsecond=0))
+        .add_extension(x509.CRLNumber(number), critical=False)
+        .add_extension(_authority(issuer), critical=False)
+    )
+    for serial, since in revoked:
+        entry = x509.RevokedCertificateBuilder().serial_number(serial).revocation_date(since)
+        builder = builder.add_revoked_certificate(entry.build())
+    return builder.sign(key, hashes.SHA256()).public_bytes(serialization.Encoding.DER)
 
 
 def vtpm_subject(site: str, name: str, instance: str) -> x509.Name:
-    """CN `name:uuid`, so that a certificate tells whose vTPM it is."""
-    return _named(site, f"{name}:{instance}")
+    """CN `name:uuid`, so that a certificate tells whose vTPM it is.
+
+    A common name has at most 64 characters: a longer name is cut, never the uuid.
+    """
+    return _named(site, f"{name[: CN_MAX - 1 - len(instance)]}:{instance}")
 
 
 def _attestation(
@@ -182,6 +220,13 @@ def _attestation(
         .add_extension(x509.ExtendedKeyUsage([EKU_AK]), critical=True)
         .add_extension(_authority(issuer), critical=False)
     )
+
+
+def _revocable(builder: x509.CertificateBuilder, crl: str) -> x509.CertificateBuilder:
+    if not crl:
+        return builder
+    place = x509.DistributionPoint([x509.UniformResourceIdentifier(crl)], None, None, None)
+    return builder.add_extension(x509.CRLDistributionPoints([place]), critical=False)
 
 
 def _authority(issuer: x509.Certificate) -> x509.AuthorityKeyIdentifier:

@@ -10,6 +10,7 @@ import hashlib
 import hmac
 import os
 from collections import OrderedDict
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final
 from uuid import UUID
 
@@ -22,8 +23,9 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 from holdfast.errors import HostError, IntegrityError, InvalidInput, NotFound, TpmError
 from holdfast.hwtpm.context import Context
-from holdfast.hwtpm.host import HostTpm, quoted_selection
+from holdfast.hwtpm.host import Approval, HostTpm, quoted_selection
 from holdfast.hwtpm.policy import Signature
+from holdfast.hwtpm.transport import Transport
 from holdfast.ids import instance_name
 from holdfast.keeper import certificates
 from holdfast.keeper.vault import Vault
@@ -41,51 +43,48 @@ QUOTE_TRIES: Final = 5
 ROUND_TAG: Final = b"holdfast/round/1"
 _WRAP_INFO: Final = b"holdfast/data-key/1"
 _NONCE: Final = 12
+_EC_BITS: Final = 256
 
 
 class Custody:
     """Root key and host TPM, open. `close` forgets."""
 
-    def __init__(self, made: Vault, tcti: str) -> None:
+    def __init__(self, made: Vault, transport: Transport) -> None:
         """Open what `made` describes; HostError says why it does not."""
         self._made = made
-        self._context = Context(tcti)
+        self._root_key = bytearray()
+        self._context = Context(transport)
         try:
-            self._tpm, self._root_key = self._open()
-        except BaseException:
-            self._context.close()
+            self._tpm = self._open()
+            wrapping = HKDF(hashes.SHA256(), 32, None, _WRAP_INFO).derive(self._root_key)
+            self.description = self._tpm.describe()
+        except BaseException as error:
+            self.close()
+            if isinstance(error, TpmError):
+                raise HostError(f"the host TPM does not open: {error}") from None
             raise
-        wrapping = HKDF(hashes.SHA256(), 32, None, _WRAP_INFO).derive(bytes(self._root_key))
         self._wrapping = AESGCM(wrapping)
         self._issuer = x509.load_der_x509_certificate(made.ca_certificate)
         self._ca_key = _TpmKey(self._tpm, Public.decode(made.ca_key.public))
         self._pending: OrderedDict[UUID, tuple[bytes, ipc.EnrolKeys]] = OrderedDict()
-        self.description = self._tpm.describe()
 
-    def _open(self) -> tuple[HostTpm, bytearray]:
+    def _open(self) -> HostTpm:
         made = self._made
-        tpm = HostTpm(self._context)
-        tpm.open_primary(made.unique, made.primary_auth)
-        tpm.open_index(made.index_auth, made.index_name)
-        current = tpm.read_pcrs().get(Alg.SHA256, {})
-        approval = next(
-            (a for a in made.approvals if all(current.get(p) == v for p, v in a.values.items())),
-            None,
-        )
-        if approval is None:
-            closest = made.approvals[0].values
-            differ = [str(pcr) for pcr in sorted(closest) if current.get(pcr) != closest[pcr]]
-            raise HostError(
-                f"this boot state is not approved: PCR {', '.join(differ)} (sha256) differs; "
-                "if that is as it should be, run holdfast policy authorize with the recovery key"
-            )
+        tpm = HostTpm(self._context, made.owner_auth)
+        ek_name = Public.decode(made.ek_public).name
+        tpm.open_primary(made.unique, made.primary_auth, made.primary_name, ek_name)
+        tpm.index.open(made.index_name)
+        approval = _matching(made.approvals, tpm.read_pcrs((Alg.SHA256,)).get(Alg.SHA256, {}))
         tpm.approve(Public.decode(made.recovery_public), approval)
-        root_key = bytearray(tpm.unseal(made.root_key))
+        self._root_key = tpm.unseal(made.root_key)
         tpm.use_ak(made.ak)
         tpm.use_ca(made.ca_key)
-        return tpm, root_key
+        return tpm
 
     def close(self) -> None:
+        """Forget the root key, and leave nothing in the TPM."""
+        # Copies remain in libraries until their memory is used again: AES-GCM's key schedule, and
+        # what ESAPI decrypted. Holding the root key in memfd_secret memory is an issue of its own.
         self._root_key[:] = bytes(len(self._root_key))
         self._context.close()
 
@@ -114,10 +113,11 @@ class Custody:
         instance_name(keys.name)
         ek_rsa, ek_ecc, ak = (Public.decode(raw) for raw in (keys.ek_rsa, keys.ek_ecc, keys.ak))
         pairs = ((ek_rsa, EK_RSA2048), (ek_ecc, EK_P256), (ak, AK_P256))
-        if not all(_follows(public, template) for public, template in pairs):
-            raise InvalidInput("a key does not follow its template")
+        for public, template in pairs:
+            _follow(public, template)
         credential = os.urandom(CREDENTIAL_SIZE)
-        while len(self._pending) >= ENROLMENTS_MAX:
+        self._pending.pop(keys.instance, None)
+        if len(self._pending) >= ENROLMENTS_MAX:
             self._pending.popitem(last=False)
         self._pending[keys.instance] = (credential, keys)
         seed = os.urandom(CREDENTIAL_SIZE)
@@ -135,11 +135,23 @@ class Custody:
         subject = certificates.vtpm_subject(made.site, keys.name, str(keys.instance))
         issuer, key = self._issuer, self._ca_key
         ek_rsa, ek_ecc = (
-            certificates.vtpm_ek(subject, Public.decode(raw), issuer, key, made.service, now)
+            certificates.vtpm_ek(
+                subject, Public.decode(raw), issuer, key, made.service, made.crl, now
+            )
             for raw in (keys.ek_rsa, keys.ek_ecc)
         )
-        ak = certificates.vtpm_ak(subject, Public.decode(keys.ak), issuer, key, now)
+        ak = certificates.vtpm_ak(subject, Public.decode(keys.ak), issuer, key, made.crl, now)
         return ipc.Enrolled(ek_rsa, ek_ecc, ak, (made.ca_certificate, made.root_certificate))
+
+    def revocation_list(
+        self, revoked: Iterable[tuple[int, datetime.datetime]], number: int,
+        next_update: datetime.datetime,
+    ) -> bytes:  # fmt: skip
+        """The host CA's CRL (DER) of these serial numbers and since when; `number` must grow."""
+        now = datetime.datetime.now(datetime.UTC)
+        return certificates.revocation_list(
+            self._issuer, self._ca_key, revoked, number, now, next_update
+        )
 
     # --- attesting ---
 
@@ -150,7 +162,7 @@ class Custody:
         qualifying = hashlib.sha256(ROUND_TAG + u16(Alg.SHA256) + u64(tree_size) + root).digest()
         for _ in range(QUOTE_TRIES):
             attest, signature = self._tpm.quote(qualifying)
-            values = self._tpm.read_pcrs()
+            values = self._tpm.read_pcrs((Alg.SHA256,))
             quoted = Attest.decode(attest).attested
             assert isinstance(quoted, QuoteInfo)
             if quoted.pcr_digest == pcr_composite(Alg.SHA256, quoted_selection(), values):
@@ -180,10 +192,35 @@ class Custody:
         )  # fmt: skip
 
 
-def _follows(public: Public, template: Public) -> bool:
-    """Whether a key has its template's type, attributes, policy and parameters."""
-    names = ("kind", "name_alg", "attributes", "policy", "scheme", "symmetric", "curve", "bits")
-    return all(getattr(public, name) == getattr(template, name) for name in names)
+def _matching(approvals: Sequence[Approval], current: Mapping[int, bytes]) -> Approval:
+    """The newest approval of the boot state as it is; HostError names what differs."""
+
+    def differing(approval: Approval) -> list[int]:
+        values = approval.values
+        return [pcr for pcr in sorted(values) if current.get(pcr) != values[pcr]]
+
+    best = min(approvals, key=lambda a: (len(differing(a)), -a.version))
+    differ = ", ".join(map(str, differing(best)))
+    if differ:
+        selection = ",".join(map(str, sorted(best.values)))
+        raise HostError(
+            f"this boot state is not approved: of sha256:{selection}, PCR {differ} differs; if "
+            "that is as it should be, run holdfast policy authorize with the recovery key"
+        )
+    return best
+
+
+def _follow(public: Public, template: Public) -> None:
+    """A key has its template's type, attributes, policy and parameters; else InvalidInput."""
+    names = (
+        "kind", "name_alg", "attributes", "policy", "scheme", "symmetric", "curve", "bits",
+        "exponent",
+    )  # fmt: skip
+    for name in names:
+        if getattr(public, name) != getattr(template, name):
+            raise InvalidInput(f"a key does not follow its template: its {name} is another")
+    if public_key(public).key_size != (public.bits if public.kind is Alg.RSA else _EC_BITS):
+        raise InvalidInput("a key does not follow its template: its size is another")
 
 
 class _TpmKey(ec.EllipticCurvePrivateKey):

@@ -8,11 +8,13 @@ written last.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
+import hmac
 import os
 import socket
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -20,10 +22,12 @@ from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from holdfast.errors import Conflict, HostError, IntegrityError, InvalidInput
+from holdfast.errors import Conflict, HoldfastError, HostError, IntegrityError, InvalidInput
+from holdfast.hwtpm import endorsement
 from holdfast.hwtpm.context import Context
-from holdfast.hwtpm.host import AUTH_SIZE, Approval, HostTpm
+from holdfast.hwtpm.host import AUTH_SIZE, Approval, HostTpm, fresh_auth
 from holdfast.hwtpm.policy import RECOVERY_KEY_SIZE, RecoverySigner, approved_policy
+from holdfast.hwtpm.transport import PATIENCE_TO_MAKE_KEYS, Transport
 from holdfast.keeper import certificates, recovery, vault
 from holdfast.keeper.vault import Vault
 from holdfast.tpm2.algorithms import Alg
@@ -35,32 +39,70 @@ RECOVERY_FILE: Final = "recovery.age"
 ROOT_KEY_FILE: Final = "site-root-ca.key.age"
 ROOT_CERTIFICATE_FILE: Final = "site-root-ca.pem"
 DEFAULT_PCRS: Final = (0, 2, 4, 7)
+APPROVALS_MAX: Final = 64
+CERTIFY_TAG: Final = b"holdfast/host-ca/1"  # qualifying data of the AK's TPM2_Certify
 _SECRET_SIZE: Final = 32
 
 
+@dataclass(frozen=True)
+class Site:
+    """What the administrator chose: `crl` is a URI or empty, `pcrs` make up the boot state."""
+
+    name: str
+    pcrs: tuple[int, ...] = DEFAULT_PCRS
+    crl: str = ""
+    stand_in: bool = False
+    owner_auth: bytes = b""
+
+
 def provision(
-    directory: Path, tcti: str, recipient: str, out: Path, pcrs: tuple[int, ...], *,
-    site: str, stand_in: bool,
-) -> dict[str, Any]:  # fmt: skip
-    """Set a host up; returns what to tell the administrator. Nothing is left half-made."""
+    directory: Path, tcti: str, recipient: str, out: Path, site: Site, *, show: bool = False
+) -> dict[str, Any]:
+    """Set a host up; returns what to tell the administrator, with `show` the recovery key too.
+
+    Nothing is left half-made: what fails takes back what it made in the TPM and on disk.
+    """
     if vault.exists(directory):
         raise Conflict(f"this host is initialised already ({directory})")
+    _check(site)
     to = recovery.recipient(recipient)
+    out.mkdir(mode=0o700, parents=True, exist_ok=True)
     for name in (RECOVERY_FILE, ROOT_KEY_FILE, ROOT_CERTIFICATE_FILE):
         if (out / name).exists():
             raise Conflict(f"{out / name} exists: move it away first, it may be your only copy")
-    context = Context(tcti)
-    try:
-        made, recovery_key, root_key = _make(context, pcrs, site, stand_in)
-    finally:
-        context.close()
-    out.mkdir(mode=0o700, parents=True, exist_ok=True)
-    recovery.write_encrypted(out / RECOVERY_FILE, to, recovery_key)
-    recovery.write_encrypted(out / ROOT_KEY_FILE, to, root_key)
-    pem = serialization.Encoding.PEM
-    root = x509.load_der_x509_certificate(made.root_certificate)
-    (out / ROOT_CERTIFICATE_FILE).write_bytes(root.public_bytes(pem))
-    made.save(directory)
+    with contextlib.ExitStack() as stack:
+        transport = Transport(tcti, PATIENCE_TO_MAKE_KEYS)
+        stack.callback(transport.close)
+        context = Context(transport)
+        stack.callback(context.close)
+        undo = stack.enter_context(contextlib.ExitStack())
+        made, recovery_key, root_key = _make(context, site, undo)
+        root = x509.load_der_x509_certificate(made.root_certificate)
+        pem = root.public_bytes(serialization.Encoding.PEM)
+        for name, content in (
+            (RECOVERY_FILE, recovery.encrypt(to, recovery_key)),
+            (ROOT_KEY_FILE, recovery.encrypt(to, root_key)),
+            (ROOT_CERTIFICATE_FILE, pem),
+        ):
+            undo.callback((out / name).unlink, missing_ok=True)
+            recovery.write_new(out / name, content)
+        recovery.sync(out)
+        made.save(directory)
+        undo.pop_all()
+    summary = _summary(made, out)
+    return {**summary, "recovery_key_hex": recovery_key.hex()} if show else summary
+
+
+def _check(site: Site) -> None:
+    if not 1 <= len(site.name) <= certificates.CN_MAX or not site.name.isprintable():
+        raise InvalidInput(f"a site's name has 1 to {certificates.CN_MAX} printable characters")
+    if not site.pcrs or not set(site.pcrs) <= set(range(24)):
+        raise InvalidInput("the boot state is some of the PCRs 0 to 23")
+    if site.crl and not (site.crl.isascii() and site.crl.find(":") > 0 and len(site.crl) <= 256):
+        raise InvalidInput("the place of the revocation list is an ASCII URI, at most 256 long")
+
+
+def _summary(made: Vault, out: Path) -> dict[str, Any]:
     return {
         "recovery_key": str(out / RECOVERY_FILE),
         "site_root_key": str(out / ROOT_KEY_FILE),
@@ -69,44 +111,44 @@ def provision(
         "host_ak_name": Public.decode(made.ak.public).name.hex(),
         "host_ek_certificate": bool(made.ek_certificate),
         "approved_pcrs": sorted(made.approvals[0].values),
-        "stand_in": stand_in,
+        "stand_in": made.stand_in,
     }
 
 
-def _make(
-    context: Context, pcrs: tuple[int, ...], site: str, stand_in: bool
-) -> tuple[Vault, bytes, bytes]:
+def _make(context: Context, site: Site, undo: contextlib.ExitStack) -> tuple[Vault, bytes, bytes]:
     """(vault, recovery key, site root's private key as PKCS #8 PEM)."""
-    tpm = HostTpm(context)
-    unique, primary_auth, index_auth = (os.urandom(AUTH_SIZE) for _ in range(3))
-    tpm.open_primary(unique, primary_auth)
+    tpm = HostTpm(context, site.owner_auth)
+    unique, primary_auth = os.urandom(AUTH_SIZE), fresh_auth()
+    primary_name = tpm.open_primary(unique, primary_auth)
     recovery_key = os.urandom(RECOVERY_KEY_SIZE)
     signer = RecoverySigner(recovery_key)
-    tpm.define_index(signer, index_auth, 1)
-    index_name = tpm.index_name()
-    approval = _approve(signer, _current(tpm, pcrs), 1, index_name)
+    tpm.index.define(signer, 1)
+    undo.callback(_undefine, tpm)
+    approval = _approve(signer, _current(tpm, site.pcrs), 1, tpm.index.name)
     tpm.approve(signer.public, approval)
 
     root_blob = tpm.create_root_key(signer.public.name, os.urandom(ROOT_KEY_SIZE))
     ak_blob, ca_blob = tpm.create_ak(), tpm.create_ca_key(signer.public.name)
-    tpm.use_ak(ak_blob)
+    ak_handle = tpm.use_ak(ak_blob)
     tpm.use_ca(ca_blob)
     ak, ca = Public.decode(ak_blob.public), Public.decode(ca_blob.public)
-    ca_attest, ca_signature = tpm.certify_ca(b"holdfast/host-ca/1")
-    ek = _activate(tpm, ak)
+    ca_attest, ca_signature = tpm.certify_ca(CERTIFY_TAG)
+    tpm.drop_ca()
+    ek = _activate(context, ak_handle, ak)
 
     now = datetime.datetime.now(datetime.UTC)
     root_key = ec.generate_private_key(ec.SECP256R1())
     host = socket.gethostname()
-    root = certificates.site_root(site, root_key, now)
+    root = certificates.site_root(site.name, root_key, now)
     made = Vault(
-        site=site, host=host, service=f"urn:holdfast:{host}"[:127], stand_in=stand_in,
-        tcti=context.tcti, unique=unique, primary_auth=primary_auth, index_auth=index_auth,
-        index_name=index_name, version=1, recovery_public=signer.public.encode(),
+        site=site.name, host=host, service=f"urn:holdfast:{host}"[:127], crl=site.crl,
+        stand_in=site.stand_in, tcti=context.tcti, owner_auth=site.owner_auth, unique=unique,
+        primary_name=primary_name, primary_auth=primary_auth,
+        index_name=tpm.index.name, version=1, recovery_public=signer.public.encode(),
         root_key=root_blob, ca_key=ca_blob, ak=ak_blob, approvals=(approval,),
-        ek_public=ek.encode(), ek_certificate=tpm.read_ek_certificate(),
-        ak_certificate=certificates.host_ak(site, host, ak, root, root_key, now),
-        ca_certificate=certificates.host_ca(site, host, ca, root, root_key, now),
+        ek_public=ek.encode(), ek_certificate=endorsement.read_certificate(context),
+        ak_certificate=certificates.host_ak(site.name, host, ak, root, root_key, now),
+        ca_certificate=certificates.host_ca(site.name, host, ca, root, root_key, now),
         ca_attest=ca_attest, ca_signature=ca_signature, root_certificate=root,
     )  # fmt: skip
     pem = root_key.private_bytes(
@@ -117,22 +159,25 @@ def _make(
     return made, recovery_key, pem
 
 
-def _activate(tpm: HostTpm, ak: Public) -> Public:
+def _undefine(tpm: HostTpm) -> None:
+    with contextlib.suppress(HoldfastError):  # the TPM may be why we are here
+        tpm.index.undefine()
+
+
+def _activate(context: Context, ak_handle: Any, ak: Public) -> Public:
     """Convince the site root that AK and EK are in one TPM; returns the EK."""
-    handle, ek = tpm.read_ek()
-    secret = os.urandom(_SECRET_SIZE)
-    blob = make_credential(ek, ak.name, secret, os.urandom(_SECRET_SIZE))
-    if tpm.activate(handle, *blob) != secret:
-        raise IntegrityError("the host TPM could not prove that EK and AK are its own")
-    return ek
+    with endorsement.endorsement_key(context) as (handle, ek):
+        secret = os.urandom(_SECRET_SIZE)
+        blob = make_credential(ek, ak.name, secret, os.urandom(_SECRET_SIZE))
+        if not hmac.compare_digest(endorsement.activate(context, ak_handle, handle, *blob), secret):
+            raise IntegrityError("the host TPM could not prove that EK and AK are its own")
+        return ek
 
 
 def _current(tpm: HostTpm, pcrs: tuple[int, ...]) -> Mapping[int, bytes]:
-    banks = tpm.read_pcrs()
+    banks = tpm.read_pcrs((Alg.SHA256,))
     if Alg.SHA256 not in banks:
         raise HostError("the host TPM has no SHA-256 bank")
-    if not pcrs or not set(pcrs) <= set(banks[Alg.SHA256]):
-        raise InvalidInput("the boot state is some of the PCRs 0 to 23")
     return {pcr: banks[Alg.SHA256][pcr] for pcr in pcrs}
 
 
@@ -144,28 +189,35 @@ def _approve(
 
 
 def authorize(
-    directory: Path, tcti: str, identity: Path, recovery_file: Path, *, retire: bool
-) -> dict[str, Any]:
-    """Approve the boot state as it is now; with `retire`, no older approval holds any more."""
+    directory: Path, tcti: str, identity: Path, recovery_file: Path, *, retire: bool = False,
+    values: Mapping[int, bytes] | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """Approve the boot state as it is now, or `values`; with `retire` no older one holds any more.
+
+    Saved before the index is written and again after it: cut short, it leaves a state in which the
+    new approval holds.
+    """
     made = vault.load(directory)
     signer = RecoverySigner(recovery.read_encrypted(recovery_file, identity))
     if signer.public.encode() != made.recovery_public:
         raise InvalidInput(f"{recovery_file} is not this host's recovery key")
-    context = Context(tcti)
-    try:
-        tpm = HostTpm(context)
-        tpm.open_primary(made.unique, made.primary_auth)
-        tpm.open_index(made.index_auth, made.index_name)
-        pcrs = tuple(sorted(made.approvals[0].values))
+    with contextlib.ExitStack() as stack:
+        transport = Transport(tcti)
+        stack.callback(transport.close)
+        context = Context(transport)
+        stack.callback(context.close)
+        tpm = HostTpm(context, made.owner_auth)
+        ek_name = Public.decode(made.ek_public).name
+        tpm.open_primary(made.unique, made.primary_auth, made.primary_name, ek_name)
+        tpm.index.open(made.index_name)
+        wanted = values or _current(tpm, tuple(sorted(made.approvals[0].values)))
         version = made.version + 1 if retire else made.version
-        approval = _approve(signer, _current(tpm, pcrs), version, made.index_name)
-        kept = () if retire else tuple(a for a in made.approvals if a.values != approval.values)
-        replace(
-            made, version=version, approvals=(approval, *kept, *(made.approvals if retire else ()))
-        ).save(directory)
+        approval = _approve(signer, wanted, version, made.index_name)
+        others = tuple(a for a in made.approvals if retire or a.values != approval.values)
+        if len(others) >= APPROVALS_MAX:
+            raise Conflict(f"{APPROVALS_MAX} boot states are approved: retire the old ones")
+        replace(made, version=version, approvals=(approval, *others)).save(directory)
         if retire:
-            tpm.write_index(signer, version)
+            tpm.index.write(signer, version)
             replace(made, version=version, approvals=(approval,)).save(directory)
-    finally:
-        context.close()
-    return {"approved_pcrs": list(pcrs), "version": version, "retired": retire}
+    return {"approved_pcrs": sorted(wanted), "version": version, "retired": retire}

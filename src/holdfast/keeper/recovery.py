@@ -38,13 +38,27 @@ def recipient(text: str) -> Any:
         raise InvalidInput("the recovery recipient is not an age or ssh public key") from None
 
 
-def write_encrypted(path: Path, to: Any, secret: bytes) -> None:
-    """Write `secret` encrypted to `to` (binary age file, 0600); never over a file that is there."""
+def encrypt(to: Any, secret: bytes) -> bytes:
+    """A binary age file for the recipient `to`."""
+    return bytes(pyrage.encrypt(secret, [to]))
+
+
+def write_new(path: Path, content: bytes) -> None:
+    """Write a file (0600), durably; never over one that is there."""
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
     with os.fdopen(fd, "wb") as file:
-        file.write(pyrage.encrypt(secret, [to]))
+        file.write(content)
         file.flush()
         os.fsync(file.fileno())
+
+
+def sync(directory: Path) -> None:
+    """Make the names in a directory durable."""
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def read_encrypted(path: Path, identity: Path) -> bytes:

@@ -1,67 +1,79 @@
 """The keeper's service: leases and data keys for workers, enrolment and quotes for the daemon.
 
-Single thread, root peers only. A data key is handed out once over a channel that the spawner made
-for one worker, and while that worker lives no other gets the same instance's. While the host TPM
-does not open, everything is refused with the reason, and it is tried again now and then.
+Single thread, root peers only. While the host TPM does not open, everything that needs it is
+refused with the reason, and it is tried again now and then. No peer can stop the others: nothing
+waits for a peer, and a wait for the TPM has an end (`hwtpm.transport`).
+
+Not here: what is done with the root key (`custody`), and leases (`leases`).
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
-import select
 import selectors
 import signal
 import socket
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 from uuid import UUID
 
-from holdfast.errors import Conflict, HoldfastError, HostError, PeerError, ProtocolError
+from holdfast.errors import HoldfastError, HostError, PeerError, ProtocolError, TpmError
+from holdfast.hwtpm.transport import Transport
 from holdfast.keeper import vault
 from holdfast.keeper.custody import Custody
+from holdfast.keeper.leases import Leases
 from holdfast.linux import channel
 from holdfast.protocol import ipc
 
 PEERS_MAX: Final = 16
-LEASES_MAX: Final = 10_000
 RETRY_SECONDS: Final = 2.0
 RETRY_SECONDS_MAX: Final = 60.0
 
 
-@dataclass(eq=False)
-class _Lease:
-    """One worker's claim to its instance: until its process has ended."""
-
-    pidfd: int
-    keys: socket.socket | None
+def log(text: str) -> None:
+    """One line for the journal. Never a secret: texts of errors hold none."""
+    with contextlib.suppress(OSError):
+        sys.stderr.write(f"holdfast-keeper: {text}\n")
+        sys.stderr.flush()
 
 
 class Keeper:
-    """Serves `listener`; its secrets are in `directory` and the TPM at `tcti`."""
+    """Serves `listener`; its secrets are in `directory` and the TPM at `tcti`.
 
-    def __init__(self, listener: socket.socket, directory: Path, tcti: str) -> None:
+    `transport`: the way to that TPM if it is open already, as it must be if this process has given
+    up the right to open it.
+    """
+
+    def __init__(
+        self,
+        listener: socket.socket,
+        directory: Path,
+        tcti: str,
+        transport: Transport | None = None,
+    ) -> None:
         self._directory = directory
         self._tcti = tcti
+        self._transport = transport
         self._custody: Custody | None = None
         self._why_not = "not tried yet"
         self._retry_at = 0.0
         self._retry_after = RETRY_SECONDS
         self._stand_in = False
-        self._leases: dict[UUID, _Lease] = {}
         self._peers: set[socket.socket] = set()
         self._listener = listener
+        listener.setblocking(False)
         self._selector = selectors.DefaultSelector()
         self._selector.register(listener, selectors.EVENT_READ, self._accept)
+        self._leases = Leases(self._selector, self._grant, log)
         self._running = True
         self._wake, self._waker = socket.socketpair()
+        self._wake.setblocking(False)
         self._waker.setblocking(False)
         self._selector.register(self._wake, selectors.EVENT_READ, lambda: self._wake.recv(64))
-        signal.set_wakeup_fd(self._waker.fileno())
         self._handlers: Mapping[type[ipc.Message], Callable[..., ipc.Message]] = {
             ipc.KeeperStatus: self._status,
             ipc.EnrolKeys: lambda m: self._open().challenge(m),
@@ -72,18 +84,34 @@ class Keeper:
         }
 
     def run(self) -> None:
-        while self._running:
-            self._try_to_open()
-            timeout = None
-            if self._custody is None:
-                timeout = max(0.0, self._retry_at - time.monotonic())
-            for key, _ in self._selector.select(timeout):
-                key.data()
-        if self._custody is not None:
-            self._custody.close()
+        """Serve until `stop`; then forget everything."""
+        signal.set_wakeup_fd(self._waker.fileno())
+        try:
+            while self._running:
+                self._try_to_open()
+                timeout = None
+                if self._custody is None:
+                    timeout = max(0.0, self._retry_at - time.monotonic())
+                for key, _ in self._selector.select(timeout):
+                    # What came before in this batch may have closed it.
+                    if self._selector.get_map().get(key.fd) is key:
+                        key.data()
+        finally:
+            signal.set_wakeup_fd(-1)
+            self._close()
 
     def stop(self) -> None:
+        """Leave `run`; may be called by a signal handler."""
         self._running = False
+
+    def _close(self) -> None:
+        self._leases.close()
+        for peer in tuple(self._peers):
+            self._drop(peer)
+        if self._custody is not None:
+            self._custody.close()
+        if self._transport is not None:
+            self._transport.close()
 
     # --- the host TPM ---
 
@@ -93,29 +121,42 @@ class Keeper:
         try:
             made = vault.load(self._directory)
             self._stand_in = made.stand_in
-            self._custody = Custody(made, self._tcti)
-            self._why_not = ""
-            self._retry_after = RETRY_SECONDS
+            if self._transport is None:
+                self._transport = Transport(self._tcti)
+            self._custody = Custody(made, self._transport)
         except (HoldfastError, OSError) as error:
+            if str(error) != self._why_not:
+                log(f"not open: {error}")
             self._why_not = str(error)
-            sys.stderr.write(f"holdfast-keeper: not open: {error}\n")
             self._retry_at = time.monotonic() + self._retry_after
             self._retry_after = min(self._retry_after * 2, RETRY_SECONDS_MAX)
+            self._renew_transport()
+        else:
+            log(f"open: {self._custody.description} at {self._tcti}")
+            self._why_not = ""
+            self._retry_after = RETRY_SECONDS
+
+    def _renew_transport(self) -> None:
+        """A device that was unplugged needs a new descriptor; the old one serves if we get none."""
+        with contextlib.suppress(HostError):
+            fresh = Transport(self._tcti)
+            if self._transport is not None:
+                self._transport.close()
+            self._transport = fresh
 
     def _open(self) -> Custody:
         if self._custody is None:
-            self._retry_at = min(self._retry_at, time.monotonic() + RETRY_SECONDS)
             raise HostError(f"the keeper is not open: {self._why_not}")
         return self._custody
 
     def _distrust(self, error: HoldfastError) -> None:
-        """The host TPM failed: close, and open anew when it is back."""
-        if self._custody is not None and isinstance(error, HostError):
-            with contextlib.suppress(HoldfastError, OSError):
-                self._custody.close()
+        """The host TPM failed, or lost what was loaded: close now, and open anew at once."""
+        if self._custody is not None:
+            log(f"closed: {error}")
+            self._custody.close()
             self._custody = None
             self._why_not = str(error)
-            self._retry_at = time.monotonic() + self._retry_after
+            self._retry_at = 0.0
 
     def _status(self, _message: ipc.KeeperStatus) -> ipc.Message:
         tpm = self._custody.description if self._custody else ""
@@ -125,101 +166,71 @@ class Keeper:
     # --- peers ---
 
     def _accept(self) -> None:
-        sock, _ = self._listener.accept()
-        if channel.peer(sock).uid != 0 or len(self._peers) >= PEERS_MAX:
+        try:
+            sock, _ = self._listener.accept()
+        except OSError as error:
+            log(f"accept: {error}")
+            return
+        peer = channel.peer(sock)
+        if peer.uid != 0 or len(self._peers) >= PEERS_MAX:
+            log(f"process {peer.pid} of user {peer.uid} turned away")
             sock.close()
             return
+        sock.setblocking(False)
         self._peers.add(sock)
         self._selector.register(sock, selectors.EVENT_READ, lambda: self._serve(sock))
 
     def _serve(self, sock: socket.socket) -> None:
+        """One message of one peer. Whatever goes wrong costs this peer its connection only."""
         try:
             data, fds = channel.receive(sock)
-            if data:
+            if data or fds:
                 channel.send(sock, self._answer(data, fds).encode())
                 return
-        except (OSError, PeerError):
-            pass
+        except (OSError, PeerError) as error:
+            log(f"a peer is disconnected: {error}")
+        except Exception as error:  # noqa: BLE001 - the edge; its text might hold anything
+            log(f"a peer is disconnected: unexpected {type(error).__name__}")
+        self._drop(sock)
+
+    def _drop(self, sock: socket.socket) -> None:
         self._selector.unregister(sock)
         self._peers.discard(sock)
         sock.close()
 
     def _answer(self, data: bytes, fds: list[int]) -> ipc.Message:
-        message = ipc.decode(data)
         try:
+            message = ipc.decode(data)
             if isinstance(message, ipc.Lease):
-                return self._lease(message, fds)
+                return self._guarded(lambda: self._lease(message, fds))
             handler = self._handlers.get(type(message))
             if handler is None:
                 raise ProtocolError(f"{type(message).__name__} is not for the keeper")
-            return handler(message)
-        except HoldfastError as error:
-            self._distrust(error)
-            return ipc.Refused(type(error).__name__, str(error))
+            return self._guarded(lambda: handler(message))
         finally:
             for fd in fds:
                 os.close(fd)
 
-    # --- leases and data keys ---
-
-    def _lease(self, message: ipc.Lease, fds: list[int]) -> ipc.Message:
-        if len(fds) != 2:
-            raise ProtocolError("a lease comes with a key channel and a pidfd")
-        held = self._leases.get(message.instance)
-        if held is not None:
-            if not _ended(held.pidfd):
-                raise Conflict("a living worker holds this instance")
-            self._end_lease(message.instance)
-        if len(self._leases) >= LEASES_MAX:
-            raise Conflict(f"{LEASES_MAX} instances are leased, no more fit")
-        keys = channel.from_fd(fds.pop(0))
-        lease = _Lease(fds.pop(0), keys)
-        instance = message.instance
-        self._leases[instance] = lease
-        self._selector.register(keys, selectors.EVENT_READ, lambda: self._give(instance))
-        self._selector.register(
-            lease.pidfd, selectors.EVENT_READ, lambda: self._end_lease(instance)
-        )
-        return ipc.Done()
-
-    def _give(self, instance: UUID) -> None:
-        """Answer the one question of a key channel, and close it."""
-        lease = self._leases[instance]
-        keys, lease.keys = lease.keys, None
-        assert keys is not None
-        self._selector.unregister(keys)
-        with keys:
-            try:
-                data, fds = channel.receive(keys)
-                for fd in fds:
-                    os.close(fd)
-                if data:
-                    channel.send(keys, self._grant(instance, data).encode())
-            except (OSError, PeerError):
-                return
-
-    def _grant(self, instance: UUID, data: bytes) -> ipc.Message:
-        message = ipc.decode(data)
-        if not isinstance(message, ipc.KeyRequest):
-            raise ProtocolError("a key channel carries one question")
+    def _guarded(self, action: Callable[[], ipc.Message]) -> ipc.Message:
+        """The action's answer, or Refused with the error's class and text."""
         try:
-            custody = self._open()
-            if not message.wrapped:
-                return ipc.KeyGrant(*custody.wrap_new(instance))
-            return ipc.KeyGrant(custody.unwrap(instance, message.wrapped), message.wrapped)
+            return action()
+        except (HostError, TpmError) as error:
+            self._distrust(error)
+            return ipc.Refused(HostError.__name__, str(error))
         except HoldfastError as error:
             return ipc.Refused(type(error).__name__, str(error))
 
-    def _end_lease(self, instance: UUID) -> None:
-        lease = self._leases.pop(instance)
-        self._selector.unregister(lease.pidfd)
-        os.close(lease.pidfd)
-        if lease.keys is not None:
-            self._selector.unregister(lease.keys)
-            lease.keys.close()
+    # --- leases and data keys ---
 
+    def _lease(self, message: ipc.Lease, fds: list[int]) -> ipc.Message:
+        self._leases.add(message.instance, fds)
+        return ipc.Done()
 
-def _ended(pidfd: int) -> bool:
-    poll = select.poll()
-    poll.register(pidfd, select.POLLIN)
-    return bool(poll.poll(0))
+    def _grant(self, instance: UUID, request: ipc.KeyRequest) -> ipc.Message:
+        def grant() -> ipc.Message:
+            if not request.wrapped:
+                return ipc.KeyGrant(*self._open().wrap_new(instance))
+            return ipc.KeyGrant(self._open().unwrap(instance, request.wrapped), request.wrapped)
+
+        return self._guarded(grant)

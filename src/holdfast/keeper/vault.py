@@ -1,4 +1,4 @@
-"""What the keeper has on disk: its objects' blobs, approvals and certificates, in one file.
+"""What the keeper has on disk: its objects' blobs, approvals and certificates, in one JSON file.
 
 The file is readable by the keeper alone (0600 in a 0700 directory) and is replaced as a whole. The
 blobs open only in the host TPM that made them, and root and CA key only in an approved boot state;
@@ -17,6 +17,7 @@ from typing import Any, Final
 from holdfast.errors import Conflict, IntegrityError, NotFound
 from holdfast.hwtpm.host import Approval, Blob
 from holdfast.hwtpm.policy import Signature
+from holdfast.keeper.recovery import sync
 
 FILE: Final = "keeper.json"
 VERSION: Final = 1
@@ -29,11 +30,13 @@ class Vault:
     site: str
     host: str
     service: str
+    crl: str
     stand_in: bool
     tcti: str
+    owner_auth: bytes
     unique: bytes
+    primary_name: bytes
     primary_auth: bytes
-    index_auth: bytes
     index_name: bytes
     version: int
     recovery_public: bytes
@@ -59,11 +62,7 @@ class Vault:
             file.flush()
             os.fsync(file.fileno())
         fresh.rename(directory / FILE)
-        handle = os.open(directory, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+        sync(directory)
 
 
 def exists(directory: Path) -> bool:
@@ -103,7 +102,7 @@ def _to_json(vault: Vault) -> dict[str, Any]:
 
 
 _BLOBS: Final = ("root_key", "ca_key", "ak")
-_PLAIN: Final = ("site", "host", "service", "stand_in", "tcti", "version")
+_PLAIN: Final = ("site", "host", "service", "crl", "stand_in", "tcti", "version")
 
 
 def _from_json(value: Mapping[str, Any]) -> Vault:

@@ -17,7 +17,8 @@ _PR_CAP_AMBIENT: Final = 47
 _PR_CAP_AMBIENT_CLEAR_ALL: Final = 4
 _CAPABILITY_VERSION_3: Final = 0x20080522
 _CAPABILITIES_MAX: Final = 64
-_MCL_CURRENT_AND_FUTURE: Final = 3
+_MCL_CURRENT: Final = 1
+_MCL_FUTURE: Final = 2
 _EINVAL: Final = 22
 
 
@@ -68,8 +69,15 @@ def drop_capabilities() -> None:
 
 
 def lock_memory() -> None:
-    """Keep all of our pages, now and later, out of swap."""
-    if _libc.mlockall(ctypes.c_int(_MCL_CURRENT_AND_FUTURE)) != 0:
+    """Keep our pages out of swap: those there are, and later ones where RLIMIT_MEMLOCK has no end.
+
+    Under a finite limit a process that locks later pages too and then gives up its user gets no
+    more memory at all.
+    """
+    flags = _MCL_CURRENT
+    if resource.getrlimit(resource.RLIMIT_MEMLOCK)[0] == resource.RLIM_INFINITY:
+        flags |= _MCL_FUTURE
+    if _libc.mlockall(ctypes.c_int(flags)) != 0:
         number = ctypes.get_errno()
         raise OSError(number, f"mlockall: {os.strerror(number)}")
 

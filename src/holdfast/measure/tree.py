@@ -245,6 +245,13 @@ def _names(fd: int, left: list[int]) -> list[bytes]:
     return names
 
 
+def directory_entry(fd: int, path: bytes) -> Entry:
+    """The entry of an open directory, without what is in it."""
+    status = os.fstat(fd)
+    mode = stat.S_IMODE(status.st_mode)
+    return Entry(path, DIRECTORY, mode, status.st_uid, status.st_gid, xattrs=_xattrs(fd))
+
+
 def check_same(path: bytes, before: os.stat_result, after: os.stat_result) -> None:
     """Raise Conflict unless two looks at an entry show the same, down to its change time."""
     if _identity(before) != _identity(after):

@@ -93,7 +93,7 @@ class Pool:
         """A ready worker, made now if none waits."""
         while self._ready:
             blank = self._ready.popleft()
-            if not _ended(blank.pidfd):
+            if not ended(blank.pidfd):
                 return blank
             blank.discard()
         return self.make()
@@ -142,7 +142,7 @@ class Pool:
         data, _ = channel.receive(blank.channel)
         if not data:
             _, status = os.waitpid(blank.pid, 0)
-            raise HostError(f"a worker did not come up: {_ending(status)}")
+            raise HostError(f"a worker did not come up: {ending(status)}")
         answer = ipc.decode(data)
         if isinstance(answer, ipc.Refused):
             raise HostError(f"a worker did not come up: {answer.why}")
@@ -155,7 +155,10 @@ class Pool:
         try:
             os.read(gate, 1)  # until the parent has mapped us and put us into our cgroup
             os.dup2(sock.detach(), _CHANNEL_FD)
-            os.closerange(0, _CHANNEL_FD)
+            # What C code might print must not land in a descriptor that we are given later.
+            nowhere = os.open(os.devnull, os.O_RDWR)
+            for standard in range(_CHANNEL_FD):
+                os.dup2(nowhere, standard)
             os.closerange(_CHANNEL_FD + 1, os.sysconf("SC_OPEN_MAX"))
             own = socket.socket(fileno=_CHANNEL_FD)
             try:
@@ -172,15 +175,17 @@ class Pool:
             os._exit(status)
 
 
-def _ended(pidfd: int) -> bool:
+def ended(pidfd: int) -> bool:
+    """Whether that process has ended."""
     poll = select.poll()
     poll.register(pidfd, select.POLLIN)
     return bool(poll.poll(0))
 
 
-def _ending(status: int) -> str:
+def ending(status: int) -> str:
+    """A wait status in words."""
     if os.WIFSIGNALED(status):
         name = signal.Signals(os.WTERMSIG(status)).name
         hint = ": the sandbox forbids a system call it needs" if name == "SIGSYS" else ""
         return f"ended by {name}{hint}"
-    return f"exit status {os.waitstatus_to_exitcode(status)}"
+    return f"ended with status {os.waitstatus_to_exitcode(status)}"

@@ -30,7 +30,7 @@ from holdfast.frontend.page import create as create_page
 from holdfast.linux import cgroup, channel
 from holdfast.protocol import fuse, ipc
 from holdfast.protocol import lifecycle as lc
-from holdfast.spawner.pool import SLICE, Blank, Pool, _ended
+from holdfast.spawner.pool import SLICE, Blank, Pool, ended, ending
 
 PEERS_MAX: Final = 8
 KEEPER_SECONDS: Final = 10.0
@@ -258,7 +258,7 @@ class Spawner:
     def _reap(self, instance: UUID) -> None:
         """Collect the instance's worker if it has ended."""
         entry = self._entries.get(instance)
-        if entry is None or entry.worker is None or not _ended(entry.worker.pidfd):
+        if entry is None or entry.worker is None or not ended(entry.worker.pidfd):
             return
         if self._collect(instance, entry, entry.worker):
             self._renew = True
@@ -279,6 +279,8 @@ class Spawner:
             self._answer_in_flight(entry)
         else:
             self._let_go(instance)
+        if status:
+            sys.stderr.write(f"holdfast-spawner: the worker of {instance} {ending(status)}\n")
         return os.WIFSIGNALED(status)
 
     @staticmethod

@@ -1,0 +1,265 @@
+"""The root file system of a container that is about to start: its layers, bottom first.
+
+Duty: from the runtime's pre-exec process find the mount of the root file system, its layers and
+what is mounted over it, and digest them. Not here: the digests (`tree`, `cache`), the rule for a
+fresh upper layer (`fresh`), who calls and when (`instance`).
+
+Rules: paths of layers are opened in the mount namespace of that process, whose pidfd the caller
+holds, and through its root directory: what its runtime mounted is what is measured. That works
+until pivot_root, which is to say during createRuntime hooks. Anything unexpected refuses.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, Literal
+
+from holdfast.errors import HostError
+from holdfast.measure.cache import TreeCache, layer_digest
+from holdfast.measure.claimed import ClaimedImage, from_annotations, from_storage
+from holdfast.measure.config import ConfigFacts, Provision
+from holdfast.measure.fresh import without_provision
+from holdfast.measure.mountinfo import TABLE_MAX, Mount, parse_mountinfo, parse_overlay
+from holdfast.measure.opening import open_child, open_in_root
+from holdfast.measure.tree import (
+    Entry,
+    directory_entry,
+    open_tree,
+    read_tree,
+    tree_digest,
+)
+
+EMPTY: Final = "empty"
+_HANDLE: Final = os.O_PATH | os.O_DIRECTORY
+_LAYER: Final = os.O_RDONLY | os.O_DIRECTORY
+_CAP_SYS_ADMIN: Final = 21
+# Of an id-mapped container podman mounts layers at LAYER/mapped/N only while it mounts the
+# overlay: what is there lies, as it is on disk, without that part of the path.
+_MAPPED: Final = re.compile(rb"/[0-9a-f]{64}/mapped/[0-9]+(?=/)")
+
+Kind = Literal["overlay", "plain"]
+
+
+@dataclass(frozen=True)
+class LayerDigest:
+    """The tree digest of one read-only layer, and the path it was found at."""
+
+    digest: bytes
+    path: str
+
+
+@dataclass(frozen=True)
+class Mounted:
+    """A mount over the root file system. It belongs to the configuration, not to the image."""
+
+    destination: str
+    kind: str
+    source: str  # the directory or file of its file system that is mounted
+    read_only: bool
+
+
+@dataclass(frozen=True)
+class ImageFacts:
+    """What a container's root file system is made of.
+
+    `upper` is EMPTY or the digest of the writable layer, and None where there is none: read-only
+    overlays, and plain directories, whose one layer is the directory itself.
+    """
+
+    kind: Kind
+    layers: tuple[LayerDigest, ...]
+    upper: Literal["empty"] | bytes | None
+    mounted: tuple[Mounted, ...]
+    claimed: ClaimedImage | None
+
+
+def image_facts(
+    process: int, rootfs: str, config: ConfigFacts, container_id: str, cache: TreeCache
+) -> ImageFacts:
+    """Measure the root file system at `rootfs`, as the process with directory `process` sees it.
+
+    `process` is an open /proc/PID; `rootfs` is absolute (`rootfs_path`). Raises HostError for a
+    layout we cannot measure, DecodeError, Conflict when something changes meanwhile, and OSError.
+    """
+    with ExitStack() as stack:
+        root = _held(stack, os.open("root", _HANDLE, dir_fd=process))
+        here = _held(stack, open_in_root(root, os.fsencode(rootfs), _HANDLE))
+        mounts = parse_mountinfo(_read_table(process))
+        mount = _mount_of(here, mounts)
+        mounted = tuple(_mounted_over(mount, mounts))
+        claimed = from_annotations(config.annotations)
+        if mount.kind != b"overlay":
+            digest = _plain_digest(here, mount, config.provision)
+            layer = LayerDigest(digest, _text(mount.point))
+            return ImageFacts("plain", (layer,), None, mounted, claimed)
+        _check_capable()
+        overlay = parse_overlay(mount)
+        lower = [_held(stack, _open_layer(root, path, mount)) for path in overlay.lower]
+        digests = tuple(
+            LayerDigest(layer_digest(fd, cache), _text(path))
+            for fd, path in zip(lower, overlay.lower, strict=True)
+        )
+        upper: Literal["empty"] | bytes | None = None
+        if overlay.upper is not None:
+            fd = _held(stack, _open_layer(root, overlay.upper, mount))
+            upper = upper_digest(fd, lower, config.provision)
+            claimed = claimed or from_storage(root, _absolute(overlay.upper, mount), container_id)
+        return ImageFacts("overlay", digests, upper, mounted, claimed)
+
+
+def rootfs_path(bundle: str, root: str) -> str:
+    """The root file system of a bundle: `root.path` is absolute, or relative to the bundle."""
+    return os.path.join(bundle, root)
+
+
+def upper_digest(upper: int, lower: list[int], provision: Provision) -> Literal["empty"] | bytes:
+    """The writable layer: EMPTY if only what the runtime makes is in it, else its digest.
+
+    `lower` are the layers below it, bottom first.
+    """
+
+    def below(path: bytes) -> Entry | None:
+        return _directory_below(lower, path)
+
+    entries = without_provision(read_tree(upper).entries, provision, below)
+    return tree_digest(entries) if entries else EMPTY
+
+
+def plain_digest(root: int, provision: Provision) -> bytes:
+    """The digest of a directory that is a root file system, without the runtime's mount points.
+
+    The directory itself is part of the tree, whatever else is taken out.
+    """
+    tree = read_tree(root)
+    entries = without_provision(tree.entries, provision, None)
+    return tree_digest(entries if entries else tree.entries[:1])
+
+
+def _held(stack: ExitStack, fd: int) -> int:
+    stack.callback(os.close, fd)
+    return fd
+
+
+def _read_table(process: int) -> bytes:
+    with open(os.open("mountinfo", os.O_RDONLY | os.O_CLOEXEC, dir_fd=process), "rb") as file:
+        return file.read(TABLE_MAX + 1)
+
+
+def _mount_of(fd: int, mounts: tuple[Mount, ...]) -> Mount:
+    """The mount that an open directory is the root of; runtimes mount the root over itself."""
+    lines = Path(f"/proc/self/fdinfo/{fd}").read_text(encoding="ascii").splitlines()
+    number = next((line.split()[1] for line in lines if line.startswith("mnt_id:")), "")
+    path = os.readlink(b"/proc/self/fd/%d" % fd)
+    for mount in mounts:
+        if str(mount.mount_id) == number:
+            if mount.point == path:
+                return mount
+            raise HostError(f"the root file system {path!a} is not a mount of its own")
+    raise HostError(f"the root file system {path!a} is not mounted in the container's namespace")
+
+
+def _mounted_over(base: Mount, mounts: tuple[Mount, ...]) -> Iterator[Mounted]:
+    """The mounts below `base`; a table lists a mount before those upon it."""
+    over = {base.mount_id}
+    for mount in mounts:
+        if mount.parent in over and mount.mount_id != base.mount_id:
+            over.add(mount.mount_id)
+            yield Mounted(
+                _text(mount.point.removeprefix(base.point.rstrip(b"/"))),
+                _text(mount.kind),
+                _text(mount.root),
+                b"ro" in mount.options,
+            )
+
+
+def _plain_digest(here: int, mount: Mount, provision: Provision) -> bytes:
+    """Digest the directory itself, without what is mounted over it in the container.
+
+    There it is covered, so it is opened in our own namespace, and has to be the same inode.
+    """
+    try:
+        fd = open_tree(mount.point)
+    except OSError as error:
+        raise HostError(f"{mount.point!a} cannot be opened on the host: {error}") from error
+    try:
+        ours, theirs = os.fstat(fd), os.stat(b"/proc/self/fd/%d" % here)
+        if (ours.st_dev, ours.st_ino) != (theirs.st_dev, theirs.st_ino):
+            raise HostError(f"{mount.point!a} is another directory for the container than for us")
+        return plain_digest(fd, provision)
+    finally:
+        os.close(fd)
+
+
+def _absolute(path: bytes, mount: Mount) -> bytes:
+    """A layer's path. containers-storage gives long lists relative to its home directory.
+
+    The overlay is mounted at HOME/LAYER/merged.
+    """
+    if path.startswith(b"/"):
+        return path
+    home, _, _ = mount.point.rpartition(b"/")[0].rpartition(b"/")
+    return b"%b/%b" % (home, path)
+
+
+def _open_layer(root: int, path: bytes, mount: Mount) -> int:
+    path = _absolute(path, mount)
+    for candidate in dict.fromkeys((path, _MAPPED.sub(b"", path))):
+        with suppress(FileNotFoundError):
+            return open_in_root(root, candidate, _LAYER)
+    raise HostError(f"the layer {path!a} of the root file system is not to be found")
+
+
+def _directory_below(lower: list[int], path: bytes) -> Entry | None:
+    """The directory that an overlay of the layers `lower`, bottom first, shows at `path`."""
+    for layer in reversed(lower):
+        try:
+            with _opened(layer, path) as fd:
+                return directory_entry(fd, path)
+        except OSError as error:
+            if error.errno != errno.ENOENT:  # a whiteout, file or link, which hides what is below
+                return None
+        if _hides(layer, path):
+            return None
+    return None
+
+
+def _hides(layer: int, path: bytes) -> bool:
+    """Whether a layer without `path` has a directory above it that lower layers do not reach."""
+    parts = path.split(b"/")
+    for count in range(len(parts)):
+        try:
+            with _opened(layer, b"/".join(parts[:count])) as fd:
+                entry = directory_entry(fd, b"")
+        except FileNotFoundError:
+            return False
+        if any(name.endswith((b".opaque", b".redirect")) for name, _ in entry.xattrs):
+            return True
+    return False
+
+
+@contextmanager
+def _opened(layer: int, path: bytes) -> Iterator[int]:
+    fd = open_child(layer, path or b".", _LAYER)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def _check_capable() -> None:
+    """Without CAP_SYS_ADMIN the kernel hides overlay's attributes: the digest would be wrong."""
+    status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
+    for line in status.splitlines():
+        if line.startswith("CapEff:") and int(line.split()[1], 16) >> _CAP_SYS_ADMIN & 1:
+            return
+    raise HostError("measuring an overlay needs CAP_SYS_ADMIN: its attributes are hidden otherwise")
+
+
+def _text(path: bytes) -> str:
+    return path.decode(errors="backslashreplace")

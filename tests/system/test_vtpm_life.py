@@ -1,0 +1,244 @@
+"""A vTPM's life with real processes: made, powered on, used, killed, powered off, on again."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import socket
+import subprocess
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from uuid import uuid4
+
+import pytest
+from cryptography import x509
+
+from holdfast.errors import Conflict, HoldfastError
+from holdfast.eventlog import records
+from holdfast.eventlog.tcg2 import parse
+from holdfast.frontend import attach
+from holdfast.ids import InstanceId, InstanceName
+from holdfast.instance.lifecycle import State
+from holdfast.instance.links import Peer
+from holdfast.instance.vtpm import Run, Surroundings, VirtualTpm, host_extends
+from holdfast.store.registry import Instance, Registry
+from holdfast.tpm2.algorithms import Alg
+
+from .conftest import HOST_LOG, Box
+
+Runner = Callable[[Callable[[], Awaitable[None]]], None]
+BANKS = (Alg.SHA256, Alg.SHA384)
+
+
+def make_run() -> Run:
+    log = HOST_LOG.read_bytes()
+    parsed = parse(log)
+    own = (
+        records.make_record(0, records.IMAGE, {"layers": ["aa"]}, BANKS),
+        records.make_record(1, records.IDENTITY, {"name": "web"}, BANKS),
+    )
+    extends = (*host_extends(parsed, BANKS), *((r.pcr, r.digests) for r in own))
+    return Run("c1", 0, parsed.startup_locality, log, len(parsed.extends()), extends, own)
+
+
+@asynccontextmanager
+async def a_vtpm(box: Box, tmp_path: Path) -> AsyncIterator[VirtualTpm]:
+    registry = Registry(tmp_path / "registry.sqlite")
+    around = Surroundings(
+        registry,
+        Peer("spawner", box.spawner_socket),
+        Peer("keeper", box.keeper_socket),
+        tmp_path / "logs",
+    )
+    record = Instance(
+        InstanceId(uuid4()), InstanceName("web"), "defined", "linked", 0, ("sha256", "sha384"), "now"
+    )
+    registry.add(record)
+    vtpm = VirtualTpm(record, around)
+    place = tmp_path / "place"
+    await vtpm.manufacture()
+    await vtpm.attach(attach.attach(place, "web"))
+    try:
+        yield vtpm
+    finally:
+        if vtpm.state is State.ACTIVE:
+            await vtpm.power_off()
+        await vtpm.settle()
+        await vtpm.detach()
+        attach.detach(place)
+        around.spawner.close()
+        around.keeper.close()
+        registry.close()
+
+
+async def tool(place: Path, *command: str, device: str = "tpmrm0") -> str:
+    environment = {**os.environ, "TPM2TOOLS_TCTI": f"device:{place}/dev/{device}"}
+    process = await asyncio.create_subprocess_exec(
+        *command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    out, _ = await asyncio.wait_for(process.communicate(), 20)
+    assert process.returncode == 0, out.decode()
+    return out.decode()
+
+
+def test_tools_work_over_device_and_socket(box: Box, tmp_path: Path, run: Runner) -> None:
+    async def body() -> None:
+        async with a_vtpm(box, tmp_path) as vtpm:
+            place = tmp_path / "place"
+            await vtpm.power_on(make_run())
+            assert len(await tool(place, "tpm2_getrandom", "--hex", "8")) == 16
+            assert len(await tool(place, "tpm2_getrandom", "--hex", "8", device="tpm0")) == 16
+            out = await tool(place, "tpm2_pcrread", "sha256:0,13")
+            for pcr in (0, 13):
+                assert vtpm.ledger[Alg.SHA256][pcr].hex().upper() in out
+            work = tmp_path / "w"
+            work.mkdir()
+            await tool(place, "tpm2_createprimary", "-C", "o", "-c", f"{work}/p", "-Q")
+            await tool(
+                place, "tpm2_create", "-C", f"{work}/p", "-u", f"{work}/u", "-r", f"{work}/r", "-Q"
+            )
+            await tool(
+                place, "tpm2_load", "-C", f"{work}/p", "-u", f"{work}/u", "-r", f"{work}/r",
+                "-c", f"{work}/k", "-Q",
+            )  # fmt: skip
+            assert await tool(place, "tpm2_getcap", "handles-transient") == ""
+
+    run(body)
+
+
+def test_certificates_are_in_nv_and_chain_to_the_site(
+    box: Box, tmp_path: Path, run: Runner
+) -> None:
+    async def body() -> None:
+        async with a_vtpm(box, tmp_path) as vtpm:
+            await vtpm.power_on(make_run())
+            place = tmp_path / "place"
+            for index in ("0x1c00002", "0x1c0000a"):
+                await tool(place, "tpm2_nvread", "-C", "o", "-o", f"{tmp_path}/c", index)
+                certificate = x509.load_der_x509_certificate((tmp_path / "c").read_bytes())
+                name = certificate.subject.get_attributes_for_oid(x509.NameOID.COMMON_NAME)[0]
+                assert name.value == f"web:{vtpm.record.id}"
+            (tmp_path / "ek.der").write_bytes((tmp_path / "c").read_bytes())
+            await tool(place, "tpm2_nvread", "-C", "o", "-o", f"{tmp_path}/chain", "0x1c00100")
+            chain = (tmp_path / "chain").read_bytes()
+            assert chain.startswith(b"\x30\x82")
+
+    run(body)
+
+
+def test_a_killed_worker_is_replaced_and_the_open_device_goes_on(
+    box: Box, tmp_path: Path, run: Runner
+) -> None:
+    async def body() -> None:
+        async with a_vtpm(box, tmp_path) as vtpm:
+            place = tmp_path / "place"
+            await vtpm.power_on(make_run())
+            before = await tool(place, "tpm2_pcrread", "sha256:0,11,13,15")
+            device = os.open(place / "dev" / "tpmrm0", os.O_RDWR)
+            command = bytes.fromhex("80010000000c0000017b0008")
+            assert os.write(device, command) == 12
+            assert len(os.read(device, 4096)) == 20
+            worker = vtpm._worker
+            assert worker is not None
+            held, _ = await vtpm._around.spawner.ask(_list(), _held())
+            pid = next(e.pid for e in held.entries if e.instance == vtpm.record.id)
+            os.kill(pid, signal.SIGKILL)
+            for _ in range(200):
+                await asyncio.sleep(0.02)
+                if vtpm.worker_alive and vtpm._worker is not worker:
+                    break
+
+            def again() -> bytes:
+                os.write(device, command)
+                return os.read(device, 4096)
+
+            assert len(await asyncio.to_thread(again)) == 20
+            os.close(device)
+            assert vtpm.record.restarts == 1
+            assert await tool(place, "tpm2_pcrread", "sha256:0,11,13,15") == before
+
+    run(body)
+
+
+def test_nv_survives_power_cycles_and_a_container_cannot_write_host_pcrs(
+    box: Box, tmp_path: Path, run: Runner
+) -> None:
+    async def body() -> None:
+        async with a_vtpm(box, tmp_path) as vtpm:
+            place = tmp_path / "place"
+            await vtpm.power_on(make_run())
+            (tmp_path / "data").write_bytes(b"kept")
+            await tool(place, "tpm2_nvdefine", "0x1500001", "-s", "4", "-Q")
+            await tool(place, "tpm2_nvwrite", "0x1500001", "-i", f"{tmp_path}/data")
+            with pytest.raises(AssertionError, match="0x907|locality"):
+                await tool(place, "tpm2_pcrextend", "13:sha256=" + "00" * 32)
+            await vtpm.power_off()
+            await vtpm.power_on(make_run())
+            out = await tool(place, "tpm2_nvread", "0x1500001")
+            assert "kept" in out
+
+    run(body)
+
+
+def test_a_second_power_on_is_refused(box: Box, tmp_path: Path, run: Runner) -> None:
+    async def body() -> None:
+        async with a_vtpm(box, tmp_path) as vtpm:
+            await vtpm.power_on(make_run())
+            with pytest.raises(Conflict):
+                await vtpm.power_on(make_run())
+
+    run(body)
+
+
+def test_an_older_state_does_not_open(box: Box, tmp_path: Path, run: Runner) -> None:
+    async def body() -> None:
+        async with a_vtpm(box, tmp_path) as vtpm:
+            registry = vtpm._around.registry
+            old = registry.state(vtpm.record.id)
+            registry._db.execute("UPDATE states SET epoch = epoch + 1")
+            with pytest.raises(HoldfastError, match="does not open"):
+                await vtpm.power_on(make_run())
+            registry._db.execute("UPDATE states SET epoch = ?", (old.epoch,))
+            await vtpm.power_on(make_run())
+
+    run(body)
+
+
+def test_the_control_socket_gives_a_container_only_what_is_its(
+    box: Box, tmp_path: Path, run: Runner
+) -> None:
+    async def body() -> None:
+        async with a_vtpm(box, tmp_path) as vtpm:
+            await vtpm.power_on(make_run())
+            path = str(tmp_path / "place" / "run" / "tpm.sock.ctrl")
+
+            def ask(request: bytes) -> bytes:
+                with socket.socket(socket.AF_UNIX) as sock:
+                    sock.settimeout(5)
+                    sock.connect(path)
+                    sock.send(request)
+                    return sock.recv(4096)
+
+            async def asked(text: str) -> str:
+                return (await asyncio.to_thread(ask, bytes.fromhex(text))).hex()
+
+            assert await asked("0000000500") == "00000000"
+            assert await asked("0000000503") == "0000003d"
+            for refused in ("00000002" + "00000000", "00000006", "0000000c" + "00" * 12, "000000ff"):
+                assert await asked(refused) == "0000000a"
+
+    run(body)
+
+
+def _list() -> object:
+    from holdfast.protocol.lifecycle import ListHeld
+
+    return ListHeld()
+
+
+def _held() -> type:
+    from holdfast.protocol.lifecycle import HeldList
+
+    return HeldList
