@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Final, NoReturn
 
@@ -68,7 +68,7 @@ def show(value: Any, as_json: bool, human: Callable[[Any], None]) -> None:
         human(value)
 
 
-def table(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
+def table(columns: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
     """A plain table; nothing in it is markup."""
     made = Table(box=None, pad_edge=False, header_style="bold")
     for column in columns:

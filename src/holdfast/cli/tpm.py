@@ -31,10 +31,11 @@ def plain_tpm(state: Path | None = None, replay: Path | None = None) -> Iterator
     process: subprocess.Popen[bytes] | None = None
     read, write = os.pipe()
     try:
-        command = [sys.executable, "-P", "-m", "holdfast.worker.plain", "--directory", directory]
+        command = [sys.executable, "-P", "-m", "holdfast.worker.plain", "--directory"]
+        command += [str(directory)]
         command += ["--ready-fd", str(write)]
-        command += ["--state", state] if state is not None else []
-        command += ["--replay", replay] if replay is not None else []
+        command += ["--state", str(state)] if state is not None else []
+        command += ["--replay", str(replay)] if replay is not None else []
         process = subprocess.Popen(command, pass_fds=(write,))
         os.close(write)
         write = -1

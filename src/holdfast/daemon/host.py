@@ -21,7 +21,14 @@ from uuid import uuid4
 import structlog
 
 from holdfast.daemon.config import Config
-from holdfast.daemon.starting import HostLog, Start, measured_run, plain_run
+from holdfast.daemon.starting import (
+    HostLog,
+    Start,
+    check_policy,
+    hook_path,
+    measured_run,
+    plain_run,
+)
 from holdfast.errors import Conflict, HoldfastError, HostError, InvalidInput, NotFound
 from holdfast.eventlog.cel import encode_json
 from holdfast.frontend import attach as places
@@ -35,7 +42,7 @@ from holdfast.oci import cdi
 from holdfast.protocol import ipc
 from holdfast.protocol import lifecycle as lc
 from holdfast.store.registry import Instance, Registry
-from holdfast.tpm2.algorithms import HASHES_BY_NAME
+from holdfast.tpm2.algorithms import HASHES_BY_NAME, Alg
 
 LOG = structlog.get_logger()
 DEFAULT_BANKS: Final = ("sha256", "sha384")
@@ -150,9 +157,10 @@ class Host:
     async def create(self, wanted: dict[str, Any], owner: int) -> VirtualTpm:
         """Make a vTPM; InvalidInput or Conflict say what is wrong with what was asked."""
         name = instance_name(str(wanted.get("name", "")))
-        profile = Profile(wanted.get("profile", Profile.LINKED.value))
+        profile = _profile(wanted.get("profile", Profile.LINKED.value))
         unlinked = bool(wanted.get("unsafe_unlinked", False))
         banks = self._banks(wanted.get("banks"), profile, unlinked)
+        check_policy(wanted.get("start_policy") or {})
         record = Instance(
             id=InstanceId(uuid4()), name=name, state=State.DEFINED.value, profile=profile.value,
             owner=int(wanted.get("owner", owner)), banks=banks, unlinked=unlinked,
@@ -207,6 +215,10 @@ class Host:
         vtpm = self.find(name)
         async with vtpm.lock:
             self._may_start(vtpm)
+            if not vtpm.record.unlinked:
+                wrong = await self.log_contradiction()
+                if wrong is not None:
+                    raise HostError(f"{name} cannot be linked to this host: {wrong}")
             pidfd = os.pidfd_open(start.state.pid)
             try:
                 run = await asyncio.to_thread(measured_run, vtpm.record, vtpm.banks, start)
@@ -217,6 +229,14 @@ class Host:
             self._watch(vtpm, Lease(pidfd, run.container))
         LOG.info("started", vtpm=name, container=run.container, run=vtpm.record.run)
         return vtpm
+
+    async def log_contradiction(self) -> str | None:
+        """Where the host's event log and its TPM disagree, if they do."""
+        answer, _ = await self.keeper.ask(ipc.HostPcrs(), ipc.HostPcrValues)
+        shown: dict[Alg, dict[int, bytes]] = {}
+        for value in answer.pcrs:
+            shown.setdefault(Alg(value.alg), {})[value.pcr] = value.value
+        return self.log.contradiction(shown)
 
     async def start_plain(self, name: str) -> VirtualTpm:
         """Power on a vTPM that is not linked: for whoever on the host may reach its socket."""
@@ -305,19 +325,19 @@ class Host:
         attachment = places.attach(paths.vtpm(name), name)
         await vtpm.attach(attachment)
         self._opened(vtpm, attachment)
-        cdi.write(paths.cdi, name, paths.vtpm(name), cdi.hook_path())
+        cdi.write_spec(self.cdi_of(vtpm), paths.cdi)
 
     def cdi_of(self, vtpm: VirtualTpm) -> dict[str, Any]:
         """The CDI specification of a vTPM's device."""
         name = vtpm.record.name
-        return cdi.specification(name, self.config.paths.vtpm(name), cdi.hook_path())
+        return cdi.cdi_spec(name, self.config.paths.vtpm(name), hook_path())
 
     async def _detach(self, vtpm: VirtualTpm, *, keep_cdi: bool = False) -> None:
         paths, name = self.config.paths, vtpm.record.name
         await vtpm.detach()
         places.detach(paths.vtpm(name))
         if not keep_cdi:
-            cdi.remove(paths.cdi, name)
+            cdi.remove_spec(name, paths.cdi)
 
     # --- what a run was started with, for the next daemon ---
 
@@ -350,6 +370,13 @@ class Host:
                 value["records"], vtpm.banks,
             )  # fmt: skip
         return run, int(value["init_started"])
+
+
+def _profile(text: Any) -> Profile:
+    try:
+        return Profile(text)
+    except ValueError:
+        raise InvalidInput(f"a profile is linked or plain, not {text!a}") from None
 
 
 _TASKS: set[asyncio.Task[None]] = set()

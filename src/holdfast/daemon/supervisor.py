@@ -124,10 +124,8 @@ class Supervisor:
 
     # --- children ---
 
-    def _start(
-        self, child: Child, more: list[str] | None = None, fds: tuple[int, ...] = ()
-    ) -> None:
-        child.process = subprocess.Popen([*child.command, *(more or [])], pass_fds=fds)
+    def _start(self, child: Child, more: tuple[str, ...] = (), fds: tuple[int, ...] = ()) -> None:
+        child.process = subprocess.Popen([*child.command, *more], pass_fds=fds)
         child.pidfd = os.pidfd_open(child.process.pid)
         self._selector.register(child.pidfd, selectors.EVENT_READ, child)
 

@@ -56,8 +56,10 @@ def attach(directory: Path, name: str) -> Attachment:
         os.close(fuse)
         unmount(devices)
         raise
-    sockets = [_listen(run / name) for name in (DATA_SOCKET, CONTROL_SOCKET, EVIDENCE_SOCKET)]
-    return Attachment(fuse, *sockets)
+    data, control, evidence = (
+        _listen(run / name) for name in (DATA_SOCKET, CONTROL_SOCKET, EVIDENCE_SOCKET)
+    )
+    return Attachment(fuse, data, control, evidence)
 
 
 def adopt(directory: Path, fds: list[int]) -> Attachment:
@@ -65,8 +67,11 @@ def adopt(directory: Path, fds: list[int]) -> Attachment:
     fuse, data, control = fds
     path = directory / "run" / EVIDENCE_SOCKET
     path.unlink(missing_ok=True)
-    streams = [socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, 0, fd) for fd in (data, control)]
-    return Attachment(fuse, *streams, _listen(path))
+    return Attachment(fuse, _stream(data), _stream(control), _listen(path))
+
+
+def _stream(fd: int) -> socket.socket:
+    return socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, 0, fd)
 
 
 def _listen(path: Path) -> socket.socket:

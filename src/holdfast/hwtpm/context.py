@@ -158,14 +158,24 @@ class Context:
 
     def _flush_all(self) -> None:
         """Flush every transient object and loaded session that can be seen."""
-        for kind in (Ht.TRANSIENT, Ht.HMAC_SESSION):
-            query = rq.get_capability(Cap.HANDLES, kind << 24, HANDLES_MAX)
-            params = self._raw(Cc.GetCapability, query).params
-            params.take(1 + 4)  # moreData, capability
-            for _ in range(min(params.u32(), HANDLES_MAX)):
-                handle = params.u32()
-                with suppress(TpmError):
-                    self._raw(Cc.FlushContext, rq.flush_context(handle))
+        try:
+            for kind in (Ht.TRANSIENT, Ht.HMAC_SESSION):
+                for handle in self._handles(kind << 24):
+                    with suppress(TpmError):
+                        self._raw(Cc.FlushContext, rq.flush_context(handle))
+        except DecodeError as error:
+            self._broken = True
+            raise HostError(f"what answers at {self.tcti} is no TPM: {error}") from None
+
+    def _handles(self, first: int) -> tuple[int, ...]:
+        """TPML_HANDLE from GetCapability (Part 2, 10.9.3)."""
+        query = rq.get_capability(Cap.HANDLES, first, HANDLES_MAX)
+        params = self._raw(Cc.GetCapability, query).params
+        params.take(1 + 4)  # moreData, capability
+        count = params.u32()
+        if count > HANDLES_MAX:
+            raise params.fail(f"{count} handles, at most {HANDLES_MAX} were asked for")
+        return tuple(params.u32() for _ in range(count))
 
     def _raw(self, code: Cc, command: bytes) -> rq.Response:
         """A command past ESAPI, which flushes only what it made itself."""
@@ -174,10 +184,7 @@ class Context:
             self._tcti.transmit(command)
             return bytes(self._tcti.receive())
 
-        try:
-            return rq.response(code, self.call(code.name, exchange))
-        except DecodeError as error:
-            raise HostError(f"what answers at {self.tcti} is no TPM: {error}") from None
+        return rq.response(code, self.call(code.name, exchange))
 
 
 def tss_public(public: Public) -> Any:

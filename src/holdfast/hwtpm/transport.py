@@ -101,7 +101,7 @@ class SocketWire:
 def _left(deadline: float) -> float:
     left = deadline - time.monotonic()
     if left <= 0:
-        raise TimeoutError("the TPM did not answer in time")
+        raise TimeoutError
     return left
 
 
@@ -109,7 +109,7 @@ def _wait(fd: int, deadline: float) -> None:
     poll = select.poll()
     poll.register(fd, select.POLLIN)
     if not poll.poll(_left(deadline) * 1000):
-        raise TimeoutError("the TPM did not answer in time")
+        raise TimeoutError
 
 
 class BoundedTcti(PyTCTI):  # type: ignore[misc]  # tpm2-pytss has no types
@@ -129,8 +129,9 @@ class BoundedTcti(PyTCTI):  # type: ignore[misc]  # tpm2-pytss has no types
         try:
             return self._wire.exchange(self._command, time.monotonic() + self._patience)
         except OSError as error:
-            # No other error may pass: ESAPI takes most for "try again".
-            self.failure = str(error)
+            # IO_ERROR and no other: ESAPI tries again, without end, for "try again".
+            late = isinstance(error, TimeoutError)
+            self.failure = "the TPM did not answer in time" if late else str(error)
             raise TSS2_Exception(TSS2_RC.TCTI_RC_IO_ERROR) from None
 
 

@@ -38,6 +38,7 @@ from holdfast.tpm2.algorithms import HASHES_BY_NAME, Alg
 RESTART_DELAYS: Final = (0.0, 0.1, 0.5, 2.0, 5.0, 15.0)  # seconds before each replacement in a row
 STEADY_SECONDS: Final = 60.0  # after which a worker's death counts as the first again
 MEASURED_PCRS: Final = range(16)
+HOST_PCRS: Final = (*range(10), 14)  # these speak of the host (DESIGN 5)
 Extends = Sequence[tuple[int, Mapping[Alg, bytes]]]
 
 
@@ -358,9 +359,9 @@ def _extension(pcr: int, digests: Mapping[Alg, bytes]) -> lc.Extension:
 
 
 def host_extends(log: Tcg2Log, banks: Sequence[Alg]) -> Extends:
-    """What a host's log extends in these banks (DESIGN 5: PCRs 0-9 and 14 speak of the host)."""
+    """What a host's log extends in these banks."""
     return tuple(
         (event.pcr, {alg: value for alg, value in event.digests.items() if alg in banks})
         for event in log.extends()
-        if event.pcr < 10 or event.pcr == 14
+        if event.pcr in HOST_PCRS
     )

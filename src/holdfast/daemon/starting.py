@@ -1,0 +1,217 @@
+"""What happens between a container's creation and its vTPM's power-on: everything is measured.
+
+In order: the host's log must lead to the host TPM's PCRs (or linking refuses); hooks after ours
+must be named by the start policy; configuration, image, provider and identity become events; the
+start policy judges them. Runs in a thread; measures through the runtime's own pre-exec init.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, Final
+
+import holdfast
+from holdfast.daemon.config import Config
+from holdfast.errors import Conflict, HostError, InvalidInput
+from holdfast.eventlog import tcg2
+from holdfast.eventlog.cel import decode_json
+from holdfast.eventlog.ima import not_measured_record
+from holdfast.eventlog.records import Record, make_record
+from holdfast.eventlog.replay import PcrValues, first_difference, pcr_values
+from holdfast.eventlog.tcg2 import Tcg2Log
+from holdfast.instance.vtpm import HOST_PCRS, Run, host_extends
+from holdfast.measure.cache import FileTreeCache
+from holdfast.measure.config import CONFIG_MAX, config_facts, hooks_after, parse_config
+from holdfast.measure.events import (
+    Measurement,
+    config_content,
+    identity_content,
+    image_contents,
+    provider_content,
+    provider_facts,
+)
+from holdfast.measure.rootfs import image_facts, rootfs_path
+from holdfast.oci.state import ContainerState
+from holdfast.store.registry import Instance
+from holdfast.tpm2.algorithms import HASH_NAMES, Alg
+
+LIBTPMS: Final = "libtpms.so.0"
+_BOOT_ID: Final = Path("/proc/sys/kernel/random/boot_id")
+_POLICY_KEYS: Final = frozenset({"any", "config", "layers", "hooks"})
+
+
+class HostLog:
+    """The host's event log, read anew for each start: it may have grown."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def read(self) -> tuple[bytes, Tcg2Log]:
+        """The log's bytes and events; HostError if there is none."""
+        try:
+            data = self._path.read_bytes()
+        except OSError as error:
+            raise HostError(
+                f"the host's event log {self._path} cannot be read ({error.strerror}): linked "
+                "vTPMs need it; host.event_log names another place"
+            ) from None
+        return data, tcg2.parse(data)
+
+    def bank_names(self) -> tuple[str, ...]:
+        return tuple(HASH_NAMES[alg] for alg in self.read()[1].algorithms)
+
+    def contradiction(self, shown: PcrValues) -> str | None:
+        """Where the log does not lead to the PCRs that the host TPM shows: PCR and event."""
+        log = self.read()[1]
+        differs = first_difference(shown, pcr_values(log), HOST_PCRS)
+        if differs is None:
+            return None
+        number = int(differs.split()[1])
+        last = next((e for e in reversed(log.extends()) if e.pcr == number), None)
+        event = f"its last event there is {last.type_name}" if last else "it has no event there"
+        return f"{differs} of the host TPM is not what the event log leads to; {event}"
+
+    @staticmethod
+    def run_again(container: str, pid: int, log: bytes, records: str, banks: Sequence[Alg]) -> Run:
+        """A run as it was saved: the same log, the same records."""
+        return _run(container, pid, log, decode_json(records), banks)
+
+
+@dataclass(frozen=True)
+class Start:
+    """A container about to start, as its runtime's hook told it."""
+
+    state: ContainerState
+    log: HostLog
+    config: Config
+
+
+def plain_run() -> Run:
+    """A run of a vTPM that is linked to nothing."""
+    return Run("", 0, 0, b"", 0, (), ())
+
+
+def measured_run(record: Instance, banks: Sequence[Alg], start: Start) -> Run:
+    """Measure the container; Conflict if the start policy does not allow it."""
+    state = start.state
+    process = os.open(f"/proc/{state.pid}", os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        with (Path(state.bundle) / "config.json").open("rb") as file:
+            text = file.read(CONFIG_MAX + 1)
+        facts = config_facts(text, state.id)
+        hook = os.fspath(hook_path())
+        later = [h.path for h in hooks_after(parse_config(text), hook) if h.path != hook]
+        image = image_facts(
+            process,
+            rootfs_path(state.bundle, facts.rootfs),
+            facts,
+            state.id,
+            _tree_cache(start.config.paths.state / "tree-cache.json"),
+        )
+    finally:
+        os.close(process)
+    images = image_contents(image)
+    _judge(record, facts.normalised_digest.hex(), images, later)
+    policy = hashlib.sha256(json.dumps(record.start_policy, sort_keys=True).encode()).digest()
+    measurements = (
+        _provider(policy),
+        config_content(facts),
+        *images,
+        identity_content(record.id, state.id, record.name, record.run + 1, facts.raw_digest),
+    )
+    records: list[Record] = [not_measured_record(0, banks)]
+    records += [
+        make_record(number, m.content_type, m.content, banks)
+        for number, m in enumerate(measurements, 1)
+    ]
+    log = b"" if record.unlinked else start.log.read()[0]
+    return _run(state.id, state.pid, log, tuple(records), banks)
+
+
+def _run(
+    container: str, pid: int, log: bytes, records: tuple[Record, ...], banks: Sequence[Alg]
+) -> Run:
+    own = tuple((r.pcr, r.digests) for r in records)
+    if not log:
+        return Run(container, pid, 0, b"", 0, own, records)
+    parsed = tcg2.parse(log)
+    if parsed.startup_locality == 4:
+        raise HostError("the host began with an H-CRTM sequence, which cannot be replayed")
+    extends = (*host_extends(parsed, banks), *own)
+    events = len(parsed.extends())
+    return Run(container, pid, parsed.startup_locality, log, events, extends, records)
+
+
+def check_policy(policy: Mapping[str, Any]) -> None:
+    """InvalidInput unless a start policy says something we understand."""
+    unknown = sorted(set(policy) - _POLICY_KEYS)
+    if unknown:
+        raise InvalidInput(f"a start policy has no {unknown[0]!a}")
+    for key in ("config", "layers", "hooks"):
+        value = policy.get(key, [])
+        if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+            raise InvalidInput(f"the start policy's {key} is a list of texts")
+    if not isinstance(policy.get("any", False), bool):
+        raise InvalidInput("the start policy's any is true or false")
+    if policy and not policy.get("any") and not policy.get("config") and not policy.get("layers"):
+        raise InvalidInput('a start policy names configurations or layers, or says {"any": true}')
+
+
+def _judge(
+    record: Instance, config: str, images: Sequence[Measurement], later: Sequence[str]
+) -> None:
+    """The instance's start policy: which image or configuration may power it on."""
+    policy: Mapping[str, Any] = record.start_policy or {"any": True}
+    unnamed = [path for path in later if path not in policy.get("hooks", [])]
+    if unnamed:
+        raise Conflict(
+            f"{unnamed[0]} is a hook that runs after this was measured: name it in the start "
+            f"policy of {record.name}, or have it run before"
+        )
+    if policy.get("any"):
+        return
+    allowed = policy.get("config")
+    if allowed and f"sha256:{config}" not in allowed:
+        raise Conflict(
+            f"the start policy of {record.name} does not allow this configuration (sha256:{config})"
+        )
+    layers = [str(m.content["digest"]) for m in images if m.content.get("part") == "layer"]
+    if policy.get("layers") and layers != policy["layers"]:
+        raise Conflict(
+            f"the start policy of {record.name} does not allow this image "
+            f"(layers {', '.join(layers)})"
+        )
+
+
+def hook_path() -> Path:
+    """The hook executable that was installed beside this interpreter."""
+    return Path(sys.executable).with_name("holdfast-hook")
+
+
+@cache
+def _tree_cache(path: Path) -> FileTreeCache:
+    return FileTreeCache(path, _BOOT_ID.read_text().strip())
+
+
+@cache
+def _provider(policy: bytes) -> Measurement:
+    """What provides the vTPM: our source, libtpms, Python. Read once for a daemon's life."""
+    library = _find_library()
+    facts = provider_facts(Path(holdfast.__file__).parent, library, library.name, policy)
+    return provider_content(facts)
+
+
+def _find_library() -> Path:
+    """The file behind libtpms' name, as the dynamic linker's cache has it."""
+    for directory in ("/usr/lib", "/lib", "/usr/lib64", "/usr/local/lib"):
+        for place in (Path(directory), *sorted(Path(directory).glob("*-linux-gnu"))):
+            if (place / LIBTPMS).exists():
+                return (place / LIBTPMS).resolve()
+    raise HostError(f"{LIBTPMS} is not installed (Debian: apt install libtpms0)")

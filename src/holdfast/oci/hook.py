@@ -1,0 +1,38 @@
+"""The runtime's hook: `holdfast hook STAGE --vtpm NAME`, with the OCI state on standard input.
+
+It only carries the state to the daemon, which measures by itself. Standard library only, because
+every container start waits for it. Fails closed: whatever goes wrong, createRuntime exits non-zero
+and the container does not start; poststop never keeps a container from ending.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Final
+
+from holdfast.client import Client
+from holdfast.errors import HoldfastError
+from holdfast.oci.state import STATE_MAX
+
+_USAGE: Final = "usage: holdfast hook createRuntime|poststop --vtpm NAME\n"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one stage; the exit status is the runtime's answer."""
+    given = sys.argv[1:] if arguments is None else arguments
+    if len(given) != 3 or given[1] != "--vtpm" or given[0] not in ("createRuntime", "poststop"):
+        sys.stderr.write(_USAGE)
+        return 2
+    stage, _, name = given
+    try:
+        state = json.loads(sys.stdin.buffer.read(STATE_MAX + 1))
+        Client().call("POST", f"/v1/hooks/{stage}", {"vtpm": name, "state": state})
+    except (HoldfastError, ValueError) as error:
+        sys.stderr.write(f"holdfast: the vTPM {name!a} does not start: {error}\n")
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,252 @@
+"""Setting a host up: once, wholly or not at all, and its secrets leave only encrypted."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import stat
+import subprocess
+from pathlib import Path
+
+import pyrage
+import pytest
+
+from holdfast.errors import HostError, IntegrityError, InvalidInput, NotFound
+from holdfast.hwtpm.policy import RecoverySigner
+from holdfast.hwtpm.transport import Transport
+from holdfast.keeper import recovery, vault
+from holdfast.keeper.provision import CERTIFY_TAG
+from holdfast.tpm2.keys import verify
+from holdfast.tpm2.structures import Attest, CertifyInfo, Public, Signature
+
+from .box import Box
+
+RECOVERY = "recovery.age"
+ROOT_KEY = "site-root-ca.key.age"
+
+
+def opened(box: Box) -> bool:
+    box.custody().close()
+    return True
+
+
+def test_recovery_key_leaves_encrypted_and_signs_for_this_host(box: Box) -> None:
+    key = pyrage.decrypt((box.out / RECOVERY).read_bytes(), [box.identity])
+    made = vault.load(box.keeper)
+    assert RecoverySigner(key).public.encode() == made.recovery_public
+    assert b"PRIVATE KEY" in pyrage.decrypt((box.out / ROOT_KEY).read_bytes(), [box.identity])
+
+
+def test_no_secret_stays_in_files_others_may_read(box: Box) -> None:
+    for path in (box.keeper, *box.keeper.iterdir(), *box.out.iterdir()):
+        assert not stat.S_IMODE(path.stat().st_mode) & 0o077, path
+    key = pyrage.decrypt((box.out / RECOVERY).read_bytes(), [box.identity])
+    everything = b"".join(path.read_bytes() for path in box.keeper.iterdir())
+    assert key not in everything
+    assert key.hex().encode() not in everything
+    assert key.hex() not in str(box.summary)
+
+
+def test_summary_names_the_host_and_admits_the_stand_in(box: Box) -> None:
+    made = vault.load(box.keeper)
+    assert box.summary["stand_in"] is True
+    assert box.summary["host_ak_name"] == Public.decode(made.ak.public).name.hex()
+    assert box.summary["host_ek_name"] == Public.decode(made.ek_public).name.hex()
+    assert Path(box.summary["site_root_certificate"]).read_bytes().startswith(b"-----BEGIN CERT")
+
+
+def test_ca_key_is_certified_by_the_host_ak(box: Box) -> None:
+    made = vault.load(box.keeper)
+    verify(Public.decode(made.ak.public), Signature.decode(made.ca_signature), made.ca_attest)
+    attest = Attest.decode(made.ca_attest)
+    assert isinstance(attest.attested, CertifyInfo)
+    assert attest.attested.name == Public.decode(made.ca_key.public).name
+    assert attest.extra_data == CERTIFY_TAG
+
+
+def test_second_provisioning_is_refused_and_changes_nothing(box: Box) -> None:
+    before = (box.keeper / vault.FILE).read_bytes()
+    recipient = str(box.identity.to_public())
+    answer = box.run(
+        "provision", "--recovery-recipient", recipient, "--out", str(box.out), ok=False
+    )
+    assert answer["error"] == "Conflict"
+    assert (box.keeper / vault.FILE).read_bytes() == before
+    assert opened(box)
+
+
+def test_files_of_an_earlier_installation_are_not_overwritten(box: Box) -> None:
+    shutil.rmtree(box.keeper)
+    before = (box.out / RECOVERY).read_bytes()
+    recipient = str(box.identity.to_public())
+    answer = box.run(
+        "provision", "--recovery-recipient", recipient, "--out", str(box.out), ok=False
+    )
+    assert "only copy" in answer["why"]
+    assert (box.out / RECOVERY).read_bytes() == before
+
+
+def test_provisioning_that_fails_at_the_end_leaves_nothing_behind(box: Box) -> None:
+    shutil.rmtree(box.keeper)
+    shutil.rmtree(box.out)
+    box.swtpm.tool("tpm2_nvundefine", "0x1804846")
+    box.keeper.write_bytes(b"in the way")  # so the last step, writing the vault, fails
+    recipient = str(box.identity.to_public())
+    box.run("provision", "--recovery-recipient", recipient, "--out", str(box.out), ok=False)
+    assert list(box.out.iterdir()) == []
+    box.keeper.unlink()
+    box.provision()  # would be refused if the index were still there
+    assert opened(box)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "why"),
+    [
+        ([], "recovery recipient is needed"),
+        (["--recovery-recipient", "age1nonsense"], "not an age or ssh public key"),
+        (["--recovery-recipient", "/nonexistent"], "nor a file"),
+        (["--recovery-recipient", "KEY", "--pcrs", "0,24"], "PCRs 0 to 23"),
+        (["--recovery-recipient", "KEY", "--pcrs", "zero"], "not a list of PCRs"),
+        (["--recovery-recipient", "KEY", "--site", ""], "site's name"),
+        (["--recovery-recipient", "KEY", "--crl", "nowhere"], "revocation list"),
+    ],
+)
+def test_bad_request_is_refused_before_anything_is_made(
+    box: Box, arguments: list[str], why: str
+) -> None:
+    shutil.rmtree(box.keeper)
+    shutil.rmtree(box.out)
+    box.swtpm.tool("tpm2_nvundefine", "0x1804846")
+    key = str(box.identity.to_public())
+    given = [key if argument == "KEY" else argument for argument in arguments]
+    answer = box.run("provision", "--out", str(box.out), *given, ok=False)
+    assert answer["error"] == "InvalidInput"
+    assert why in answer["why"]
+    assert box.swtpm.tool("tpm2_getcap", "handles-nv-index").strip() == ""
+
+
+def test_recovery_key_is_printed_only_when_asked_for(box: Box) -> None:
+    shutil.rmtree(box.keeper)
+    shutil.rmtree(box.out)
+    box.swtpm.tool("tpm2_nvundefine", "0x1804846")
+    answer = box.run(
+        "provision", "--recovery-recipient", str(box.identity.to_public()),
+        "--out", str(box.out), "--print-recovery-key",
+    )  # fmt: skip
+    key = pyrage.decrypt((box.out / RECOVERY).read_bytes(), [box.identity])
+    assert answer["recovery_key_hex"] == key.hex()
+
+
+def test_recipient_may_be_an_ssh_key_in_a_file(tmp_path: Path) -> None:
+    key = tmp_path / "key"
+    subprocess.run(
+        ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(key)],
+        check=True, stdin=subprocess.DEVNULL,
+    )  # fmt: skip
+    for given in (str(key) + ".pub", (tmp_path / "key.pub").read_text().strip()):
+        out = tmp_path / "out"
+        out.unlink(missing_ok=True)
+        recovery.write_new(out, recovery.encrypt(recovery.recipient(given), b"secret"))
+        assert recovery.read_encrypted(out, key) == b"secret"
+
+
+def test_recipients_file_with_two_keys_is_refused(tmp_path: Path) -> None:
+    keys = [str(pyrage.x25519.Identity.generate().to_public()) for _ in range(2)]
+    (tmp_path / "two").write_text("\n".join(keys))
+    with pytest.raises(InvalidInput, match="2 public keys"):
+        recovery.recipient(str(tmp_path / "two"))
+
+
+def test_uninitialised_host_says_so(tmp_path: Path) -> None:
+    with pytest.raises(NotFound, match="holdfast init"):
+        vault.load(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b"{}", b'{"version_of_file": 1}', b"\xff\xfe"])
+def test_damaged_vault_is_an_integrity_error(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / vault.FILE).write_bytes(content)
+    with pytest.raises(IntegrityError, match="damaged"):
+        vault.load(tmp_path)
+
+
+# --- boot states ---
+
+
+def test_root_key_opens_again_after_a_reboot_into_the_same_state(box: Box) -> None:
+    box.swtpm.stop()
+    box.swtpm.start()
+    assert opened(box)
+
+
+def test_other_boot_state_is_refused_and_the_pcr_named(box: Box) -> None:
+    box.swtpm.extend(4)
+    with pytest.raises(HostError, match=r"sha256:0,2,4,7, PCR 4 differs.*policy authorize"):
+        box.custody()
+
+
+def test_authorized_boot_state_opens_and_so_does_the_old_one(box: Box) -> None:
+    box.swtpm.extend(4)
+    answer = box.authorize()
+    assert answer == {"approved_pcrs": [0, 2, 4, 7], "version": 1, "retired": False}
+    assert opened(box)
+    box.swtpm.stop()
+    box.swtpm.start()
+    assert opened(box)
+
+
+def test_given_values_are_approved_before_they_are_there(box: Box) -> None:
+    box.swtpm.extend(2)
+    shown = box.swtpm.tool("tpm2_pcrread", "sha256:0,2,4,7")
+    lines = [line.split(":") for line in shown.splitlines() if "0x" in line]
+    values = {number.strip(): text.strip().removeprefix("0x") for number, text in lines}
+    file = box.directory / "values"
+    file.write_text(str(values).replace("'", '"'))
+    box.swtpm.stop()
+    box.swtpm.start()
+    box.authorize("--values", str(file))
+    box.swtpm.extend(2)
+    assert opened(box)
+
+
+def test_retired_boot_state_is_refused_even_with_its_old_approval_put_back(box: Box) -> None:
+    old = (box.keeper / vault.FILE).read_bytes()
+    box.swtpm.extend(4)
+    assert box.authorize("--retire")["version"] == 2
+    assert opened(box)
+    box.swtpm.stop()
+    box.swtpm.start()
+    with pytest.raises(HostError, match="PCR 4 differs"):
+        box.custody()
+    (box.keeper / vault.FILE).write_bytes(old)
+    with pytest.raises(HostError, match="retired"):
+        box.custody()
+
+
+def test_authorizing_needs_the_right_recovery_key(box: Box) -> None:
+    other = recovery.encrypt(box.identity.to_public(), os.urandom(32))
+    (box.out / RECOVERY).write_bytes(other)
+    answer = box.authorize(ok=False)
+    assert answer["error"] == "InvalidInput"
+    assert "not this host's recovery key" in answer["why"]
+
+
+def test_authorizing_needs_the_identity_that_opens_it(box: Box) -> None:
+    box.identity = pyrage.x25519.Identity.generate()
+    answer = box.authorize(ok=False)
+    assert "does not open" in answer["why"]
+    assert "AGE-SECRET-KEY" not in str(answer)
+
+
+def test_cleared_tpm_is_recognised(box: Box) -> None:
+    box.swtpm.tool("tpm2_clear")
+    with pytest.raises(HostError, match="cleared or replaced"):
+        box.custody()
+
+
+def test_custody_that_fails_leaves_the_tpm_empty(box: Box) -> None:
+    box.swtpm.extend(0)
+    for _ in range(5):  # the TPM has three slots
+        with pytest.raises(HostError, match="PCR 0 differs"):
+            box.custody()
+    assert Transport(box.swtpm.tcti).bounded
+    assert box.swtpm.tool("tpm2_getcap", "handles-transient").strip() == ""
