@@ -20,6 +20,7 @@ from uuid import uuid4
 
 import structlog
 
+from holdfast.client import DEFAULT_SOCKET, ENVIRONMENT
 from holdfast.daemon.config import Config
 from holdfast.daemon.starting import (
     HostLog,
@@ -329,8 +330,12 @@ class Host:
 
     def cdi_of(self, vtpm: VirtualTpm) -> dict[str, Any]:
         """The CDI specification of a vTPM's device."""
-        name = vtpm.record.name
-        return cdi.cdi_spec(name, self.config.paths.vtpm(name), hook_path())
+        name, paths = vtpm.record.name, self.config.paths
+        spec = cdi.cdi_spec(name, paths.vtpm(name), hook_path())
+        if paths.api != DEFAULT_SOCKET:  # a runtime gives its hooks no environment of ours
+            for hook in spec["devices"][0]["containerEdits"]["hooks"]:
+                hook["env"] = [f"{ENVIRONMENT}={paths.api}"]
+        return spec
 
     async def _detach(self, vtpm: VirtualTpm, *, keep_cdi: bool = False) -> None:
         paths, name = self.config.paths, vtpm.record.name
