@@ -195,9 +195,7 @@ class Guest:
         )
 
     def activate(self, challenge: ipc.EnrolChallenge) -> ipc.EnrolProof:
-        session = rq.response(
-            rq.Cc.StartAuthSession, self._send(rq.start_policy_session())
-        ).handle
+        session = rq.response(rq.Cc.StartAuthSession, self._send(rq.start_policy_session())).handle
         rq.response(rq.Cc.PolicySecret, self._send(rq.policy_secret(Rh.ENDORSEMENT, session)))
         command = rq.activate_credential(
             self.ak_handle, self.ek, session, challenge.id_object, challenge.secret

@@ -58,7 +58,7 @@ async def a_vtpm(box: Box, tmp_path: Path) -> AsyncIterator[VirtualTpm]:
     registry.add(record)
     vtpm = VirtualTpm(record, around)
     place = tmp_path / "place"
-    await vtpm.manufacture()
+    await vtpm.manufacture(None)
     await vtpm.attach(attach.attach(place, "web"))
     try:
         yield vtpm

@@ -41,8 +41,7 @@ from holdfast.oci.state import parse_state
 
 AUDIT: Final = structlog.get_logger("audit")
 BODY_MAX: Final = 1 << 20
-NONCE_MIN: Final = 8  # bytes
-NONCE_MAX: Final = 64
+DEFAULT_AUDIENCE: Final = "holdfast"  # of verifiers that did not say who they are
 _STATUS: Final[Mapping[type[HoldfastError], int]] = {
     InvalidInput: 400,
     DecodeError: 400,
@@ -244,9 +243,7 @@ class Api:
     async def _collect(self, vtpm: VirtualTpm, body: dict[str, Any]) -> web.Response:
         _known(body, {"nonce", "audience", "user_data"})
         nonce = _hex(body, "nonce")
-        if not NONCE_MIN <= len(nonce) <= NONCE_MAX:
-            raise InvalidInput(f"a nonce has {NONCE_MIN} to {NONCE_MAX} bytes, in hexadecimal")
-        audience = body.get("audience", "")
+        audience = body.get("audience") or DEFAULT_AUDIENCE
         if not isinstance(audience, str):
             raise InvalidInput("audience is text")
         evidence = await self._collector.collect(vtpm, nonce, audience, _hex(body, "user_data"))

@@ -36,6 +36,7 @@ from holdfast.frontend import attach as places
 from holdfast.frontend.attach import Attachment
 from holdfast.frontend.filter import Profile
 from holdfast.ids import InstanceId, InstanceName, instance_name
+from holdfast.instance.ahead import Ahead
 from holdfast.instance.lifecycle import State
 from holdfast.instance.links import Peer
 from holdfast.instance.vtpm import Run, Surroundings, VirtualTpm
@@ -73,6 +74,8 @@ class Host:
         self._vtpms: dict[InstanceName, VirtualTpm] = {}
         self._leases: dict[InstanceId, Lease] = {}
         self._opened = opened
+        banks = tuple(int(HASHES_BY_NAME[bank]) for bank in DEFAULT_BANKS)
+        self._ahead = Ahead(self.spawner, self._registry, banks, config.workers.manufactured)
         self._create = asyncio.Lock()
 
     # --- start and end of the daemon ---
@@ -97,6 +100,7 @@ class Host:
         for instance in workers:  # of instances that the registry does not know
             await self.spawner.ask(lc.Kill(instance), ipc.Done)
             await self.spawner.ask(lc.Release(instance), ipc.Done)
+        self._ahead.refill()
 
     async def _resume(self, vtpm: VirtualTpm, alive: bool) -> bool:
         """Take up with a run that outlived the old daemon; False if its container is gone."""
@@ -137,6 +141,7 @@ class Host:
                 with contextlib.suppress(HoldfastError, OSError):
                     await self._end(vtpm)
                     await self._detach(vtpm)
+        await self._ahead.close()
         self.spawner.close()
         self.keeper.close()
         self._registry.close()
@@ -162,12 +167,18 @@ class Host:
         unlinked = bool(wanted.get("unsafe_unlinked", False))
         banks = self._banks(wanted.get("banks"), profile, unlinked)
         check_policy(wanted.get("start_policy") or {})
+        parked = self._ahead.take(tuple(HASHES_BY_NAME[bank] for bank in banks))
         record = Instance(
-            id=InstanceId(uuid4()), name=name, state=State.DEFINED.value, profile=profile.value,
-            owner=int(wanted.get("owner", owner)), banks=banks, unlinked=unlinked,
+            id=InstanceId(parked.instance if parked else uuid4()),
+            name=name,
+            state=State.DEFINED.value,
+            profile=profile.value,
+            owner=int(wanted.get("owner", owner)),
+            banks=banks,
             created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            unlinked=unlinked,
             start_policy=wanted.get("start_policy") or {},
-        )  # fmt: skip
+        )
         if len(self._vtpms) >= INSTANCES_MAX:
             raise Conflict(f"there are {INSTANCES_MAX} vTPMs, no more fit")
         vtpm = VirtualTpm(record, self._around)
@@ -175,12 +186,13 @@ class Host:
         self._vtpms[name] = vtpm
         try:
             async with vtpm.lock:
-                await vtpm.manufacture()
+                await vtpm.manufacture(parked)
                 await self._attach(vtpm)
         except BaseException:
             del self._vtpms[name]
             self._registry.remove(record.id)
             raise
+        self._ahead.refill()
         LOG.info("created", vtpm=name, id=str(record.id))
         return vtpm
 

@@ -26,6 +26,7 @@ from holdfast.eventlog.tcg2 import Tcg2Log
 from holdfast.frontend.attach import Attachment
 from holdfast.frontend.devices import Devices
 from holdfast.frontend.page import SharedPage
+from holdfast.instance.ahead import Parked, begin
 from holdfast.instance.lifecycle import Event, State, after
 from holdfast.instance.links import Peer
 from holdfast.instance.worker_link import WorkerLink, reattach, spawn
@@ -36,6 +37,7 @@ from holdfast.store.registry import Instance, KeySet, Registry
 from holdfast.tpm2.algorithms import HASHES_BY_NAME, Alg
 
 RESTART_DELAYS: Final = (0.0, 0.1, 0.5, 2.0, 5.0, 15.0)  # seconds before each replacement in a row
+WORKER_END_SECONDS: Final = 5.0
 STEADY_SECONDS: Final = 60.0  # after which a worker's death counts as the first again
 MEASURED_PCRS: Final = range(16)
 HOST_PCRS: Final = (*range(10), 14)  # these speak of the host (DESIGN 5)
@@ -102,18 +104,18 @@ class VirtualTpm:
 
     # --- manufacture ---
 
-    async def manufacture(self) -> None:
-        """Make the TPM: keys in a fresh worker, enrolment by the keeper, certificates, sealed."""
+    async def manufacture(self, parked: Parked | None) -> None:
+        """Make the TPM: keys in a worker of its own, enrolment, certificates, sealed."""
         after(self.state, Event.MANUFACTURED)
         around = self._around
-        worker = await spawn(around.spawner, self.record.id, around.registry, lambda _: None)
-        try:
+        if parked is None:
             banks = tuple(int(alg) for alg in self.banks)
-            made, _ = await worker.link.ask(lc.Manufacture(banks), lc.Manufactured)
+            parked = await begin(around.spawner, around.registry, self.record.id, banks)
+        worker, made = parked.worker, parked.made
+        try:
             enrolled = await self._enrol(worker, made)
             certificates = lc.InstallCertificates(enrolled.ek_rsa, enrolled.ek_ecc, enrolled.chain)
             await worker.link.ask(certificates, ipc.Done)
-            await asyncio.wait_for(worker.ended.wait(), 5)
         except BaseException:
             with contextlib.suppress(HoldfastError):
                 await worker.kill(around.spawner)
@@ -125,6 +127,7 @@ class VirtualTpm:
         state = after(self.state, Event.MANUFACTURED)
         self.record = replace(self.record, state=state.value)
         around.registry.put_keys(self.record, keys)
+        await asyncio.wait_for(worker.ended.wait(), WORKER_END_SECONDS)
 
     async def _enrol(self, worker: WorkerLink, made: lc.Manufactured) -> ipc.Enrolled:
         keeper, instance = self._around.keeper, self.record.id
@@ -270,7 +273,7 @@ class VirtualTpm:
             if worker is not None and not worker.ended.is_set():
                 with contextlib.suppress(HoldfastError):
                     await worker.link.ask(lc.PowerOff(), ipc.Done)
-                    await asyncio.wait_for(worker.ended.wait(), 5)
+                    await asyncio.wait_for(worker.ended.wait(), WORKER_END_SECONDS)
         except TimeoutError:
             pass
         finally:
@@ -341,12 +344,21 @@ class VirtualTpm:
 
     # --- attesting ---
 
-    async def quote(self, qualifying: bytes, alg: Alg, pcrs: tuple[int, ...]) -> lc.Quoted:
-        """A quote by the evidence AK."""
+    async def quote(self, qualifying: bytes, pcrs: tuple[int, ...]) -> lc.Quoted:
+        """A quote by the evidence AK over these PCRs of all banks."""
         if self._worker is None:
             raise Conflict("the vTPM is not powered on")
-        answer, _ = await self._worker.link.ask(lc.Quote(qualifying, alg, pcrs), lc.Quoted)
+        message = lc.Quote(qualifying, tuple(sorted(int(alg) for alg in self.banks)), pcrs)
+        answer, _ = await self._worker.link.ask(message, lc.Quoted)
         return answer
+
+    def keys(self) -> KeySet:
+        """What it was made with."""
+        return self._around.registry.keys(self.record.id)
+
+    def epoch(self) -> int:
+        """The epoch of its last durable state."""
+        return self._around.registry.state(self.record.id).epoch
 
     async def settle(self) -> None:
         """Wait for replacements that are under way."""

@@ -1,6 +1,6 @@
 """X.509: site root, host issuing CA, host AK, and the certificates of vTPMs.
 
-    site root CA ─┬─ host issuing CA (path length 0, names below O=<site>) ─┬─ EK, RSA-2048
+    site root CA ─┬─ host issuing CA (path length 0, no names of machines) ──┬─ EK, RSA-2048
                   └─ host AK                                                ├─ EK, P-256
                                                                             └─ evidence AK
 EK certificates follow the TCG EK Credential Profile 2.5 (3.2): strict DER, TPM manufacturer, model
@@ -9,6 +9,9 @@ EKU 2.23.133.8.1, and no end of validity, since they must outlive every move of 
 say that their TPM is virtual twice: by the model, and by the extension
 virtualPlatformAttestationService (2.23.133.6.4, TCG Virtualized Platform Architecture).
 
+The issuing CA may certify no DNS name and no address: a host that is taken over makes no web site's
+certificate. A subtree of directory names (O=<site>) would be closer, but it applies to the TPM's
+name in the subjectAltName too, and pyca/cryptography and Go then refuse every EK certificate.
 Where the site names a place for it, they name the host CA's revocation list (`revocation_list`).
 
 Pure but for serial numbers. Not here: keys in TPMs (a key is anything that can sign).
@@ -17,6 +20,7 @@ Pure but for serial numbers. Not here: keys in TPMs (a key is anything that can 
 from __future__ import annotations
 
 import datetime
+import ipaddress
 import secrets
 from collections.abc import Iterable
 from typing import Final
@@ -26,6 +30,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.x509.oid import NameOID, ObjectIdentifier
 
+from holdfast.evidence import OID_ACTIVATED_EK
 from holdfast.tpm2.keys import public_key
 from holdfast.tpm2.structures import Public
 
@@ -49,11 +54,16 @@ _SPECIFICATION: Final = bytes.fromhex("3019301706056781050210310e300c0c03322e300
 CN_MAX: Final = 64  # ub-common-name, ub-organization-name (RFC 5280, appendix A.1)
 NV_SIZE_MAX: Final = 2048  # a certificate must fit into one NV index
 
+_NO_MACHINES: Final = x509.NameConstraints(
+    None,
+    [
+        x509.DNSName(""),
+        x509.IPAddress(ipaddress.ip_network("0.0.0.0/0")),
+        x509.IPAddress(ipaddress.ip_network("::/0")),
+    ],
+)
+
 CaKey = ec.EllipticCurvePrivateKey
-
-
-def site_name(site: str) -> x509.Name:
-    return x509.Name([x509.NameAttribute(NameOID.ORGANIZATION_NAME, site)])
 
 
 def _named(site: str, common: str) -> x509.Name:
@@ -117,7 +127,6 @@ def host_ca(
     """The host's issuing CA (DER): it certifies vTPMs of this site and nothing else."""
     issuer = x509.load_der_x509_certificate(root)
     public = public_key(ca)
-    within = x509.NameConstraints([x509.DirectoryName(site_name(site))], None)
     builder = (
         _builder(
             _named(site, f"Holdfast issuing CA of {host}"),
@@ -125,7 +134,7 @@ def host_ca(
         )
         .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
         .add_extension(_usage(key_cert_sign=True, crl_sign=True), critical=True)
-        .add_extension(within, critical=True)
+        .add_extension(_NO_MACHINES, critical=True)
         .add_extension(x509.SubjectKeyIdentifier.from_public_key(public), critical=False)
         .add_extension(_authority(issuer), critical=False)
     )  # fmt: skip
@@ -133,15 +142,18 @@ def host_ca(
 
 
 def host_ak(
-    site: str, host: str, ak: Public, root: bytes, root_key: CaKey, now: datetime.datetime
-) -> bytes:
-    """The host AK's certificate (DER), given after a credential was activated for it."""
+    site: str, host: str, ak: Public, ek: Public, root: bytes, root_key: CaKey,
+    now: datetime.datetime,
+) -> bytes:  # fmt: skip
+    """The host AK's certificate (DER), given after a credential was activated for `ek` and `ak`."""
     issuer = x509.load_der_x509_certificate(root)
     builder = _builder(
         _named(site, f"Holdfast host AK of {host}"),
         issuer.subject, public_key(ak), now, issuer.not_valid_after_utc,
     )  # fmt: skip
-    return _der(_attestation(builder, issuer).sign(root_key, hashes.SHA256()))
+    activated = x509.UnrecognizedExtension(ObjectIdentifier(OID_ACTIVATED_EK), _octets(ek.name))
+    builder = _attestation(builder, issuer).add_extension(activated, critical=False)
+    return _der(builder.sign(root_key, hashes.SHA256()))
 
 
 def vtpm_ek(
@@ -232,6 +244,11 @@ def _revocable(builder: x509.CertificateBuilder, crl: str) -> x509.CertificateBu
 def _authority(issuer: x509.Certificate) -> x509.AuthorityKeyIdentifier:
     identifier = issuer.extensions.get_extension_for_class(x509.SubjectKeyIdentifier).value
     return x509.AuthorityKeyIdentifier.from_issuer_subject_key_identifier(identifier)
+
+
+def _octets(data: bytes) -> bytes:
+    """An OCTET STRING shorter than 128 bytes."""
+    return b"\x04" + bytes((len(data),)) + data
 
 
 def _uri(text: str) -> bytes:

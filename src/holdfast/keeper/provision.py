@@ -147,7 +147,7 @@ def _make(context: Context, site: Site, undo: contextlib.ExitStack) -> tuple[Vau
         index_name=tpm.index.name, version=1, recovery_public=signer.public.encode(),
         root_key=root_blob, ca_key=ca_blob, ak=ak_blob, approvals=(approval,),
         ek_public=ek.encode(), ek_certificate=endorsement.read_certificate(context),
-        ak_certificate=certificates.host_ak(site.name, host, ak, root, root_key, now),
+        ak_certificate=certificates.host_ak(site.name, host, ak, ek, root, root_key, now),
         ca_certificate=certificates.host_ca(site.name, host, ca, root, root_key, now),
         ca_attest=ca_attest, ca_signature=ca_signature, root_certificate=root,
     )  # fmt: skip

@@ -72,11 +72,11 @@ def exists(directory: Path) -> bool:
 def load(directory: Path) -> Vault:
     """Read the file; NotFound before `holdfast init`, IntegrityError if it makes no sense."""
     try:
-        text = (directory / FILE).read_text()
+        data = (directory / FILE).read_bytes()
     except FileNotFoundError:
         raise NotFound("this host is not initialised: run holdfast init") from None
     try:
-        value = json.loads(text)
+        value = json.loads(data)
         if value.pop("version_of_file") != VERSION:
             raise Conflict(f"{FILE} was written by another version of Holdfast")
         return _from_json(value)
@@ -116,6 +116,8 @@ def _from_json(value: Mapping[str, Any]) -> Vault:
             fields[name] = tuple(map(_approval, item))
         else:
             fields[name] = bytes.fromhex(item)
+    if not fields["approvals"]:
+        raise ValueError("no boot state is approved")
     return Vault(**fields)
 
 

@@ -57,7 +57,9 @@ def _provided(entry: Entry, provision: Provision, parents: set[bytes], below: Be
     """Whether an entry, with nothing left in it, is one the runtime makes."""
     if below and entry.kind == DIRECTORY and (shown := below(entry.path)):
         return _copied_up(entry, shown, provision)
-    if entry.link or (entry.uid, entry.gid) != (provision.uids.host(0), provision.gids.host(0)):
+    # podman makes a missing working directory as root of the host, in a user namespace too.
+    owners = ((0, 0), (provision.uids.host(0), provision.gids.host(0)))
+    if entry.link or (entry.uid, entry.gid) not in owners:
         return False
     if entry.kind == SYMLINK:
         return entry.path == _MTAB and entry.target == _MTAB_TARGET

@@ -191,10 +191,10 @@ class Serve(Message, code=153):
 
 @dataclass(frozen=True)
 class Quote(Message, code=154):
-    """Quote these PCRs of one bank with the evidence AK. Answered with Quoted."""
+    """Quote these PCRs of these banks with the evidence AK. Answered with Quoted."""
 
     qualifying: bytes
-    alg: int
+    banks: tuple[int, ...]
     pcrs: tuple[int, ...]
 
 

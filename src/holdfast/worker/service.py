@@ -299,7 +299,7 @@ class Worker:
         return ipc.Done()
 
     def _quote(self, message: lc.Quote) -> ipc.Message:
-        selection = PcrSelection.of(Alg(message.alg), message.pcrs)
+        selection = PcrSelection(tuple((Alg(bank), message.pcrs) for bank in message.banks))
         command = rq.quote(AK_HANDLE, message.qualifying, selection)
         attest, signature = rq.quoted(self._running().execute_for_host(command))
         return lc.Quoted(attest, signature, self._tpm.clears)

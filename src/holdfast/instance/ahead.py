@@ -1,0 +1,92 @@
+"""vTPMs manufactured ahead: keys made, waiting in their own workers for a name. Each is used once.
+
+Making an RSA key takes tens of milliseconds and varies; a vTPM that waits takes a worker's memory.
+Only what does not depend on the name is done ahead: certificates, NV and sealing come with it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections import deque
+from dataclasses import dataclass
+from uuid import UUID, uuid4
+
+from holdfast.errors import HoldfastError
+from holdfast.instance.links import Peer
+from holdfast.instance.worker_link import WorkerLink, spawn
+from holdfast.protocol import lifecycle as lc
+from holdfast.store.registry import Registry
+
+
+@dataclass(frozen=True)
+class Parked:
+    """One that waits: the id it will have, its worker, and the keys that were made."""
+
+    instance: UUID
+    worker: WorkerLink
+    made: lc.Manufactured
+
+
+async def begin(
+    spawner: Peer, registry: Registry, instance: UUID, banks: tuple[int, ...]
+) -> Parked:
+    """Get a worker for `instance` and have it make its keys."""
+    worker = await spawn(spawner, instance, registry, lambda _: None)
+    try:
+        made, _ = await worker.link.ask(lc.Manufacture(banks), lc.Manufactured)
+    except BaseException:
+        with contextlib.suppress(HoldfastError):
+            await worker.kill(spawner)
+        raise
+    return Parked(instance, worker, made)
+
+
+class Ahead:
+    """Keeps `count` vTPMs with `banks` waiting."""
+
+    def __init__(
+        self, spawner: Peer, registry: Registry, banks: tuple[int, ...], count: int
+    ) -> None:
+        self._spawner = spawner
+        self._registry = registry
+        self._count = count
+        self._waiting: deque[Parked] = deque()
+        self._refilling: asyncio.Task[None] | None = None
+        self.banks = banks
+
+    @property
+    def waiting(self) -> int:
+        return len(self._waiting)
+
+    def take(self, banks: tuple[int, ...]) -> Parked | None:
+        """One that waits, if there is one with these banks; its place is filled later."""
+        if banks != self.banks:
+            return None
+        parked = None
+        while self._waiting and parked is None:
+            candidate = self._waiting.popleft()
+            if not candidate.worker.ended.is_set():
+                parked = candidate
+        return parked
+
+    def refill(self) -> None:
+        """Make what is missing, in the background."""
+        if self._count and (self._refilling is None or self._refilling.done()):
+            self._refilling = asyncio.get_running_loop().create_task(self._refill())
+
+    async def _refill(self) -> None:
+        while len(self._waiting) < self._count:
+            try:
+                parked = await begin(self._spawner, self._registry, uuid4(), self.banks)
+            except HoldfastError:
+                return  # keeper or spawner away: the next create asks again
+            self._waiting.append(parked)
+
+    async def close(self) -> None:
+        """End those that wait: they were never anybody's."""
+        if self._refilling is not None:
+            self._refilling.cancel()
+        while self._waiting:
+            with contextlib.suppress(HoldfastError):
+                await self._waiting.popleft().worker.kill(self._spawner)
