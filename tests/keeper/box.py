@@ -21,6 +21,7 @@ from holdfast.keeper.custody import Custody
 from holdfast.linux import channel
 from holdfast.protocol import ipc
 from holdfast.tpm2 import requests as rq
+from holdfast.tpm2.commands import Cc
 from holdfast.tpm2.constants import Rh
 from holdfast.tpm2.structures import Public
 from holdfast.tpm2.templates import AK_P256, EK_P256, EK_RSA2048
@@ -195,8 +196,8 @@ class Guest:
         )
 
     def activate(self, challenge: ipc.EnrolChallenge) -> ipc.EnrolProof:
-        session = rq.response(rq.Cc.StartAuthSession, self._send(rq.start_policy_session())).handle
-        rq.response(rq.Cc.PolicySecret, self._send(rq.policy_secret(Rh.ENDORSEMENT, session)))
+        session = rq.response(Cc.StartAuthSession, self._send(rq.start_policy_session())).handle
+        rq.response(Cc.PolicySecret, self._send(rq.policy_secret(Rh.ENDORSEMENT, session)))
         command = rq.activate_credential(
             self.ak_handle, self.ek, session, challenge.id_object, challenge.secret
         )

@@ -447,3 +447,42 @@ def test_the_upper_layer_is_computed_offline_from_the_storage(host: Host) -> Non
     assert isinstance(digest, bytes)
     assert upper(facts) == f"sha256:{digest.hex()}"
     host.podman("rm", "offline")
+
+
+RELATIVE = """\
+import os, sys
+sys.path[:0] = [{source!r}] + {path!r}
+from holdfast.measure.cache import MemoryTreeCache
+from holdfast.measure.config import config_facts
+from holdfast.measure.rootfs import image_facts
+config = config_facts(b'{{"root":{{"path":"x"}}}}', "x")
+process = os.open("/proc/self", os.O_RDONLY | os.O_DIRECTORY)
+image = image_facts(process, {merged!r}, config, "x", MemoryTreeCache())
+print([layer.digest.hex() for layer in image.layers], image.upper)
+"""
+
+
+def test_layers_given_relative_to_the_storage_and_with_awkward_names_are_found(
+    tmp_path: Path,
+) -> None:
+    for name in ("layer/merged", "layer/diff", "layer/work", "one/a:b", "two/c d", "l"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "one/a:b/one").touch()
+    (tmp_path / "two/c d/two").touch()
+    (tmp_path / "l/TWO").symlink_to("../two/c d")
+    script = RELATIVE.format(
+        source=str(SOURCE), path=sys.path[1:], merged=str(tmp_path / "layer/merged")
+    )
+    options = r"lowerdir=l/TWO:one/a\:b,upperdir=layer/diff,workdir=layer/work"
+    command = 'mount -t overlay overlay -o "$1" layer/merged && exec "$2" -c "$3"'
+    done = subprocess.run(
+        ["unshare", "--mount", "sh", "-c", command, "sh", options, sys.executable, script],
+        cwd=tmp_path, capture_output=True, text=True, check=False, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    digests = []
+    for name in ("one/a:b", "two/c d"):
+        fd = open_tree(tmp_path / name)
+        digests.append(layer_digest(fd, MemoryTreeCache()).hex())
+        os.close(fd)
+    assert done.stdout == f"{digests} empty\n"

@@ -1,4 +1,4 @@
-"""Messages between our processes: what is written reads back, and bytes either parse or are refused."""
+"""Messages between our processes: what is written reads back; bytes parse or are refused."""
 
 from __future__ import annotations
 

@@ -55,6 +55,7 @@ _X509_ERRORS: Final = (
     TypeError,
     UnsupportedAlgorithm,
     x509.DuplicateExtension,
+    x509.InvalidVersion,
     x509.ExtensionNotFound,
     x509.UnsupportedGeneralNameType,
 )

@@ -14,7 +14,7 @@ import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
@@ -37,8 +37,6 @@ _HEX_DIGEST: Final = re.compile(r"[0-9a-f]{64}")
 _NAME: Final = re.compile(r"[0-9a-f]{4}(?:[0-9a-f]{2}){20,64}")
 _FILE_DIGEST: Final = re.compile(r"[a-z0-9]{1,16}:(?:[0-9a-f]{2}){16,64}")
 _NONCE: Final = bytes(8)
-
-Kind = Literal["overlay", "plain"]
 
 
 @dataclass(frozen=True)
@@ -83,21 +81,21 @@ class ProviderRule:
 
 @dataclass(frozen=True)
 class ImageRule:
-    """One accepted image (PCR 13): layers from the bottom, the writable layer, and what of the
-    claim beside must hold as well (None: whatever it is)."""
+    """One accepted image (PCR 13): layers from the bottom, the writable layer, its kind, and the
+    manifest digest that must be claimed as well (None: whatever is)."""
 
     layers: tuple[str, ...]
     upper: str
-    kind: Kind
+    kind: str
     manifest: str | None
 
 
 @dataclass(frozen=True)
 class ExecRule:
-    """PCR 10: whether execution may be unmeasured, and which files may run (None: any)."""
+    """PCR 10: whether execution may be unmeasured, and which files ("sha256:…") may run."""
 
     not_measured: bool
-    files: frozenset[str] | None
+    files: frozenset[str]
 
 
 @dataclass(frozen=True)
@@ -176,6 +174,9 @@ class _Section:
         self.where = where
         self._left = dict(table)
         self._known: list[str] = []
+
+    def names(self) -> tuple[str, ...]:
+        return tuple(self._left)
 
     def has(self, key: str) -> bool:
         self._known.append(key)
@@ -313,7 +314,7 @@ def _host(section: _Section) -> HostRule | None:
     }
     events = {}
     table = _Section("[host.events]", section.take("events", dict) if section.has("events") else {})
-    for key in sorted(table._left):
+    for key in table.names():
         pcr = _pcr(key, HOST_PCRS, table.where)
         rule = _Section(f"[host.events.{key}]", table.take(key, dict))
         allowed, required = (
@@ -381,7 +382,7 @@ def _image(section: _Section) -> tuple[ImageRule, ...] | None:
         if upper not in (EMPTY_UPPER, NO_UPPER) and not _DIGEST.fullmatch(upper):
             raise InvalidInput(f"upper of {table.where} is empty, none or a sha256: digest")
         kind = str(table.take("kind", str)) if table.has("kind") else "overlay"
-        if kind != "overlay" and kind != "plain":
+        if kind not in ("overlay", "plain"):
             raise InvalidInput(f"kind of {table.where} is overlay or plain")
         manifest = table.text("manifest", _DIGEST) if table.has("manifest") else None
         table.end()

@@ -99,6 +99,9 @@ class Engine:
         self._locality = 0
         self._noted: bytes | None = None
         self._command = self._ffi.new("unsigned char[]", BUFFER_MAX)
+        self._input = self._ffi.buffer(self._command)
+        self._buffer: Any = self._ffi.buffer
+        self._process = self._lib.TPMLIB_Process
         self._response = self._ffi.new("unsigned char **")
         self._size = self._ffi.new("uint32_t *")
         self._capacity = self._ffi.new("uint32_t *")
@@ -147,16 +150,16 @@ class Engine:
         self._locality = locality
         # libtpms decrypts parameters in the command's own buffer, so it gets a copy: whoever
         # sends a command again must send what the client authorized.
-        self._ffi.memmove(self._command, command, size)
+        self._input[:size] = command
         # SAFETY: the copy is BUFFER_MAX long and lives as long as we do; the response buffer is
         # libtpms' own (malloc), grown and reused between calls, copied out here.
-        rc = self._lib.TPMLIB_Process(
-            self._response, self._size, self._capacity, self._command, size
-        )
-        self._locality = 0
+        rc = self._process(self._response, self._size, self._capacity, self._command, size)
+        if locality:
+            self._locality = 0
         if rc:
             raise TpmError(rc, "TPMLIB_Process")
-        return bytes(self._ffi.buffer(self._response[0], min(self._size[0], BUFFER_MAX)))
+        response: bytes = self._buffer(self._response[0], self._size[0])[:]
+        return response
 
     def take_noted(self) -> bytes | None:
         """The permanent state that was last to be stored, once; None if nothing changed."""

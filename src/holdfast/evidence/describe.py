@@ -32,7 +32,7 @@ _CERTIFICATES: Final = (
     "ek_ecc_certificate",
 )
 _PUBLICS: Final = ("host_ak", "host_ek", "ak", "ek_rsa", "ek_ecc")
-_X509_ERRORS: Final = (ValueError, TypeError, x509.DuplicateExtension)
+_X509_ERRORS: Final = (ValueError, TypeError, x509.InvalidVersion)
 
 
 def describe(evidence: Evidence) -> dict[str, Any]:

@@ -10,6 +10,7 @@ Pure. Not here: handles of other clients (see `resources`); locality, which is n
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Mapping
 from enum import Enum
 from typing import Final
@@ -89,6 +90,12 @@ _ANSWERS: Final[Mapping[Rule, bytes]] = {
     Rule.PLATFORM_ONLY: error_response(Rc.BAD_AUTH_1),
     Rule.ABSENT: error_response(Rc.COMMAND_CODE),
 }
+_HEADER: Final = struct.Struct(">HII").unpack_from
+_TAGS: Final = frozenset({ST_NO_SESSIONS, ST_SESSIONS})
+# code -> where its handle area ends
+_HANDLE_END: Final[Mapping[int, int]] = {
+    code: HEADER_SIZE + 4 * shape.handles for code, shape in SHAPES.items()
+}
 _LOCALITY: Final = error_response(Rc.LOCALITY)
 _PLATFORM_REFUSED: Final = error_response(Rc.BAD_AUTH_1)
 _BAD_TAG: Final = error_response(Rc.BAD_TAG)
@@ -102,15 +109,18 @@ def malformed(command: bytes) -> bytes | None:
 
     Checked for every profile, so that what follows may index into the command.
     """
-    size = len(command)
-    if size < HEADER_SIZE or size > BUFFER_MAX or int.from_bytes(command[2:6], "big") != size:
+    try:
+        tag, size, code = _HEADER(command)
+    except struct.error:
         return _BAD_SIZE
-    if int.from_bytes(command[:2], "big") not in (ST_NO_SESSIONS, ST_SESSIONS):
+    if size != len(command) or size > BUFFER_MAX:
+        return _BAD_SIZE
+    if tag not in _TAGS:
         return _BAD_TAG
-    shape = SHAPES.get(int.from_bytes(command[6:10], "big"))
-    if shape is None:
+    handles = _HANDLE_END.get(code)
+    if handles is None:
         return _NO_SUCH_COMMAND
-    if size < HEADER_SIZE + 4 * shape.handles:
+    if size < handles:
         return _BAD_SIZE
     return None
 

@@ -11,6 +11,7 @@ import os
 import select
 import socket
 from collections.abc import Callable
+from functools import partial
 from time import monotonic, perf_counter
 from typing import Final
 
@@ -27,105 +28,79 @@ EVENTS_MAX: Final = 32
 BURST_MAX: Final = 32  # commands of one client before the others have their turn
 
 
-class Spin:
-    """Whether to look again at the descriptor just answered."""
-
-    __slots__ = ("_misses", "_skipped")
-
-    def __init__(self) -> None:
-        self._misses = 0
-        self._skipped = 0
-
-    def worthwhile(self) -> bool:
-        if self._misses < MISSES_MAX:
-            return True
-        self._skipped += 1
-        if self._skipped < PROBE_EVERY:
-            return False
-        self._skipped = 0
-        return True
-
-    def hit(self) -> None:
-        self._misses = 0
-
-    def missed(self) -> None:
-        self._misses += 1
-
-
 class Loop:
     """Serves listeners, connections and the FUSE descriptor until `stop` or the host says so."""
 
     def __init__(self) -> None:
         self._epoll = select.epoll()
-        self._urgent: dict[int, Callable[[], None]] = {}
-        self._listeners: dict[int, tuple[socket.socket, Callable[[socket.socket], Connection]]] = {}
+        self._handlers: dict[int, Callable[[int], None]] = {}
+        self._urgent: set[int] = set()
+        self._listeners: set[int] = set()
         self._connections: dict[int, Connection] = {}
         self._paused = False
-        self._fuse: tuple[int, Devices] | None = None
-        self._spin = Spin()
+        self._misses = 0  # looks in a row that found nothing
+        self._skip = 0  # answers after which not to look
         self._running = True
         self._swept = 0.0
 
     def watch(self, fd: int, handler: Callable[[], None]) -> None:
         """A channel of the host's; served before any client."""
-        self._urgent[fd] = handler
+        self._urgent.add(fd)
+        self._handlers[fd] = lambda _: handler()
         self._epoll.register(fd, select.EPOLLIN)
 
     def unwatch(self, fd: int) -> None:
-        del self._urgent[fd]
+        self._urgent.discard(fd)
+        del self._handlers[fd]
         self._epoll.unregister(fd)
 
     def listen(self, sock: socket.socket, made: Callable[[socket.socket], Connection]) -> None:
         sock.setblocking(False)
-        self._listeners[sock.fileno()] = (sock, made)
+        self._listeners.add(sock.fileno())
+        self._handlers[sock.fileno()] = lambda _: self._accept(sock, made)
         self._epoll.register(sock.fileno(), select.EPOLLIN)
 
     def serve_devices(self, fd: int, devices: Devices) -> None:
         os.set_blocking(fd, False)
-        self._fuse = (fd, devices)
+        self._handlers[fd] = lambda _: self._serve_fuse(fd, devices)
         self._epoll.register(fd, select.EPOLLIN)
 
     def stop(self) -> None:
+        """Serve nobody any more."""
         self._running = False
+        self._handlers.clear()
 
     def run(self) -> None:
+        poll, urgent = self._epoll.poll, self._urgent
         while self._running:
-            events = self._epoll.poll(SWEEP_SECONDS, EVENTS_MAX)
-            for fd, _ in events:
-                if fd in self._urgent:
-                    self._urgent[fd]()
+            events = poll(SWEEP_SECONDS, EVENTS_MAX)
+            if len(events) > 1:
+                events.sort(key=lambda event: event[0] not in urgent)
             for fd, event in events:
-                self._dispatch(fd, event)
-            if monotonic() - self._swept > SWEEP_SECONDS:
+                handler = self._handlers.get(fd)
+                if handler is not None:
+                    handler(event)
+            if not events or monotonic() - self._swept > SWEEP_SECONDS:
                 self._sweep()
-
-    def _dispatch(self, fd: int, event: int) -> None:
-        if not self._running:
-            return
-        connection = self._connections.get(fd)
-        if connection is not None:
-            self._serve(fd, connection, event)
-        elif self._fuse is not None and fd == self._fuse[0]:
-            self._serve_fuse(*self._fuse)
-        elif fd in self._listeners:
-            self._accept(*self._listeners[fd])
 
     # --- connections ---
 
     def _accept(self, listener: socket.socket, made: Callable[[socket.socket], Connection]) -> None:
         try:
-            # The socket object is made from the descriptor at once: one system call.
             sock, _ = listener.accept()
         except OSError:
             return
-        sock.setblocking(False)
         connection = made(sock)
+        # Serve before waiting: a client that connects for one command mostly has sent it already.
+        if connection.readable(monotonic) == GONE:
+            connection.close()
+            return
         fd = sock.fileno()
         self._connections[fd] = connection
-        self._epoll.register(fd, select.EPOLLIN)
+        self._handlers[fd] = lambda event: self._serve(fd, connection, event)
+        self._epoll.register(fd, select.EPOLLOUT if connection.pending else select.EPOLLIN)
         if len(self._connections) >= CONNECTIONS_MAX:
             self._pause(True)
-        self._serve(fd, connection, select.EPOLLIN)
 
     def _pause(self, paused: bool) -> None:
         """At the limit, let further clients wait in the backlog, without spinning on them."""
@@ -138,7 +113,11 @@ class Loop:
         if event & select.EPOLLOUT:
             result = connection.writable()
         else:
-            result = self._burst(lambda: connection.readable(monotonic))
+            result = connection.readable(monotonic)
+            if self._skip:
+                self._skip -= 1
+            elif result == SERVED:
+                result = self._burst(partial(connection.readable, monotonic))
         if result == GONE:
             self._close(fd, connection)
         elif connection.pending:
@@ -147,25 +126,25 @@ class Loop:
             self._epoll.modify(fd, select.EPOLLIN)
 
     def _burst(self, serve: Callable[[], int]) -> int:
-        """Serve what is there, then look again for a little while, if that has paid lately."""
-        result = serve()
+        """Look again for a little while, as long as that pays; the last result."""
+        result = SERVED
         for _ in range(BURST_MAX):
-            if result != SERVED or not self._spin.worthwhile():
-                break
             until = perf_counter() + SPIN_SECONDS
             result = IDLE
             while result == IDLE and perf_counter() < until:
                 result = serve()
-            if result == IDLE:
-                self._spin.missed()
-            else:
-                self._spin.hit()
+            if result != SERVED:
+                break
+            self._misses = 0
+        if result == IDLE:
+            self._misses += 1
+            if self._misses > MISSES_MAX:
+                self._skip = PROBE_EVERY
         return result
 
     def _close(self, fd: int, connection: Connection) -> None:
-        self._epoll.unregister(fd)
-        del self._connections[fd]
-        connection.close()
+        del self._connections[fd], self._handlers[fd]
+        connection.close()  # which takes it out of epoll: nobody else has this descriptor
         self._pause(False)
 
     def _sweep(self) -> None:
@@ -178,9 +157,14 @@ class Loop:
     # --- devices ---
 
     def _serve_fuse(self, fd: int, devices: Devices) -> None:
-        if self._burst(lambda: _fuse_once(fd, devices)) == GONE:
+        result = _fuse_once(fd, devices)
+        if self._skip:
+            self._skip -= 1
+        elif result == SERVED:
+            result = self._burst(partial(_fuse_once, fd, devices))
+        if result == GONE:
             self._epoll.unregister(fd)
-            self._fuse = None
+            del self._handlers[fd]
 
 
 def _fuse_once(fd: int, devices: Devices) -> int:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Callable
+from functools import partial
 from typing import Final
 
 from holdfast.errors import DecodeError
@@ -20,7 +21,7 @@ from holdfast.frontend.vtpm import Vtpm
 from holdfast.protocol import control
 from holdfast.protocol.control import Command
 from holdfast.protocol.frames import FrameBuffer
-from holdfast.tpm2.constants import BUFFER_MAX, Rc
+from holdfast.tpm2.constants import BUFFER_MAX, HEADER_SIZE, Rc
 from holdfast.tpm2.requests import error_response
 from holdfast.tpm2.wire import u32
 
@@ -31,6 +32,8 @@ HALF_FRAME_SECONDS: Final = 30.0
 SERVED: Final = 1
 IDLE: Final = 0
 GONE: Final = -1
+# Per call instead of per socket: a connection costs a system call less.
+_SEND: Final = socket.MSG_NOSIGNAL | socket.MSG_DONTWAIT
 _BUFFER_MIN: Final = 2808  # what swtpm answers: the least a TPM 2.0 buffer may be set to
 _INFO_MAX: Final = 3072
 
@@ -38,43 +41,57 @@ _INFO_MAX: Final = 3072
 class DataConnection:
     """One client's connection for TPM commands."""
 
-    __slots__ = ("_client", "_frames", "_mark", "_served", "_vtpm", "deadline", "pending", "sock")
+    __slots__ = ("_client", "_frames", "_mark", "_serve", "_vtpm", "deadline", "pending", "sock")
 
     def __init__(self, sock: socket.socket, vtpm: Vtpm) -> None:
         self.sock = sock
         self.pending = b""  # of responses the client has not taken yet
         self.deadline = 0.0  # when half a command will have taken too long; 0: no half command
         self._vtpm = vtpm
-        self._frames = FrameBuffer()
-        self._client: Client = vtpm.shared
+        self._frames: FrameBuffer | None = None  # until a command comes in pieces
+        self._client: Client | None = None
         self._mark = 0
-        self._served = 0
+        self._serve: Callable[[bytes], bytes] = self._first
 
     def readable(self, clock: Callable[[], float]) -> int:
         """Serve what has arrived: SERVED, IDLE or GONE."""
         if self.pending:
             return IDLE
-        data = _receive(self.sock)
-        if not data:
-            return IDLE if data is None else GONE
         try:
-            commands = self._frames.feed(data)
+            data = self.sock.recv(RECEIVE_SIZE, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return IDLE
+        except OSError:
+            return GONE
+        # The common case: exactly one command.
+        if self._frames is None and len(data) == int.from_bytes(data[2:6], "big") >= HEADER_SIZE:
+            return self._send(self._serve(data))
+        return self._reassemble(data, clock) if data else GONE
+
+    def _reassemble(self, data: bytes, clock: Callable[[], float]) -> int:
+        """Commands in pieces, or several at once."""
+        frames = self._frames or FrameBuffer()
+        try:
+            commands = frames.feed(data)
         except DecodeError:
             self._send(error_response(Rc.COMMAND_SIZE))
             return GONE
         for command in commands:
             if self._send(self._serve(command)) == GONE:
                 return GONE
-        self.deadline = clock() + HALF_FRAME_SECONDS if self._frames.partial else 0.0
+        self._frames = frames if frames.partial else None
+        self.deadline = clock() + HALF_FRAME_SECONDS if frames.partial else 0.0
         return SERVED
 
-    def _serve(self, command: bytes) -> bytes:
-        self._served += 1
-        if self._served == 1:
-            self._mark = self._vtpm.mark()
-        elif self._served == 2:
-            self._client = self._vtpm.part(self._mark)
-        return self._vtpm.execute(self._client, command)
+    def _first(self, command: bytes) -> bytes:
+        self._serve = self._second
+        self._mark = self._vtpm.mark()
+        return self._vtpm.execute(self._vtpm.shared, command)
+
+    def _second(self, command: bytes) -> bytes:
+        client = self._client = self._vtpm.part(self._mark)
+        self._serve = partial(self._vtpm.execute, client)
+        return self._vtpm.execute(client, command)
 
     def _send(self, response: bytes) -> int:
         # Bounded: what waits here answers the commands of one RECEIVE_SIZE.
@@ -82,12 +99,13 @@ class DataConnection:
             self.pending += response
             return SERVED
         try:
-            sent = self.sock.send(response, socket.MSG_NOSIGNAL)
+            sent = self.sock.send(response, _SEND)
         except BlockingIOError:
             sent = 0
         except OSError:
             return GONE
-        self.pending = response[sent:]
+        if sent != len(response):
+            self.pending = response[sent:]
         return SERVED
 
     def writable(self) -> int:
@@ -97,7 +115,7 @@ class DataConnection:
 
     def close(self) -> None:
         self.sock.close()
-        if self._client is not self._vtpm.shared:
+        if self._client is not None:
             self._vtpm.detach(self._client)
 
 
@@ -128,7 +146,7 @@ class ControlConnection:
         self._data, self.deadline = b"", 0.0
         answer = parsed if isinstance(parsed, bytes) else self._answer(parsed)
         try:
-            sent = self.sock.send(answer, socket.MSG_NOSIGNAL)
+            sent = self.sock.send(answer, _SEND)
         except OSError:
             return GONE  # a client that does not read four bytes is not waited for
         return SERVED if sent == len(answer) else GONE
@@ -175,7 +193,7 @@ Connection = DataConnection | ControlConnection
 def _receive(sock: socket.socket) -> bytes | None:
     """What has arrived; None if nothing has, empty at the end."""
     try:
-        return sock.recv(RECEIVE_SIZE)
+        return sock.recv(RECEIVE_SIZE, socket.MSG_DONTWAIT)
     except BlockingIOError:
         return None
     except OSError:

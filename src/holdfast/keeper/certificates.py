@@ -1,6 +1,6 @@
 """X.509: site root, host issuing CA, host AK, and the certificates of vTPMs.
 
-    site root CA ─┬─ host issuing CA (path length 0, no names of machines) ──┬─ EK, RSA-2048
+    site root CA ─┬─ host issuing CA (path length 0, names below O=<site>) ─┬─ EK, RSA-2048
                   └─ host AK                                                ├─ EK, P-256
                                                                             └─ evidence AK
 EK certificates follow the TCG EK Credential Profile 2.5 (3.2): strict DER, TPM manufacturer, model
@@ -9,9 +9,9 @@ EKU 2.23.133.8.1, and no end of validity, since they must outlive every move of 
 say that their TPM is virtual twice: by the model, and by the extension
 virtualPlatformAttestationService (2.23.133.6.4, TCG Virtualized Platform Architecture).
 
-The issuing CA may certify no DNS name and no address: a host that is taken over makes no web site's
-certificate. A subtree of directory names (O=<site>) would be closer, but it applies to the TPM's
-name in the subjectAltName too, and pyca/cryptography and Go then refuse every EK certificate.
+The issuing CA's names are constrained to O=<site>, and, as subtrees hold for the directory name in
+the subjectAltName too (RFC 5280, 4.2.1.10), to TPMs of our make. OpenSSL enforces both; libraries
+without subtrees of directory names (pyca/cryptography's verifier, Go) refuse such a chain.
 Where the site names a place for it, they name the host CA's revocation list (`revocation_list`).
 
 Pure but for serial numbers. Not here: keys in TPMs (a key is anything that can sign).
@@ -20,7 +20,6 @@ Pure but for serial numbers. Not here: keys in TPMs (a key is anything that can 
 from __future__ import annotations
 
 import datetime
-import ipaddress
 import secrets
 from collections.abc import Iterable
 from typing import Final
@@ -54,16 +53,13 @@ _SPECIFICATION: Final = bytes.fromhex("3019301706056781050210310e300c0c03322e300
 CN_MAX: Final = 64  # ub-common-name, ub-organization-name (RFC 5280, appendix A.1)
 NV_SIZE_MAX: Final = 2048  # a certificate must fit into one NV index
 
-_NO_MACHINES: Final = x509.NameConstraints(
-    None,
-    [
-        x509.DNSName(""),
-        x509.IPAddress(ipaddress.ip_network("0.0.0.0/0")),
-        x509.IPAddress(ipaddress.ip_network("::/0")),
-    ],
-)
-
 CaKey = ec.EllipticCurvePrivateKey
+
+
+def _tpm_name(attributes: int = 3) -> x509.Name:
+    """Manufacturer, model and version of our vTPMs: the first `attributes` of them."""
+    values = ((_OID_MANUFACTURER, MANUFACTURER), (_OID_MODEL, MODEL), (_OID_VERSION, VERSION))
+    return x509.Name([x509.NameAttribute(oid, text) for oid, text in values[:attributes]])
 
 
 def _named(site: str, common: str) -> x509.Name:
@@ -127,6 +123,10 @@ def host_ca(
     """The host's issuing CA (DER): it certifies vTPMs of this site and nothing else."""
     issuer = x509.load_der_x509_certificate(root)
     public = public_key(ca)
+    site_names = x509.Name([x509.NameAttribute(NameOID.ORGANIZATION_NAME, site)])
+    within = x509.NameConstraints(
+        [x509.DirectoryName(site_names), x509.DirectoryName(_tpm_name(2))], None
+    )
     builder = (
         _builder(
             _named(site, f"Holdfast issuing CA of {host}"),
@@ -134,7 +134,7 @@ def host_ca(
         )
         .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
         .add_extension(_usage(key_cert_sign=True, crl_sign=True), critical=True)
-        .add_extension(_NO_MACHINES, critical=True)
+        .add_extension(within, critical=True)
         .add_extension(x509.SubjectKeyIdentifier.from_public_key(public), critical=False)
         .add_extension(_authority(issuer), critical=False)
     )  # fmt: skip
@@ -166,11 +166,7 @@ def vtpm_ek(
     """
     public = public_key(ek)
     is_rsa = isinstance(public, rsa.RSAPublicKey)
-    tpm = x509.DirectoryName(x509.Name([
-        x509.NameAttribute(_OID_MANUFACTURER, MANUFACTURER),
-        x509.NameAttribute(_OID_MODEL, MODEL),
-        x509.NameAttribute(_OID_VERSION, VERSION),
-    ]))  # fmt: skip
+    tpm = x509.DirectoryName(_tpm_name())
     usage = _usage(key_encipherment=is_rsa, key_agreement=not is_rsa)
     builder = (
         _builder(subject, issuer.subject, public, now, FOREVER)

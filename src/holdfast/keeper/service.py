@@ -150,13 +150,17 @@ class Keeper:
         return self._custody
 
     def _distrust(self, error: HoldfastError) -> None:
-        """The host TPM failed, or lost what was loaded: close now, and open anew at once."""
+        """Close, and open anew: at once if the TPM answered, as it lost what was loaded by a reset.
+
+        One that did not answer gets a pause, so that peers wait for it once and not twice.
+        """
         if self._custody is not None:
             log(f"closed: {error}")
             self._custody.close()
             self._custody = None
             self._why_not = str(error)
-            self._retry_at = 0.0
+            pause = 0.0 if isinstance(error, TpmError) else RETRY_SECONDS
+            self._retry_at = time.monotonic() + pause
 
     def _status(self, _message: ipc.KeeperStatus) -> ipc.Message:
         tpm = self._custody.description if self._custody else ""

@@ -42,6 +42,8 @@ _CAP_SYS_ADMIN: Final = 21
 # Of an id-mapped container podman mounts layers at LAYER/mapped/N only while it mounts the
 # overlay: what is there lies, as it is on disk, without that part of the path.
 _MAPPED: Final = re.compile(rb"/[0-9a-f]{64}/mapped/[0-9]+(?=/)")
+# A whiteout or file, or a symbolic link: either hides what is below it.
+_IN_THE_WAY: Final = frozenset({errno.ENOTDIR, errno.ELOOP})
 
 Kind = Literal["overlay", "plain"]
 
@@ -109,7 +111,8 @@ def image_facts(
         if overlay.upper is not None:
             fd = _held(stack, _open_layer(root, overlay.upper, mount))
             upper = upper_digest(fd, lower, config.provision)
-            claimed = claimed or from_storage(root, _absolute(overlay.upper, mount), container_id)
+            stored = from_storage(root, _absolute(overlay.upper, mount), container_id)
+            claimed = stored or claimed
         return ImageFacts("overlay", digests, upper, mounted, claimed)
 
 
@@ -222,8 +225,10 @@ def _directory_below(lower: list[int], path: bytes) -> Entry | None:
             with _opened(layer, path) as fd:
                 return directory_entry(fd, path)
         except OSError as error:
-            if error.errno != errno.ENOENT:  # a whiteout, file or link, which hides what is below
+            if error.errno in _IN_THE_WAY:
                 return None
+            if error.errno != errno.ENOENT:
+                raise
         if _hides(layer, path):
             return None
     return None

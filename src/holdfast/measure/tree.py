@@ -185,7 +185,9 @@ def fingerprint(root: int) -> bytes:
     return state.digest()
 
 
-def walk(root: int, skip: frozenset[bytes] = frozenset()) -> Iterator[Found]:
+def walk(
+    root: int, skip: frozenset[bytes] = frozenset(), limit: int = ENTRIES_MAX
+) -> Iterator[Found]:
     """Every entry, a directory before what is in it, names of one directory in byte order.
 
     A directory is compared with its own stat after everything in it was handed out.
@@ -193,7 +195,7 @@ def walk(root: int, skip: frozenset[bytes] = frozenset()) -> Iterator[Found]:
     status = os.fstat(root)
     if not stat.S_ISDIR(status.st_mode):
         raise InvalidInput("what is to be measured is not a directory")
-    left = [ENTRIES_MAX]
+    left = [limit]
     fd = open_child(root, b".", _OPEN_DIRECTORY)
     try:
         yield Found(b"", fd, b".", status)
@@ -240,7 +242,7 @@ def _names(fd: int, left: list[int]) -> list[bytes]:
         for entry in entries:
             left[0] -= 1
             if left[0] < 0:
-                raise InvalidInput(f"the tree has more than {ENTRIES_MAX} entries")
+                raise InvalidInput("the tree has more entries than are allowed")
             names.append(os.fsencode(entry.name))
     return names
 

@@ -29,7 +29,9 @@ def with_vtpm(config: Mapping[str, Any], edits: Mapping[str, Any]) -> Json:
         raise InvalidInput("the configuration has no process to give a vTPM to")
     process["env"] = _environment(_list(process, "env"), edits["env"])
     result["mounts"] = _mounts(_list(result, "mounts"), edits["mounts"])
-    hooks = result.get("hooks") or {}
+    hooks = result.get("hooks")
+    if hooks is None:
+        hooks = {}
     if not isinstance(hooks, dict):
         raise InvalidInput("the configuration's hooks are not an object")
     for hook in edits["hooks"]:

@@ -16,7 +16,7 @@ import tempfile
 from pathlib import Path
 from typing import Any, Final
 
-from holdfast.ids import InstanceName
+from holdfast.ids import InstanceName, instance_name
 
 CDI_VERSION: Final = "0.5.0"
 KIND: Final = "holdfast.dev/vtpm"
@@ -75,9 +75,12 @@ def spec_path(name: InstanceName, directory: Path = DIRECTORY) -> Path:
 
 
 def write_spec(spec: Json, directory: Path = DIRECTORY) -> Path:
-    """Write a specification in one step, readable to all, making the directory if need be."""
+    """Write a specification in one step, readable to all, making the directory if need be.
+
+    InvalidInput if its device's name is not that of an instance.
+    """
     (device,) = spec["devices"]
-    path = spec_path(InstanceName(device["name"]), directory)
+    path = spec_path(instance_name(device["name"]), directory)
     directory.mkdir(mode=0o755, parents=True, exist_ok=True)
     # Runtimes read *.json and *.yaml: the unfinished file is neither.
     fd, fresh = tempfile.mkstemp(prefix=f".{path.stem}.", suffix=".new", dir=directory)

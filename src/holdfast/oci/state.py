@@ -36,9 +36,8 @@ class ContainerState:
 def parse_state(data: bytes) -> ContainerState:
     """Read the state, or raise DecodeError.
 
-    Refused: more than STATE_MAX bytes, anything but one UTF-8 JSON object, duplicate keys, an id
-    that runc would refuse, a process number out of range or missing where one has to be, a bundle
-    that is no absolute path, annotations that are not strings.
+    Refused: more than STATE_MAX bytes, anything but one UTF-8 JSON object, duplicate keys, and
+    what `checked_state` refuses.
     """
     if len(data) > STATE_MAX:
         raise DecodeError(_WHAT, f"more than {STATE_MAX} bytes")
@@ -46,6 +45,16 @@ def parse_state(data: bytes) -> ContainerState:
         value = json.loads(data.decode(), object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
         raise DecodeError(_WHAT, str(error)) from None
+    return checked_state(value)
+
+
+def checked_state(value: object) -> ContainerState:
+    """The state in a JSON value that was read already, or DecodeError.
+
+    Refused: anything but an object, an id that runc would refuse, a process number out of range or
+    missing where one has to be, a bundle that is no absolute path, annotations that are not
+    strings.
+    """
     if not isinstance(value, dict):
         raise DecodeError(_WHAT, "is not an object")
     container, bundle = value.get("id"), value.get("bundle")

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from holdfast.linux import cgroup, channel, process
-from holdfast.spawner.pool import SLICE, Pool
+from holdfast.spawner.pool import GROUP, Pool
 from holdfast.spawner.service import Spawner, execute_anew
 
 
@@ -27,7 +27,7 @@ def main(arguments: list[str]) -> int:
     process.set_dumpable(False)
     state = _resume(options.resume) if options.resume >= 0 else None
     if state is None:
-        cgroup.sweep(SLICE)  # what a predecessor that was killed left behind
+        cgroup.sweep(GROUP)  # what a predecessor that was killed left behind
         listener = channel.listen(options.socket, 0o600)
     else:
         listener = socket.socket(fileno=state["listener"])

@@ -30,7 +30,7 @@ from holdfast.tpm2.commands import Cc
 from holdfast.worker.rehearsal import rehearse
 from holdfast.worker.service import live
 
-SLICE: Final = "holdfast"
+GROUP: Final = "holdfast-worker-"
 UID_BASE: Final = 0x70000000  # each worker's own user, in no passwd file
 UID_SPAN: Final = 0xFFFF
 READY_SECONDS: Final = 10.0
@@ -119,7 +119,7 @@ class Pool:
         os.close(gate_read)
         self._made += 1
         pidfd = os.pidfd_open(pid)
-        groups = cgroup.create(SLICE, f"worker-{pid}", cgroup.Limits())
+        groups = cgroup.create(f"{GROUP}{pid}", cgroup.Limits())
         blank = Blank(pid, pidfd, ours, groups)
         try:
             cgroup.enter(groups, pid)

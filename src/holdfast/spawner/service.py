@@ -30,7 +30,7 @@ from holdfast.frontend.page import create as create_page
 from holdfast.linux import cgroup, channel
 from holdfast.protocol import fuse, ipc
 from holdfast.protocol import lifecycle as lc
-from holdfast.spawner.pool import SLICE, Blank, Pool, ended, ending
+from holdfast.spawner.pool import GROUP, Blank, Pool, ended, ending
 
 PEERS_MAX: Final = 8
 KEEPER_SECONDS: Final = 10.0
@@ -100,7 +100,7 @@ class Spawner:
         self._entries.clear()
         while self._pool.ready:
             self._pool.take().discard()
-        cgroup.sweep(SLICE)
+        cgroup.sweep(GROUP)
 
     # --- peers ---
 
