@@ -1,4 +1,4 @@
-"""A host in a box: a stand-in host TPM, keeper and spawner, all real, all ended with the session."""
+"""A host in a box: a stand-in host TPM, keeper and spawner, real, and ended with the session."""
 
 from __future__ import annotations
 

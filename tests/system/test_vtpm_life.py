@@ -23,6 +23,7 @@ from holdfast.ids import InstanceId, InstanceName
 from holdfast.instance.lifecycle import State
 from holdfast.instance.links import Peer
 from holdfast.instance.vtpm import Run, Surroundings, VirtualTpm, host_extends
+from holdfast.protocol import lifecycle as lc
 from holdfast.store.registry import Instance, Registry
 from holdfast.tpm2.algorithms import Alg
 
@@ -53,7 +54,13 @@ async def a_vtpm(box: Box, tmp_path: Path) -> AsyncIterator[VirtualTpm]:
         tmp_path / "logs",
     )
     record = Instance(
-        InstanceId(uuid4()), InstanceName("web"), "defined", "linked", 0, ("sha256", "sha384"), "now"
+        InstanceId(uuid4()),
+        InstanceName("web"),
+        "defined",
+        "linked",
+        0,
+        ("sha256", "sha384"),
+        "now",
     )
     registry.add(record)
     vtpm = VirtualTpm(record, around)
@@ -142,7 +149,7 @@ def test_a_killed_worker_is_replaced_and_the_open_device_goes_on(
             assert len(os.read(device, 4096)) == 20
             worker = vtpm._worker
             assert worker is not None
-            held, _ = await vtpm._around.spawner.ask(_list(), _held())
+            held, _ = await vtpm._around.spawner.ask(lc.ListHeld(), lc.HeldList)
             pid = next(e.pid for e in held.entries if e.instance == vtpm.record.id)
             os.kill(pid, signal.SIGKILL)
             for _ in range(200):
@@ -172,7 +179,7 @@ def test_nv_survives_power_cycles_and_a_container_cannot_write_host_pcrs(
             (tmp_path / "data").write_bytes(b"kept")
             await tool(place, "tpm2_nvdefine", "0x1500001", "-s", "4", "-Q")
             await tool(place, "tpm2_nvwrite", "0x1500001", "-i", f"{tmp_path}/data")
-            with pytest.raises(AssertionError, match="0x907|locality"):
+            with pytest.raises(AssertionError, match=r"0x907|locality"):
                 await tool(place, "tpm2_pcrextend", "13:sha256=" + "00" * 32)
             await vtpm.power_off()
             await vtpm.power_on(make_run())
@@ -226,19 +233,12 @@ def test_the_control_socket_gives_a_container_only_what_is_its(
 
             assert await asked("0000000500") == "00000000"
             assert await asked("0000000503") == "0000003d"
-            for refused in ("00000002" + "00000000", "00000006", "0000000c" + "00" * 12, "000000ff"):
+            for refused in (
+                "00000002" + "00000000",
+                "00000006",
+                "0000000c" + "00" * 12,
+                "000000ff",
+            ):
                 assert await asked(refused) == "0000000a"
 
     run(body)
-
-
-def _list() -> object:
-    from holdfast.protocol.lifecycle import ListHeld
-
-    return ListHeld()
-
-
-def _held() -> type:
-    from holdfast.protocol.lifecycle import HeldList
-
-    return HeldList

@@ -23,7 +23,6 @@ from cryptography.hazmat.primitives.asymmetric import ec, rsa, utils
 from holdfast.appraise.policy import Policy, parse_policy
 from holdfast.eventlog import cel, ima, replay, tcg2
 from holdfast.eventlog.records import CONFIG, IDENTITY, IMAGE, PROVIDER, Record, make_record
-from holdfast.evidence import OID_ACTIVATED_EK
 from holdfast.evidence.bundle import Companions, Evidence, Quote, Statement
 from holdfast.evidence.pcrs import encode_pcrs, ledger_digest
 from holdfast.evidence.round import (
@@ -164,7 +163,8 @@ class Host:
         name = (self.site.name, self.name)
         self.ca_certificate = certificates.host_ca(*name, self.ca.public, *site)
         if not self.ak_certificate:
-            self.ak_certificate = certificates.host_ak(*name, self.ak.public, *site)
+            ek = Public.decode(self.ek) if self.ek else EK_P256
+            self.ak_certificate = certificates.host_ak(*name, self.ak.public, ek, *site)
 
     @property
     def pcrs(self) -> dict[Alg, Mapping[int, bytes]]:
@@ -197,9 +197,10 @@ class Vtpm:
         subject = certificates.vtpm_subject(host.site.name, self.name, str(self.id))
         by = (issuer, host.ca.key)
         urn = f"urn:holdfast:{host.name}"
-        self.ek_rsa_certificate = certificates.vtpm_ek(subject, self.ek_rsa, *by, urn, self.made)
-        self.ek_ecc_certificate = certificates.vtpm_ek(subject, self.ek.public, *by, urn, self.made)
-        self.ak_certificate = certificates.vtpm_ak(subject, self.ak.public, *by, self.made)
+        last = (urn, "", self.made)
+        self.ek_rsa_certificate = certificates.vtpm_ek(subject, self.ek_rsa, *by, *last)
+        self.ek_ecc_certificate = certificates.vtpm_ek(subject, self.ek.public, *by, *last)
+        self.ak_certificate = certificates.vtpm_ak(subject, self.ak.public, *by, "", self.made)
 
     def records(
         self,
@@ -285,7 +286,7 @@ class Given:
     unlinked: bool = False
     vtpm_pcrs: replay.PcrValues | None = None  # what the vTPM quotes, if not its PCRs
     host_pcrs: replay.PcrValues | None = None
-    quoted_banks: tuple[Alg, ...] = (Alg.SHA256,)
+    quoted_banks: tuple[Alg, ...] = (Alg.SHA256, Alg.SHA384)
     extra: bytes | None = None  # the vTPM quote's qualifying data
     host_extra: bytes | None = None
     leaf: Mapping[str, Any] = field(default_factory=dict)
@@ -470,19 +471,3 @@ class HardwareMaker:
             .not_valid_before(NOW - datetime.timedelta(days=400))
             .not_valid_after(NOW + datetime.timedelta(days=400))
         )
-
-
-def activated_ak_certificate(site: Site, ak: Public, ek: Public | None) -> bytes:
-    """A host AK's certificate that names the EK it was activated by."""
-    plain = x509.load_der_x509_certificate(
-        certificates.host_ak(site.name, "host-1", ak, site.root, site.key, site.made)
-    )
-    builder = HardwareMaker._builder(plain.subject, plain.issuer, plain.public_key())
-    for extension in plain.extensions:
-        builder = builder.add_extension(extension.value, extension.critical)
-    if ek is not None:
-        value = b"\x04" + bytes((len(ek.name),)) + ek.name
-        oid = x509.ObjectIdentifier(OID_ACTIVATED_EK)
-        builder = builder.add_extension(x509.UnrecognizedExtension(oid, value), critical=False)
-    signed = builder.sign(site.key, hashes.SHA256())
-    return signed.public_bytes(serialization.Encoding.DER)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import datetime
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Final
@@ -32,13 +32,12 @@ from holdfast.ids import InstanceId, InstanceName, instance_id, instance_name
 from holdfast.tpm2.keys import public_key
 from holdfast.tpm2.structures import Public
 
+CERTIFIED_NAME_MAX: Final = 27  # of an instance's name: a common name has 64, `:uuid` takes 37
 EKU_EK: Final = ObjectIdentifier("2.23.133.8.1")
 EKU_AK: Final = ObjectIdentifier("2.23.133.8.3")
 OID_VIRTUAL: Final = ObjectIdentifier("2.23.133.6.4")  # virtualPlatformAttestationService
 _ACTIVATED_EK: Final = ObjectIdentifier(OID_ACTIVATED_EK)
-# A TPM's manufacturer, model and version (TCG EK Credential Profile 2.5, 3.2.9): these attributes
-# name a TPM, not anybody within a site.
-_TPM_ATTRIBUTES: Final = frozenset({"2.23.133.2.1", "2.23.133.2.2", "2.23.133.2.3"})
+_CONSTRAINED: Final = (x509.DirectoryName, x509.DNSName, x509.IPAddress)
 _UNDERSTOOD: Final = frozenset(
     {
         ExtensionOID.BASIC_CONSTRAINTS,
@@ -63,7 +62,10 @@ _X509_ERRORS: Final = (
 
 @dataclass(frozen=True)
 class Identity:
-    """What the certificates establish: site, host, and whose vTPM it is."""
+    """What the certificates establish: site, host, and whose vTPM it is.
+
+    `name` has at most CERTIFIED_NAME_MAX characters of the instance's.
+    """
 
     root_fingerprint: bytes
     site: str
@@ -103,7 +105,7 @@ def check_identity(
     _check_key(host, host_ak := Public.decode(companions.host_ak))
     issuing = _load("the issuing CA's certificate", companions.ca_certificate)
     _check_issued(issuing, root, now)
-    permitted = _check_ca(issuing)
+    constraints = _check_ca(issuing)
     ak = Public.decode(companions.ak)
     ek_rsa, ek_ecc = Public.decode(companions.ek_rsa), Public.decode(companions.ek_ecc)
     subjects = set()
@@ -115,7 +117,7 @@ def check_identity(
         certificate = _load(what, data)
         _check_issued(certificate, issuing, now)
         _check_ek(certificate) if is_ek else _check_attestation(certificate)
-        _check_names(certificate, permitted)
+        _check_names(certificate, constraints, root.x509.subject)
         _check_key(certificate, public)
         subjects.add(certificate.x509.subject)
     if len(subjects) != 1:
@@ -227,44 +229,59 @@ def _check_authority(certificate: _Certificate) -> int | None:
     return basic.value.path_length
 
 
-def _check_ca(issuing: _Certificate) -> tuple[x509.Name, ...]:
-    """The names below which the issuing CA may certify: it issues to vTPMs of its site alone."""
+def _check_ca(issuing: _Certificate) -> x509.NameConstraints:
+    """An issuing CA's certificate: it makes no other CA, and there are names it may not certify."""
     if _check_authority(issuing) != 0:
         raise IntegrityError(f"{issuing.what}: may issue CA certificates")
     with _about(issuing.what):
-        names = issuing.x509.extensions.get_extension_for_class(x509.NameConstraints)
-    permitted = names.value.permitted_subtrees or []
-    if not names.critical or not permitted or names.value.excluded_subtrees:
-        raise IntegrityError(f"{issuing.what}: has no critical list of permitted names")
-    subtrees = [tree.value for tree in permitted if isinstance(tree, x509.DirectoryName)]
-    if len(subtrees) != len(permitted):
-        raise IntegrityError(f"{issuing.what}: permits names other than directory names")
-    return tuple(subtrees)
+        constraints = issuing.x509.extensions.get_extension_for_class(x509.NameConstraints)
+    value = constraints.value
+    if not constraints.critical:
+        raise IntegrityError(f"{issuing.what}: its name constraints are not critical")
+    for tree in (*(value.permitted_subtrees or ()), *(value.excluded_subtrees or ())):
+        if not isinstance(tree, _CONSTRAINED):
+            raise IntegrityError(f"{issuing.what}: constrains names of a kind unknown to us")
+    return value
 
 
-def _check_names(certificate: _Certificate, permitted: tuple[x509.Name, ...]) -> None:
-    """Name constraints (RFC 5280, 4.2.1.10) for the subject and for the alternative names.
+def _check_names(
+    certificate: _Certificate, constraints: x509.NameConstraints, site: x509.Name
+) -> None:
+    """Name constraints (RFC 5280, 4.2.1.10), and the site's own name in the subject.
 
-    An EK's alternative name is its TPM's make, not a name in anybody's name space.
+    A vTPM's certificate has directory names alone, so constraints of other kinds always hold.
     """
-    names = [certificate.x509.subject]
+    subject = certificate.x509.subject
+    names = [subject]
     with _about(certificate.what):
         for extension in certificate.x509.extensions:
             if isinstance(extension.value, x509.SubjectAlternativeName):
                 for general in extension.value:
                     if not isinstance(general, x509.DirectoryName):
                         raise IntegrityError(f"{certificate.what}: has an alternative name")
-                    if {a.oid.dotted_string for a in general.value} - _TPM_ATTRIBUTES:
-                        names.append(general.value)
+                    names.append(general.value)
+    permitted = _directory_names(constraints.permitted_subtrees)
+    excluded = _directory_names(constraints.excluded_subtrees)
     for name in names:
-        if not any(_is_below(name, tree) for tree in permitted):
+        within = not permitted or any(_is_below(name, tree) for tree in permitted)
+        if not within or any(_is_below(name, tree) for tree in excluded):
             raise IntegrityError(
                 f"{certificate.what}: {name.rfc4514_string()} is not a name its issuer may certify"
             )
+    if _organizations(subject) != _organizations(site):
+        raise IntegrityError(f"{certificate.what}: is not of the site that its root names")
+
+
+def _directory_names(trees: Iterable[x509.GeneralName] | None) -> list[x509.Name]:
+    return [tree.value for tree in trees or () if isinstance(tree, x509.DirectoryName)]
 
 
 def _is_below(name: x509.Name, tree: x509.Name) -> bool:
     return list(name.rdns)[: len(tree.rdns)] == list(tree.rdns)
+
+
+def _organizations(name: x509.Name) -> list[str | bytes]:
+    return [a.value for a in name.get_attributes_for_oid(NameOID.ORGANIZATION_NAME)]
 
 
 def _check_end_entity(certificate: _Certificate) -> None:
@@ -311,7 +328,7 @@ def _check_key(certificate: _Certificate, public: Public) -> None:
 
 
 def _named(subject: x509.Name) -> tuple[InstanceId, InstanceName]:
-    """CN `name:uuid`. A name may itself have colons."""
+    """CN `name:uuid`. A name may itself have colons; a long one is cut (`CERTIFIED_NAME_MAX`)."""
     what = "the vTPM's certificates"
     with _about(what):
         (attribute,) = subject.get_attributes_for_oid(NameOID.COMMON_NAME)

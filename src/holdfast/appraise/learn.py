@@ -64,7 +64,7 @@ def _list(key: str, values: Iterable[str]) -> list[str]:
 
 def _head(found: Structure, now: datetime.datetime) -> list[str]:
     return [
-        f"# Made from run {found.leaf.run} of {found.identity.name}, on {now.date().isoformat()}.",
+        f"# Made from run {found.leaf.run} of {found.contents.identity.name}, on {now.date().isoformat()}.",
         "# Every value below is what was measured then. A section that says `any = true` instead",
         "# constrains nothing. Check it, and keep it under version control.",
         "version = 1",
@@ -164,7 +164,7 @@ def _exec(found: Structure) -> list[str]:
 
 
 def _identity(found: Structure) -> list[str]:
-    lines = ["[identity]", *_list("names", [found.identity.name])]
+    lines = ["[identity]", *_list("names", [found.contents.identity.name])]
     return lines + _list("ids", [str(found.leaf.instance)])
 
 

@@ -17,8 +17,13 @@ from dataclasses import dataclass
 from typing import Final
 
 from holdfast.appraise import logs
-from holdfast.appraise.certificates import Identity, check_host_ek, check_identity
-from holdfast.appraise.contents import Contents, read_contents
+from holdfast.appraise.certificates import (
+    CERTIFIED_NAME_MAX,
+    Identity,
+    check_host_ek,
+    check_identity,
+)
+from holdfast.appraise.contents import ContainerIdentity, Contents, read_contents
 from holdfast.appraise.policy import Policy, Trust
 from holdfast.appraise.reference import check_reference
 from holdfast.appraise.result import (
@@ -172,6 +177,7 @@ def check_structure(
         log = _host_log(evidence, policy, host.pcrs, leaf)
     with _step("container log"):
         records, contents, pcrs = _container_log(evidence, log, vtpm.pcrs, leaf)
+        _check_said(contents.identity, leaf, identity)
     return Structure(
         evidence, leaf, identity, tpm, issuer, host, vtpm, log, records, contents, pcrs
     )
@@ -317,10 +323,15 @@ def _container_log(
     if contents.boot_aggregate is not None:
         event = f"event {records[0].recnum}"
         logs.check_boot_aggregate(contents.boot_aggregate, start, host_steps, event)
-    said = contents.identity
+    return records, contents, values
+
+
+def _check_said(said: ContainerIdentity, leaf: Leaf, identity: Identity) -> None:
+    """PCR 15 speaks of the instance that is certified, and of the run in the leaf."""
     if (said.instance, said.run) != (leaf.instance, leaf.run):
         raise IntegrityError(f"{said.event} is about instance {said.instance}, run {said.run}")
-    return records, contents, values
+    if said.name[:CERTIFIED_NAME_MAX] != identity.name:
+        raise IntegrityError(f"{said.event} names it {said.name}, its certificates {identity.name}")
 
 
 def _check_progress(found: Structure, earlier: Progress) -> None:
@@ -368,7 +379,7 @@ def _attested(found: Structure, policy: Policy, now: datetime.datetime) -> Attes
     )
     return AttestedContainer(
         instance=leaf.instance,
-        name=identity.name,
+        name=found.contents.identity.name,
         container=found.contents.identity.container,
         contents=found.contents,
         host=host,

@@ -1,0 +1,168 @@
+"""Many clients on three slots: none is refused, none sees another's."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from holdfast.frontend.filter import Profile
+from holdfast.frontend.resources import OBJECTS_MAX, Client
+from holdfast.frontend.vtpm import Vtpm
+from holdfast.tpm2 import requests as rq
+from holdfast.tpm2.algorithms import Alg
+from holdfast.tpm2.commands import Cc
+from holdfast.tpm2.constants import Cap, ObjectAttr, Rc, Rh
+from holdfast.tpm2.structures import PcrSelection
+from holdfast.tpm2.templates import AK_P256, EK_P256
+from holdfast.tpm2.wire import u32
+from holdfast.worker.tpm import DurableTpm
+
+STORAGE = replace(EK_P256, policy=b"", attributes=ObjectAttr(0x00030472))
+
+
+@pytest.fixture
+def vtpm(tpm: DurableTpm) -> Vtpm:
+    return Vtpm(tpm.execute, Profile.LINKED)
+
+
+def code(answer: bytes) -> int:
+    return int.from_bytes(answer[6:10], "big")
+
+
+def make(vtpm: Vtpm, client: Client, seed: int = 0) -> int:
+    template = replace(AK_P256, unique=(seed.to_bytes(32, "big"), bytes(32)), raw=b"")
+    answer = vtpm.execute(client, rq.create_primary(Rh.OWNER, template))
+    return rq.created_public(answer)[0]
+
+
+def quote(vtpm: Vtpm, client: Client, handle: int) -> int:
+    return code(vtpm.execute(client, rq.quote(handle, b"n", PcrSelection.of(Alg.SHA256, (0,)))))
+
+
+def handles(vtpm: Vtpm, client: Client, first: int) -> list[int]:
+    answer = vtpm.execute(client, rq.get_capability(Cap.HANDLES, first, 100))
+    reader = rq.response(Cc.GetCapability, answer).params
+    reader.u8()
+    reader.u32()
+    return [reader.u32() for _ in range(reader.u32())]
+
+
+def test_one_client_uses_more_objects_than_there_are_slots(vtpm: Vtpm) -> None:
+    client = vtpm.attach()
+    made = [make(vtpm, client, n) for n in range(12)]
+    assert len(set(made)) == 12
+    for _ in range(3):
+        assert [quote(vtpm, client, handle) for handle in made] == [0] * 12
+
+
+def test_many_clients_at_once_are_none_refused(vtpm: Vtpm) -> None:
+    clients = [vtpm.attach() for _ in range(64)]
+    made = [make(vtpm, client, n) for n, client in enumerate(clients)]
+    assert all(quote(vtpm, c, h) == 0 for c, h in zip(clients, made, strict=True))
+
+
+def test_a_client_cannot_use_see_or_flush_anothers_object(vtpm: Vtpm) -> None:
+    one, other = vtpm.attach(), vtpm.attach()
+    handle = make(vtpm, one)
+    assert quote(vtpm, other, handle) == Rc.REFERENCE_H0
+    assert code(vtpm.execute(other, rq.flush_context(handle))) == Rc.HANDLE_P1
+    assert handles(vtpm, other, 0x80000000) == []
+    for guess in (0x80000000, 0x80000001, 0x80000002):  # what the TPM itself calls it
+        assert quote(vtpm, other, guess) == Rc.REFERENCE_H0
+        assert code(vtpm.execute(other, rq.flush_context(guess))) == Rc.HANDLE_P1
+    assert handles(vtpm, one, 0x80000000) == [handle]
+    assert quote(vtpm, one, handle) == 0
+
+
+def test_a_client_cannot_use_anothers_session(vtpm: Vtpm) -> None:
+    one, other = vtpm.attach(), vtpm.attach()
+    session = rq.response(Cc.StartAuthSession, vtpm.execute(one, rq.start_policy_session())).handle
+    restart = rq.command(Cc.PolicyRestart, (session,))
+    assert code(vtpm.execute(other, restart)) == Rc.REFERENCE_H0
+    assert code(vtpm.execute(other, rq.flush_context(session))) == Rc.HANDLE_P1
+    used = rq.command(Cc.StirRandom, (), (rq.Auth(session),), b"\0\0")
+    assert code(vtpm.execute(other, used)) == Rc.REFERENCE_S0
+    assert handles(vtpm, other, 0x02000000) == []
+    assert code(vtpm.execute(one, restart)) == 0
+
+
+def test_more_sessions_than_slots_all_go_on(vtpm: Vtpm) -> None:
+    client = vtpm.attach()
+    sessions = [
+        rq.response(Cc.StartAuthSession, vtpm.execute(client, rq.start_policy_session())).handle
+        for _ in range(20)
+    ]
+    for session in sessions:
+        assert code(vtpm.execute(client, rq.command(Cc.PolicyRestart, (session,)))) == 0
+
+
+def test_a_client_that_opens_sessions_without_end_is_told_so(vtpm: Vtpm) -> None:
+    greedy, other = vtpm.attach(), vtpm.attach()
+    codes = [code(vtpm.execute(greedy, rq.start_policy_session())) for _ in range(100)]
+    assert codes.count(0) == 64
+    assert set(codes[64:]) == {Rc.SESSION_HANDLES}
+    vtpm.detach(greedy)
+    assert code(vtpm.execute(other, rq.start_policy_session())) == 0
+
+
+def test_what_a_client_had_is_flushed_when_it_goes(vtpm: Vtpm, tpm: DurableTpm) -> None:
+    client = vtpm.attach()
+    for n in range(6):
+        make(vtpm, client, n)
+    vtpm.execute(client, rq.start_policy_session())
+    vtpm.detach(client)
+    for first in (0x80000000, 0x02000000, 0x03000000):
+        answer = tpm.execute(rq.get_capability(Cap.HANDLES, first, 64))
+        reader = rq.response(Cc.GetCapability, answer).params
+        reader.take(5)
+        assert reader.u32() == 0
+
+
+def test_a_session_that_its_client_saved_is_whosever_has_the_context(vtpm: Vtpm) -> None:
+    """tpm2-tools keep sessions in files and use them from the next process."""
+    one, other = vtpm.attach(), vtpm.attach()
+    session = rq.response(Cc.StartAuthSession, vtpm.execute(one, rq.start_policy_session())).handle
+    context = vtpm.execute(one, rq.command(Cc.ContextSave, (session,)))[10:]
+    vtpm.detach(one)
+    load = rq.command(Cc.ContextLoad, params=context)
+    assert rq.response(Cc.ContextLoad, vtpm.execute(other, load)).handle == session
+    assert code(vtpm.execute(other, rq.command(Cc.PolicyRestart, (session,)))) == 0
+    assert code(vtpm.execute(other, load)) != 0  # a context serves once
+
+
+def test_clear_takes_objects_from_everybody_and_leaves_no_stale_handle(vtpm: Vtpm) -> None:
+    one, other = vtpm.attach(), vtpm.attach()
+    handle = make(vtpm, one)
+    clear = rq.command(Cc.Clear, (Rh.LOCKOUT,), (rq.Auth(),))
+    assert code(vtpm.execute(other, clear)) == 0
+    assert quote(vtpm, one, handle) == Rc.REFERENCE_H0
+    fresh = make(vtpm, other, 7)
+    assert quote(vtpm, one, handle) == Rc.REFERENCE_H0
+    assert quote(vtpm, other, fresh) == 0
+
+
+def test_a_shared_context_evicts_its_oldest_instead_of_refusing(vtpm: Vtpm) -> None:
+    made = [make(vtpm, vtpm.shared, n) for n in range(OBJECTS_MAX + 5)]
+    assert quote(vtpm, vtpm.shared, made[-1]) == 0
+    assert quote(vtpm, vtpm.shared, made[0]) == Rc.REFERENCE_H0
+
+
+def test_a_client_that_stays_takes_along_what_its_first_command_made(vtpm: Vtpm) -> None:
+    older = make(vtpm, vtpm.shared, 1)
+    mark = vtpm.mark()
+    own = make(vtpm, vtpm.shared, 2)
+    client = vtpm.part(mark)
+    assert quote(vtpm, client, own) == 0
+    assert quote(vtpm, client, older) == Rc.REFERENCE_H0
+    assert quote(vtpm, vtpm.shared, own) == Rc.REFERENCE_H0
+
+
+def test_a_signed_list_of_everybodys_handles_is_refused(vtpm: Vtpm) -> None:
+    client = vtpm.attach()
+    session = rq.response(
+        Cc.StartAuthSession, vtpm.execute(client, rq.start_policy_session())
+    ).handle
+    params = u32(Cap.HANDLES) + u32(0x80000000) + u32(10)
+    asked = rq.command(Cc.GetCapability, (), (rq.Auth(session),), params)
+    assert code(vtpm.execute(client, asked)) == 0x145

@@ -1,0 +1,187 @@
+"""A worker can do what a life needs, and nothing else. Each probe is a worker of its own."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn
+
+import pytest
+
+from holdfast.engine.libtpms import StateKind
+from holdfast.linux import channel, memory
+from holdfast.linux.namespaces import Clone, fork_into, map_single_user
+from holdfast.protocol import ipc
+from holdfast.spawner.pool import Blank, Pool
+from holdfast.tpm2 import requests as rq
+from holdfast.tpm2.commands import Cc
+from holdfast.worker import manufacture
+
+Probe = Callable[[], object]
+LIBC = ctypes.CDLL(None, use_errno=True)
+
+
+@pytest.fixture(scope="module")
+def pool() -> Pool:
+    return Pool(0)
+
+
+def ending(pool: Pool, probe: Probe) -> str:
+    """How a sandboxed worker that does this ends: a signal's name, or `survived`."""
+
+    def then(sock: socket.socket) -> NoReturn:
+        probe()
+        channel.send(sock, ipc.Done().encode())
+        os._exit(0)
+
+    blank = pool.fork(then)
+    try:
+        data, _ = channel.receive(blank.channel)
+        _, status = os.waitpid(blank.pid, 0)
+        if os.WIFSIGNALED(status):
+            return signal.Signals(os.WTERMSIG(status)).name
+        return "survived" if data else "raised"
+    finally:
+        _close(blank)
+
+
+def _close(blank: Blank) -> None:
+    try:
+        blank.discard()
+    except OSError:
+        blank.channel.close()
+
+
+@pytest.mark.parametrize(
+    ("what", "probe"),
+    [
+        ("open a file", lambda: os.open("/", os.O_RDONLY)),
+        ("make a socket", lambda: socket.socket(socket.AF_INET)),
+        ("make a Unix socket", lambda: socket.socket(socket.AF_UNIX)),
+        ("execute a program", lambda: os.execv("/bin/true", ["true"])),
+        ("fork", os.fork),
+        ("trace", lambda: LIBC.ptrace(16, 1, 0, 0)),
+        ("map executable memory", lambda: mmap.mmap(-1, 4096, prot=mmap.PROT_EXEC)),
+        ("make memory executable", lambda: LIBC.mprotect(LIBC.malloc(8192) & ~4095, 4096, 7)),
+        ("kill", lambda: os.kill(1, 0)),
+        ("read another's memory", lambda: LIBC.process_vm_readv(1, None, 0, None, 0, 0)),
+        ("mount", lambda: LIBC.mount(b"none", b"/", b"tmpfs", 0, None)),
+        ("leave its namespaces", lambda: LIBC.setns(0, 0)),
+        ("become another user", lambda: os.setuid(1)),
+        ("use the keyring", lambda: LIBC.syscall(250, 0, 0, 0, 0, 0)),
+        ("load a BPF program", lambda: LIBC.syscall(321, 0, 0, 0)),
+        ("set up io_uring", lambda: LIBC.syscall(425, 1, 0)),
+    ],
+)
+def test_a_worker_that_would_is_killed(pool: Pool, what: str, probe: Probe) -> None:
+    assert ending(pool, probe) == "SIGSYS", what
+
+
+def test_a_worker_that_lives_a_life_is_not(pool: Pool) -> None:
+    def life() -> None:
+        engine = pool._engine
+        engine.manufacture()
+        rq.response(Cc.Startup, engine.process(rq.startup()))
+        manufacture.make_keys(engine.process)
+        engine.dump(StateKind.VOLATILE)
+        engine.power_off()
+
+    assert ending(pool, life) == "survived"
+
+
+def test_no_page_of_a_worker_is_writable_and_executable(pool: Pool) -> None:
+    blank = pool.make()
+    try:
+        maps = Path(f"/proc/{blank.pid}/maps").read_text()
+        assert "libtpms" in maps
+        assert not [line for line in maps.splitlines() if "wx" in line.split()[1]]
+    finally:
+        _close(blank)
+    assert memory.writable_code() == ()
+
+
+def test_a_worker_is_nobody_anywhere(pool: Pool) -> None:
+    blank = pool.make()
+    try:
+        status = dict(
+            line.split(":\t", 1)
+            for line in Path(f"/proc/{blank.pid}/status").read_text().splitlines()
+            if ":\t" in line
+        )
+        for kind in ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb"):
+            assert int(status[kind], 16) == 0, kind
+        assert status["NoNewPrivs"] == "1"
+        assert status["Seccomp"] == "2"
+        assert int(status["Uid"].split()[0]) >= 0x70000000
+        own = {
+            os.readlink(f"/proc/self/ns/{name}") for name in ("user", "pid", "net", "mnt", "ipc")
+        }
+        its = {
+            os.readlink(f"/proc/{blank.pid}/ns/{name}")
+            for name in ("user", "pid", "net", "mnt", "ipc")
+        }
+        assert not own & its
+        assert os.listdir(f"/proc/{blank.pid}/root") == []
+        assert Path(f"/proc/{blank.pid}/limits").read_text().count("core file size") == 1
+        groups = Path(f"/proc/{blank.pid}/cgroup").read_text()
+        assert f"/holdfast-worker-{blank.pid}" in groups
+    finally:
+        _close(blank)
+
+
+def manufactured_ek(pool: Pool) -> Callable[[socket.socket], NoReturn]:
+    """A worker that makes a TPM and says the Name of its EK."""
+
+    def then(sock: socket.socket) -> NoReturn:
+        engine = pool._engine
+        engine.manufacture()
+        rq.response(Cc.Startup, engine.process(rq.startup()))
+        keys = manufacture.make_keys(engine.process)
+        channel.send(sock, keys.ek_ecc.name + keys.ek_rsa.name)
+        os._exit(0)
+
+    return then
+
+
+def test_a_hundred_manufactured_vtpms_have_a_hundred_eks(pool: Pool) -> None:
+    names = set()
+    for _ in range(100):
+        blank = pool.fork(manufactured_ek(pool))
+        names.add(channel.receive(blank.channel)[0])
+        _close(blank)
+    assert len(names) == 100
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_also_when_spawner_and_worker_have_the_same_pid(number: int) -> None:
+    """OpenSSL notices a fork by getpid() alone: 1 forking 1 made identical EKs (measured)."""
+    script = Path(__file__).with_name("pid_twins.py")
+    command = [sys.executable, str(script), str(number)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.split()
+    assert len(lines) == 6
+    assert len(set(lines)) == 6
+
+
+def test_a_fork_into_namespaces_is_pid_1_of_its_own() -> None:
+    read, write = os.pipe()
+    gate_read, gate_write = os.pipe()
+    pid = fork_into(Clone.NEWUSER | Clone.NEWPID)
+    if pid == 0:
+        os.read(gate_read, 1)
+        os.write(write, f"{os.getpid()} {os.getuid()}".encode())
+        os._exit(0)
+    map_single_user(pid, 0x70001234)
+    os.write(gate_write, b"\1")
+    assert os.read(read, 100).split()[0] == b"1"
+    os.waitpid(pid, 0)
+    for fd in (read, write, gate_read, gate_write):
+        os.close(fd)
