@@ -21,13 +21,13 @@ from typing import Any
 import pytest
 
 import holdfast
+from holdfast.frontend.bundle import with_vtpm
+from holdfast.frontend.cdi import cdi_spec, container_edits, remove_spec, write_spec
 from holdfast.ids import instance_name
 from holdfast.measure.cache import MemoryTreeCache, layer_digest
 from holdfast.measure.config import Provision, normalise, parse_config
 from holdfast.measure.rootfs import EMPTY, plain_digest, upper_digest
 from holdfast.measure.tree import open_tree
-from holdfast.oci.bundle import with_vtpm
-from holdfast.oci.cdi import cdi_spec, container_edits, remove_spec, write_spec
 
 pytestmark = [
     pytest.mark.needs_root,
@@ -49,7 +49,7 @@ from holdfast.measure.cache import MemoryTreeCache
 from holdfast.measure.config import config_facts
 from holdfast.measure.events import config_content, image_contents
 from holdfast.measure.rootfs import image_facts, rootfs_path
-from holdfast.oci.state import parse_state
+from holdfast.protocol.oci_state import parse_state
 state = parse_state(sys.stdin.buffer.read())
 data = Path(state.bundle, "config.json").read_bytes()
 config = config_facts(data, state.id)

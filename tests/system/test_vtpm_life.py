@@ -19,6 +19,7 @@ from holdfast.errors import Conflict, HoldfastError
 from holdfast.eventlog import records
 from holdfast.eventlog.tcg2 import parse
 from holdfast.frontend import attach
+from holdfast.frontend.door import Door
 from holdfast.ids import InstanceId, InstanceName
 from holdfast.instance.lifecycle import State
 from holdfast.instance.links import Peer
@@ -66,7 +67,7 @@ async def a_vtpm(box: Box, tmp_path: Path) -> AsyncIterator[VirtualTpm]:
     vtpm = VirtualTpm(record, around)
     place = tmp_path / "place"
     await vtpm.manufacture(None)
-    await vtpm.attach(attach.attach(place, "web"))
+    await vtpm.attach(Door(attach.attach(place, "web")))
     try:
         yield vtpm
     finally:

@@ -34,7 +34,7 @@ from holdfast.evidence.round import (
     round_extra_data,
     tree_root,
 )
-from holdfast.ids import InstanceId, InstanceName
+from holdfast.ids import InstanceId
 from holdfast.keeper import certificates
 from holdfast.tpm2.algorithms import Alg
 from holdfast.tpm2.constants import GENERATED_VALUE, ST_ATTEST_QUOTE, Rh
@@ -43,6 +43,7 @@ from holdfast.tpm2.templates import AK_P256, EK_P256, EK_RSA2048
 from holdfast.tpm2.wire import sized, u8, u16, u32, u64
 
 NOW = datetime.datetime(2026, 11, 23, 12, 0, tzinfo=datetime.UTC)
+INSTANCE = UUID("6c7a1c62-3a0c-4c7e-9c55-2b1f6d4a9e01")
 NONCE = bytes(range(32))
 AUDIENCE = "verifier.example"
 USER_DATA = b"a channel's key"
@@ -181,7 +182,7 @@ class Vtpm:
 
     host: Host
     name: str = "web"
-    id: UUID = UUID("6c7a1c62-3a0c-4c7e-9c55-2b1f6d4a9e01")
+    id: UUID = INSTANCE
     run: int = 3
     rsa: int = 0
     ak: Signer = field(default_factory=Signer)
@@ -424,10 +425,6 @@ def policy_text(host: Host) -> str:
 
 def policy_for(host: Host) -> Policy:
     return parse_policy(policy_text(host))
-
-
-def instance_name_of(vtpm: Vtpm) -> InstanceName:
-    return InstanceName(vtpm.name)
 
 
 @dataclass

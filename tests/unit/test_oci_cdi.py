@@ -11,10 +11,8 @@ from typing import Any
 import pytest
 
 from holdfast.errors import Conflict, InvalidInput
-from holdfast.ids import instance_name
-from holdfast.measure.config import hooks_after
-from holdfast.oci.bundle import with_vtpm
-from holdfast.oci.cdi import (
+from holdfast.frontend.bundle import with_vtpm
+from holdfast.frontend.cdi import (
     CDI_VERSION,
     KIND,
     cdi_spec,
@@ -23,6 +21,8 @@ from holdfast.oci.cdi import (
     spec_path,
     write_spec,
 )
+from holdfast.ids import instance_name
+from holdfast.measure.config import hooks_after
 
 HOST = Path("/run/holdfast/web")
 HOOK = Path("/usr/libexec/holdfast-hook")

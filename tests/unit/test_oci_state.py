@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from holdfast.errors import DecodeError
-from holdfast.oci.state import STATE_MAX, ContainerState, parse_state
+from holdfast.protocol.oci_state import STATE_MAX, ContainerState, parse_state
 
 STATE: dict[str, Any] = {
     "ociVersion": "1.0.2-dev",

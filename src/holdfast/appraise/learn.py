@@ -63,8 +63,9 @@ def _list(key: str, values: Iterable[str]) -> list[str]:
 
 
 def _head(found: Structure, now: datetime.datetime) -> list[str]:
+    name = found.contents.identity.name
     return [
-        f"# Made from run {found.leaf.run} of {found.contents.identity.name}, on {now.date().isoformat()}.",
+        f"# Made from run {found.leaf.run} of {name}, on {now.date().isoformat()}.",
         "# Every value below is what was measured then. A section that says `any = true` instead",
         "# constrains nothing. Check it, and keep it under version control.",
         "version = 1",

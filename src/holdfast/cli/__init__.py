@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 
 def main() -> None:
     """Entry point of `holdfast`."""
     if sys.argv[1:2] == ["hook"]:
-        from holdfast.oci.hook import main as hook  # noqa: PLC0415 - a hook must start fast
-
-        sys.exit(hook(sys.argv[2:]))
+        command = [sys.executable, "-P", "-m", "holdfast.oci.hook", *sys.argv[2:]]
+        os.execv(sys.executable, command)  # noqa: S606 - our own interpreter, our own module
     from holdfast.cli.app import run  # noqa: PLC0415 - Typer and Rich cost a tenth of a second
 
     run()

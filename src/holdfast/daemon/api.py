@@ -37,7 +37,7 @@ from holdfast.errors import (
 from holdfast.eventlog.cel import decode_seq, to_json
 from holdfast.instance.vtpm import VirtualTpm
 from holdfast.linux.channel import peer
-from holdfast.oci.state import parse_state
+from holdfast.protocol.oci_state import parse_state
 
 AUDIT: Final = structlog.get_logger("audit")
 BODY_MAX: Final = 1 << 20

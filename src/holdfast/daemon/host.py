@@ -33,14 +33,15 @@ from holdfast.daemon.starting import (
 from holdfast.errors import Conflict, HoldfastError, HostError, InvalidInput, NotFound
 from holdfast.eventlog.cel import encode_json
 from holdfast.frontend import attach as places
+from holdfast.frontend import cdi
 from holdfast.frontend.attach import Attachment
+from holdfast.frontend.door import Door
 from holdfast.frontend.filter import Profile
 from holdfast.ids import InstanceId, InstanceName, instance_name
 from holdfast.instance.ahead import Ahead
 from holdfast.instance.lifecycle import State
 from holdfast.instance.links import Peer
 from holdfast.instance.vtpm import Run, Surroundings, VirtualTpm
-from holdfast.oci import cdi
 from holdfast.protocol import ipc
 from holdfast.protocol import lifecycle as lc
 from holdfast.store.registry import Instance, Registry
@@ -114,7 +115,7 @@ class Host:
         _, fds = await self.spawner.ask(lc.FetchHeld(vtpm.record.id), ipc.Done)
         os.close(fds.pop())
         attachment = places.adopt(self.config.paths.vtpm(vtpm.record.name), fds)
-        await vtpm.reattach(run, attachment, alive=alive)
+        await vtpm.reattach(run, Door(attachment), alive=alive)
         self._opened(vtpm, attachment)
         if pidfd is not None:
             self._watch(vtpm, Lease(pidfd, run.container))
@@ -336,7 +337,7 @@ class Host:
     async def _attach(self, vtpm: VirtualTpm) -> None:
         paths, name = self.config.paths, vtpm.record.name
         attachment = places.attach(paths.vtpm(name), name)
-        await vtpm.attach(attachment)
+        await vtpm.attach(Door(attachment))
         self._opened(vtpm, attachment)
         cdi.write_spec(self.cdi_of(vtpm), paths.cdi)
 

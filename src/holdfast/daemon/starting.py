@@ -38,7 +38,7 @@ from holdfast.measure.events import (
     provider_facts,
 )
 from holdfast.measure.rootfs import image_facts, rootfs_path
-from holdfast.oci.state import ContainerState
+from holdfast.protocol.oci_state import ContainerState
 from holdfast.store.registry import Instance
 from holdfast.tpm2.algorithms import HASH_NAMES, Alg
 
@@ -113,7 +113,7 @@ def measured_run(record: Instance, banks: Sequence[Alg], start: Start) -> Run:
             rootfs_path(state.bundle, facts.rootfs),
             facts,
             state.id,
-            _tree_cache(start.config.paths.state / "tree-cache.json"),
+            _tree_cache(start.config.paths.run / "internal" / "tree-cache.json"),
         )
     finally:
         os.close(process)

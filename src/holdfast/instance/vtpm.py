@@ -16,23 +16,19 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Final
+from typing import Final, Protocol
 
 from holdfast.errors import Conflict, HoldfastError, HostError, IntegrityError
 from holdfast.eventlog.cel import encode_seq
 from holdfast.eventlog.records import Record
 from holdfast.eventlog.replay import PcrValues, first_difference, initial, replay
 from holdfast.eventlog.tcg2 import Tcg2Log
-from holdfast.frontend.attach import Attachment
-from holdfast.frontend.devices import Devices
-from holdfast.frontend.page import SharedPage
 from holdfast.instance.ahead import Parked, begin
 from holdfast.instance.lifecycle import Event, State, after
 from holdfast.instance.links import Peer
 from holdfast.instance.worker_link import WorkerLink, reattach, spawn
 from holdfast.protocol import ipc
 from holdfast.protocol import lifecycle as lc
-from holdfast.protocol.fuse import REQUEST_MAX
 from holdfast.store.registry import Instance, KeySet, Registry
 from holdfast.tpm2.algorithms import HASHES_BY_NAME, Alg
 
@@ -57,6 +53,25 @@ class Run:
     records: tuple[Record, ...]
 
 
+class Door(Protocol):
+    """The open ends of one run, and who answers at the device while no worker does."""
+
+    def descriptors(self) -> tuple[int, int, int]:
+        """/dev/fuse, data listener, control listener: for their holder."""
+
+    def share(self, page: int) -> None:
+        """Map the page that this run's workers write; takes the descriptor over."""
+
+    def answer(self) -> None:
+        """Answer at the device from now on: the vTPM is off."""
+
+    def leave(self) -> None:
+        """Answer no more."""
+
+    def close(self) -> None:
+        """Close our copies of the ends."""
+
+
 @dataclass(frozen=True)
 class Surroundings:
     """What every vTPM of a host shares."""
@@ -78,9 +93,7 @@ class VirtualTpm:
         self._around = around
         self._worker: WorkerLink | None = None
         self._restarts: list[float] = []
-        self._attachment: Attachment | None = None
-        self._off_devices: Devices | None = None
-        self._page: SharedPage | None = None
+        self._door: Door | None = None
         self._stopping = False
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -141,58 +154,25 @@ class VirtualTpm:
 
     # --- the place where a container meets it ---
 
-    async def attach(self, attachment: Attachment) -> None:
+    async def attach(self, door: Door) -> None:
         """Hand the open ends to the holder; until power-on its device can be seen, not opened."""
-        fds = (attachment.fuse, attachment.data.fileno(), attachment.control.fileno())
-        await self._around.spawner.ask(lc.Hold(self.record.id), ipc.Done, fds)
-        await self._adopt(attachment)
+        await self._around.spawner.ask(lc.Hold(self.record.id), ipc.Done, door.descriptors())
+        await self._adopt(door)
 
-    async def _adopt(self, attachment: Attachment) -> None:
+    async def _adopt(self, door: Door) -> None:
         _, held = await self._around.spawner.ask(lc.FetchHeld(self.record.id), ipc.Done)
         for fd in held[:-1]:
             os.close(fd)
-        page = held[-1]
-        self._page = SharedPage(page)
-        os.close(page)
-        self._attachment = attachment
+        door.share(held[-1])
+        self._door = door
         if not self.worker_alive:
-            self._serve_off()
-
-    def _serve_off(self) -> None:
-        """Answer the device's requests for names while the vTPM is off."""
-        assert self._attachment is not None and self._page is not None  # noqa: PT018
-        os.set_blocking(self._attachment.fuse, False)
-        self._off_devices = Devices(None, self._page, time.monotonic, int(time.time()))
-        asyncio.get_running_loop().add_reader(self._attachment.fuse, self._off_request)
-
-    def _off_request(self) -> None:
-        assert self._attachment is not None and self._off_devices is not None  # noqa: PT018
-        fd = self._attachment.fuse
-        try:
-            data = os.read(fd, REQUEST_MAX)
-            reply = self._off_devices.answer(data)
-            if reply is not None:
-                os.write(fd, reply)
-                self._off_devices.answered()
-        except (BlockingIOError, FileNotFoundError, InterruptedError):
-            return
-        except (OSError, HoldfastError):
-            self._serve_no_more()
-
-    def _serve_no_more(self) -> None:
-        if self._attachment is not None and self._off_devices is not None:
-            asyncio.get_running_loop().remove_reader(self._attachment.fuse)
-            self._off_devices = None
+            door.answer()
 
     async def detach(self) -> None:
         """Let go of the run's ends; whoever still has the device open finds it gone."""
-        self._serve_no_more()
-        if self._page is not None:
-            self._page.close()
-            self._page = None
-        if self._attachment is not None:
-            self._attachment.close()
-            self._attachment = None
+        if self._door is not None:
+            self._door.close()
+            self._door = None
         await self._around.spawner.ask(lc.Release(self.record.id), ipc.Done)
 
     # --- power ---
@@ -203,18 +183,19 @@ class VirtualTpm:
         Conflict if it is on already; HostError or IntegrityError if it cannot be.
         """
         after(self.state, Event.POWERED_ON)
-        if self._attachment is None:
+        door = self._door
+        if door is None:
             raise Conflict("the vTPM has no device to be reached by")
         self._write_log(run)
         self._stopping = False
         self.run = run
         self._restarts.clear()
-        self._serve_no_more()
+        door.leave()
         try:
             await self._begin(run)
         except BaseException:
             self.run = None
-            self._serve_off()
+            door.answer()
             raise
         self._move(Event.POWERED_ON, run=self.record.run + 1)
 
@@ -322,14 +303,15 @@ class VirtualTpm:
         """Stay as it is, say why, and let clients see errors instead of waiting."""
         self.run = None
         self._move(Event.FAILED, why_failed=why)
-        if self._attachment is not None and self._off_devices is None:
-            self._serve_off()
+        if self._door is not None and not self.worker_alive:
+            self._door.leave()
+            self._door.answer()
 
     def retry(self) -> None:
         """An administrator says: try again."""
         self._move(Event.RETRIED, why_failed="")
 
-    async def reattach(self, run: Run, attachment: Attachment, *, alive: bool) -> None:
+    async def reattach(self, run: Run, door: Door, *, alive: bool) -> None:
         """Take up, in a new daemon, with a run that outlived the old one."""
         around = self._around
         self.run = run
@@ -340,7 +322,7 @@ class VirtualTpm:
             )
         else:
             await self._begin(run)
-        await self._adopt(attachment)
+        await self._adopt(door)
 
     # --- attesting ---
 

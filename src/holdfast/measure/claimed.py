@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
-from holdfast.measure.opening import open_in_root
+from holdfast.linux.opening import open_in_root
 
 _FILE_MAX: Final = 16 << 20
 _TEXT_MAX: Final = 512

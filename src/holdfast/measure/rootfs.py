@@ -21,12 +21,12 @@ from pathlib import Path
 from typing import Final, Literal
 
 from holdfast.errors import HostError
+from holdfast.linux.opening import open_child, open_in_root
 from holdfast.measure.cache import TreeCache, layer_digest
 from holdfast.measure.claimed import ClaimedImage, from_annotations, from_storage
 from holdfast.measure.config import ConfigFacts, Provision
 from holdfast.measure.fresh import without_provision
 from holdfast.measure.mountinfo import TABLE_MAX, Mount, parse_mountinfo, parse_overlay
-from holdfast.measure.opening import open_child, open_in_root
 from holdfast.measure.tree import (
     Entry,
     directory_entry,

@@ -20,7 +20,7 @@ from collections.abc import Iterable, Iterator
 from typing import Final, NamedTuple
 
 from holdfast.errors import Conflict, HostError, InvalidInput
-from holdfast.measure.opening import open_child
+from holdfast.linux.opening import open_child
 
 FORMAT: Final = "holdfast.tree/1"
 ENTRIES_MAX: Final = 1_000_000

@@ -13,7 +13,7 @@ from typing import Final
 
 from holdfast.client import Client
 from holdfast.errors import HoldfastError
-from holdfast.oci.state import STATE_MAX
+from holdfast.protocol.oci_state import STATE_MAX
 
 _USAGE: Final = "usage: holdfast hook createRuntime|poststop --vtpm NAME\n"
 

@@ -369,5 +369,7 @@ def execute_anew(state: dict[str, Any], arguments: list[str]) -> None:
     os.write(fd, json.dumps(state).encode())
     os.lseek(fd, 0, os.SEEK_SET)
     os.set_inheritable(fd, True)
-    command = [sys.executable, "-P", "-m", "holdfast.spawner", *arguments, f"--resume={fd}"]
+    compiled = ["-X", f"pycache_prefix={sys.pycache_prefix}"] if sys.pycache_prefix else []
+    module = ["-m", "holdfast.spawner", *arguments, f"--resume={fd}"]
+    command = [sys.executable, "-P", *compiled, *module]
     os.execv(sys.executable, command)  # noqa: S606 - our own interpreter, our own module
