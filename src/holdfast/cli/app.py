@@ -10,14 +10,14 @@ import os
 import pwd
 import subprocess
 import sys
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any, Final
+from urllib.parse import quote
 
 import typer
 
-from holdfast import __version__
-from holdfast.cli import output
+from holdfast import __version__, errors
+from holdfast.cli import output, verifying
 from holdfast.cli.output import failures, progress, show
 from holdfast.cli.tpm import run_command
 from holdfast.client import Client
@@ -31,6 +31,8 @@ app = typer.Typer(
 )
 policy_app = typer.Typer(no_args_is_help=True, help="Appraisal policies, and approved boot states.")
 app.add_typer(policy_app, name="policy")
+app.command()(verifying.verify)
+policy_app.command("create")(verifying.create_policy)
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Name = Annotated[str, typer.Argument(help="The vTPM's name.")]
@@ -340,8 +342,6 @@ def _root(what: str) -> None:
 
 def _quoted(name: str) -> str:
     """A name in a path; what is no name is left for the daemon to refuse."""
-    from urllib.parse import quote  # noqa: PLC0415 - a detail of one line
-
     return quote(name, safe="")
 
 
@@ -370,8 +370,6 @@ def _module(arguments: list[str]) -> Any:
     except ValueError:
         raise HostError(f"{arguments[0]} ended with status {done.returncode}") from None
     if done.returncode:
-        from holdfast import errors  # noqa: PLC0415 - only here are names made errors
-
         kind = getattr(errors, value["error"], HostError)
         if kind not in (errors.InvalidInput, errors.Conflict, errors.NotFound):
             kind = HostError
@@ -402,8 +400,3 @@ def _keeper_user(name: str) -> tuple[int, int]:
             raise HostError(f"the user {name} could not be made") from None
         entry = pwd.getpwnam(name)
     return entry.pw_uid, entry.pw_gid
-
-
-def now() -> datetime:
-    """The clock, read at the edge."""
-    return datetime.now(UTC)

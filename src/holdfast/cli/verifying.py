@@ -1,0 +1,151 @@
+"""`verify` and `policy create`: appraisal at the command line. No daemon, no root, no TPM."""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated, Any, Final
+
+import typer
+from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding, load_pem_private_key
+
+from holdfast import __version__
+from holdfast.appraise.learn import learn_policy
+from holdfast.appraise.policy import Policy, Trust, parse_policy
+from holdfast.appraise.result import AttestedContainer, ear_claims, sign_ear
+from holdfast.appraise.verifier import appraise
+from holdfast.cli import output
+from holdfast.cli.output import failures, show
+from holdfast.errors import AppraisalError, InvalidInput
+
+AUDIENCE: Final = "holdfast"  # who does not say who they are: the daemon's default as well
+_FILE_MAX: Final = 32 << 20
+
+EvidenceFile = Annotated[Path, typer.Argument(help="What holdfast attest wrote.")]
+Nonce = Annotated[str, typer.Option(help="Your nonce, in hex, as it was given to attest.")]
+Audience = Annotated[str, typer.Option(help="Your name, as it was given to attest.")]
+UserData = Annotated[str, typer.Option(help="What the evidence is bound to, in hex.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+def verify(
+    evidence: EvidenceFile,
+    policy: Annotated[Path, typer.Option(help="The appraisal policy (TOML).")],
+    nonce: Nonce,
+    audience: Audience = AUDIENCE,
+    user_data: UserData = "",
+    ear_key: Annotated[
+        Path | None, typer.Option(help="P-256 private key (PEM): print the result as a signed EAR.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Appraise evidence, offline: accepted, with what was established; or the first thing wrong."""
+    with failures():
+        made = _policy(policy)
+        try:
+            attested = appraise(
+                _read(evidence), made, _hex(nonce, "nonce"), audience,
+                _hex(user_data, "user data"), datetime.now(UTC),
+            )  # fmt: skip
+        except AppraisalError as error:
+            if as_json:
+                show({"accepted": False, "step": error.step, "why": error.why}, True, _nothing)
+                raise typer.Exit(7) from None
+            output.line(f"at step {error.step}: {error.why}", "[red]refused[/red]")
+            raise typer.Exit(7) from None
+        if ear_key is not None:
+            claims = ear_claims(attested, f"holdfast {__version__}")
+            sys.stdout.write(sign_ear(claims, _key(ear_key)) + "\n")
+            return
+        show(_result(attested), as_json, lambda _: _tell(attested))
+
+
+def create_policy(
+    evidence: EvidenceFile,
+    site_root: Annotated[Path, typer.Option(help="The site root's certificate (PEM).")],
+    nonce: Nonce,
+    software_host_tpm: Annotated[
+        list[str] | None,
+        typer.Option(help="Name of a host AK whose TPM is software, and is accepted all the same."),
+    ] = None,
+    ek_root: Annotated[
+        list[Path] | None, typer.Option(help="CA of hardware TPMs' EK certificates (PEM).")
+    ] = None,
+    audience: Audience = AUDIENCE,
+    user_data: UserData = "",
+    out: Annotated[Path | None, typer.Option(help="Write here instead of printing.")] = None,
+) -> None:
+    """Make a policy from the evidence of a known-good run."""
+    with failures():
+        root = x509.load_pem_x509_certificate(_read(site_root))
+        fingerprint = hashlib.sha256(root.public_bytes(Encoding.DER)).digest()
+        trust = Trust(
+            frozenset({fingerprint}),
+            tuple(x509.load_pem_x509_certificate(_read(path)) for path in ek_root or ()),
+            frozenset(_hex(name, "a host AK's name") for name in software_host_tpm or ()),
+        )
+        text = learn_policy(
+            _read(evidence), trust, _hex(nonce, "nonce"), audience,
+            _hex(user_data, "user data"), datetime.now(UTC),
+        )  # fmt: skip
+        if out is None:
+            sys.stdout.write(text)
+        else:
+            out.write_text(text)
+
+
+def _result(attested: AttestedContainer) -> dict[str, Any]:
+    return {
+        "accepted": True,
+        "name": attested.name,
+        "instance": str(attested.instance),
+        "established": list(attested.established),
+        "limits": list(attested.limits),
+        "ear": ear_claims(attested, f"holdfast {__version__}"),
+    }
+
+
+def _tell(attested: AttestedContainer) -> None:
+    head, *lines = attested.summary()
+    output.line(head, "[green]accepted[/green]")
+    for text in lines:
+        output.line(f"  {text}")
+
+
+def _nothing(_: object) -> None:
+    return
+
+
+def _policy(path: Path) -> Policy:
+    """A policy, and the certificates that lie beside it."""
+    files = {beside.name: _read(beside) for beside in path.parent.glob("*.pem")}
+    return parse_policy(_read(path).decode(errors="replace"), files)
+
+
+def _read(path: Path) -> bytes:
+    with path.open("rb") as file:
+        data = file.read(_FILE_MAX + 1)
+    if len(data) > _FILE_MAX:
+        raise InvalidInput(f"{path} has more than {_FILE_MAX} bytes")
+    return data
+
+
+def _hex(text: str, what: str) -> bytes:
+    try:
+        return bytes.fromhex(text)
+    except ValueError:
+        raise InvalidInput(f"{what} is not hexadecimal") from None
+
+
+def _key(path: Path) -> ec.EllipticCurvePrivateKey:
+    try:
+        key = load_pem_private_key(_read(path), None)
+    except (ValueError, TypeError):
+        raise InvalidInput(f"{path} is not a private key in PEM, without a password") from None
+    if not isinstance(key, ec.EllipticCurvePrivateKey):
+        raise InvalidInput(f"{path} is not a P-256 key")
+    return key
