@@ -1,0 +1,654 @@
+"""The verifier: what holds passes, and each attack ends at the step that is there for it."""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+from uuid import UUID
+
+import pytest
+
+from holdfast.appraise.learn import learn_policy
+from holdfast.appraise.policy import parse_policy
+from holdfast.appraise.result import HARDWARE, SOFTWARE, AttestedContainer, Progress
+from holdfast.appraise.verifier import STEPS, appraise
+from holdfast.errors import AppraisalError, InvalidInput
+from holdfast.eventlog import ima, replay, tcg2
+from holdfast.eventlog.records import CONFIG, MOVED, Record, make_record
+from holdfast.evidence.bundle import Evidence
+from holdfast.tpm2.algorithms import Alg
+from holdfast.tpm2.constants import ST_ATTEST_CERTIFY, ObjectAttr, Rh
+from holdfast.tpm2.templates import AK_P256, EK_P256
+from tests.unit.evidence_maker import (
+    AUDIENCE,
+    INSTANCE,
+    LAYERS,
+    MANIFEST,
+    NONCE,
+    NOW,
+    OVMF,
+    USER_DATA,
+    Given,
+    HardwareMaker,
+    Host,
+    Signer,
+    Site,
+    Vtpm,
+    make,
+    policy_for,
+    policy_text,
+    small_log,
+)
+
+SITE = Site()
+HOST = Host(SITE)
+WEB = Vtpm(HOST)
+POLICY = policy_for(HOST)
+OTHER_HOST = Host(SITE, "host-2")
+DB = Vtpm(HOST, "db", UUID("1f0e6f1e-8c3a-4a53-9f0e-6f1e8c3a4a53"), rsa=1)
+DAY = datetime.timedelta(days=1)
+
+
+def judge(evidence: Evidence | Given, policy: Any = POLICY, **arguments: Any) -> AttestedContainer:
+    data = (make(evidence) if isinstance(evidence, Given) else evidence).encode_json()
+    given = {
+        "nonce": NONCE, "audience": AUDIENCE, "user_data": USER_DATA, "now": NOW, **arguments,
+    }  # fmt: skip
+    return appraise(data, policy, **given)
+
+
+def refused(step: str, why: str, evidence: Evidence | Given, policy: Any = POLICY, **args: Any) -> None:
+    """Assert that the appraisal ends at `step`, with `why` in its reason."""
+    assert step in dict(STEPS)
+    with pytest.raises(AppraisalError) as caught:
+        judge(evidence, policy, **args)
+    assert caught.value.step == step, str(caught.value)
+    assert why in caught.value.why, str(caught.value)
+
+
+# --- what holds ------------------------------------------------------------------------------------
+
+
+def test_good_evidence_passes_in_both_forms_and_says_what_it_establishes() -> None:
+    evidence = make(Given(WEB, notes=("hello",)))
+    for data in (evidence.encode_json(), evidence.encode_cbor()):
+        attested = appraise(data, POLICY, NONCE, AUDIENCE, USER_DATA, NOW)
+        assert (attested.name, attested.instance) == ("web", INSTANCE)
+        assert attested.host.tpm == SOFTWARE
+        assert attested.contents.image.layers == LAYERS
+        summary = "\n".join(attested.summary())
+        assert "user space of the host: not measured" in summary
+        assert "host TPM: software stand-in" in summary
+        assert "the host says: hello" in summary
+
+
+def test_a_real_host_log_passes_and_a_round_of_one_does() -> None:
+    host = Host(SITE, "ovmf", OVMF)
+    policy = parse_policy(learned(vtpm := Vtpm(host, banks=(Alg.SHA256,)), quoted_banks=(Alg.SHA256,)))
+    attested = judge(
+        Given(vtpm, neighbours=0, place=0, quoted_banks=(Alg.SHA256,)), policy
+    )
+    assert attested.host.events == len(tcg2.parse(OVMF).extends())
+
+
+def learned(vtpm: Vtpm, **given: Any) -> str:
+    data = make(Given(vtpm, **given)).encode_cbor()
+    trust = policy_for(vtpm.host).trust
+    return learn_policy(data, trust, NONCE, AUDIENCE, USER_DATA, NOW)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [{}, {"unlinked": True}, {"records": WEB.records(files=[("/bin/sh", bytes(32))])}],
+)
+def test_a_policy_learned_from_a_run_accepts_that_run(given: dict[str, Any]) -> None:
+    policy = parse_policy(learned(WEB, **given))
+    assert judge(Given(WEB, **given), policy).name == "web"
+
+
+def test_a_learned_policy_refuses_evidence_that_does_not_hold_by_itself() -> None:
+    data = make(Given(WEB, host_extra=bytes(32))).encode_cbor()
+    with pytest.raises(AppraisalError):
+        learn_policy(data, POLICY.trust, NONCE, AUDIENCE, USER_DATA, NOW)
+
+
+def test_an_appraisal_takes_a_time_with_a_zone_and_the_policys_audience() -> None:
+    with pytest.raises(InvalidInput, match="time zone"):
+        judge(Given(WEB), now=NOW.replace(tzinfo=None))
+    with pytest.raises(InvalidInput, match="audience"):
+        judge(Given(WEB), audience="else")
+    with pytest.raises(InvalidInput, match="nonce"):
+        judge(Given(WEB), nonce=b"short")
+
+
+# --- freshness, and whose it is --------------------------------------------------------------------
+
+
+def test_evidence_for_another_challenge_is_refused() -> None:
+    refused("leaf", "another nonce", Given(WEB), nonce=bytes(32))
+    refused("leaf", "other user data", Given(WEB), user_data=b"another channel")
+    refused("leaf", "audience", Given(WEB, audience="mallory.example"))
+
+
+def test_an_old_vtpm_quote_in_a_new_leaf_is_refused() -> None:
+    refused("vTPM quote", "this challenge", Given(WEB, extra=bytes(32)))
+
+
+def test_a_replayed_host_quote_is_refused() -> None:
+    old, new = make(Given(WEB, nonce=bytes(32))), make(Given(WEB))
+    refused("inclusion", "not quoted over", replace(new, host=old.host))
+
+
+def test_a_host_quote_over_anything_but_a_round_is_refused() -> None:
+    refused("inclusion", "not quoted over", Given(WEB, host_extra=bytes(32)))
+
+
+def test_another_vtpms_leaf_of_the_same_round_is_refused() -> None:
+    web, db = make(Given(WEB)), make(Given(DB))
+    refused("members", "not the one", replace(web, leaf=db.leaf, proof=db.proof, host=db.host))
+
+
+def test_a_leaf_at_another_place_is_refused() -> None:
+    evidence = make(Given(WEB))
+    moved = replace(evidence, proof=replace(evidence.proof, index=1))
+    refused("inclusion", "not quoted over", moved)
+
+
+def test_another_vtpms_quote_in_the_place_of_its_own_is_refused() -> None:
+    web, db = make(Given(WEB)), make(Given(DB))
+    refused("leaf", "another quote", replace(web, vtpm=db.vtpm))
+
+
+def test_a_vtpm_of_another_host_behind_this_one_is_refused() -> None:
+    """Relay: a genuine vTPM elsewhere answers, and this host says that it is here."""
+    other_log = tcg2.encode(
+        tcg2.build(small_log().events[1:], (Alg.SHA256, Alg.SHA384))
+    )
+    elsewhere = Vtpm(Host(SITE, "host-3", other_log))
+    away = replay.pcr_values(tcg2.parse(other_log), elsewhere.records(), elsewhere.banks)
+    pcrs = {alg: {p: away[alg][p] for p in range(16)} for alg in away}
+    refused("container log", "PCR 0 (sha256)", Given(elsewhere, host=HOST, vtpm_pcrs=pcrs))
+
+
+def test_another_hosts_ak_is_refused() -> None:
+    policy = parse_policy(policy_text(HOST))
+    refused("host TPM", "not known to be hardware", Given(WEB, host=OTHER_HOST), policy)
+    evidence = make(Given(WEB))
+    quoted = OTHER_HOST.ak.quote(bytes(32), HOST.pcrs)
+    refused("host quote", "does not verify", replace(evidence, host=quoted))
+
+
+def test_the_ak_of_another_vtpm_is_refused() -> None:
+    swapped = {"ak": DB.ak.public.encode(), "ak_certificate": DB.ak_certificate}
+    refused("identity", "not all of one vTPM", Given(WEB, companions=swapped))
+    refused("identity", "AK certificate", Given(WEB, companions={"ak": DB.ak.public.encode()}))
+    signed_by_other = Vtpm(HOST)
+    signed_by_other.ak_certificate = WEB.ak_certificate
+    wrong = {"ak": WEB.ak.public.encode()}
+    leaf = {"ak_name": WEB.ak.public.name}
+    refused("identity", "RSA EK", Given(signed_by_other, companions={**wrong, "ek_rsa": DB.ek_rsa.encode()}))
+    mixed = Given(
+        signed_by_other,
+        companions={**wrong, "ek_ecc": signed_by_other.ek.public.encode()},
+        leaf=leaf,
+    )
+    refused("vTPM quote", "does not verify", mixed)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("ak_name", DB.ak.public.name),
+        ("ek_name", DB.ek_rsa.name),
+        ("instance", UUID("1f0e6f1e-8c3a-4a53-9f0e-6f1e8c3a4a53")),
+        ("quote", bytes(32)),
+    ],
+)
+def test_a_leaf_about_something_else_is_refused(field: str, value: object) -> None:
+    refused("leaf", "it is about", Given(WEB, leaf={field: value}))
+
+
+# --- members and form ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("label", sorted(make(Given(WEB)).companions.digests()))
+def test_a_member_changed_after_the_leaf_was_made_is_named(label: str) -> None:
+    digests = {**make(Given(WEB)).companions.digests(), label: bytes(32)}
+    refused("members", label, Given(WEB, leaf={"members": digests}))
+    digests.pop(label)
+    refused("members", label, Given(WEB, leaf={"members": digests}))
+
+
+def test_a_member_taken_away_is_named() -> None:
+    members = {**make(Given(WEB)).companions.digests(), "host-ek": bytes(32)}
+    refused("members", "host-ek", Given(WEB, leaf={"members": members}))
+
+
+def test_junk_is_refused_as_such() -> None:
+    for data in (b"", b"{}", b"junk", b"\xa0"):
+        with pytest.raises(AppraisalError) as caught:
+            appraise(data, POLICY, NONCE, AUDIENCE, USER_DATA, NOW)
+        assert caught.value.step == "form"
+
+
+# --- certificates ----------------------------------------------------------------------------------
+
+
+def test_a_site_root_that_is_not_pinned_is_refused() -> None:
+    other = Host(Site())
+    refused("identity", "not pinned", Given(Vtpm(other)))
+
+
+def test_expired_and_future_certificates_are_named() -> None:
+    refused("identity", "site root", Given(WEB), now=NOW + 4000 * DAY)
+    refused("identity", "not valid before", Given(WEB), now=NOW - 40 * DAY)
+    later = Vtpm(HOST)
+    later.made = NOW + DAY
+    later.__post_init__()
+    refused("identity", "the vTPM's RSA EK certificate: is not valid before", Given(later))
+
+
+def test_certificates_of_another_site_under_a_pinned_root_are_refused() -> None:
+    stranger = Host(Site())
+    foreign = Vtpm(stranger)
+    given = Given(foreign, companions={"root_certificate": SITE.root})
+    refused("identity", "the host AK's certificate", given)
+    mixed = Given(
+        foreign, host=HOST, companions={"ca_certificate": HOST.ca_certificate}
+    )
+    refused("identity", "the vTPM's RSA EK certificate: its signature", mixed)
+
+
+def test_a_certificate_in_anothers_place_is_refused() -> None:
+    refused(
+        "identity",
+        "the host AK's certificate",
+        Given(WEB, companions={"host_ak_certificate": HOST.ca_certificate}),
+    )
+    refused(
+        "identity",
+        "the issuing CA's certificate",
+        Given(WEB, companions={"ca_certificate": HOST.ak_certificate}),
+    )
+    refused(
+        "identity",
+        "the vTPM's RSA EK certificate",
+        Given(WEB, companions={"ek_rsa_certificate": WEB.ek_ecc_certificate}),
+    )
+    refused(
+        "identity",
+        "the vTPM's AK certificate: is not for signatures alone",
+        Given(WEB, companions={"ak_certificate": WEB.ek_ecc_certificate}),
+    )
+    refused("identity", "certificate", Given(WEB, companions={"ak_certificate": b"junk"}))
+
+
+def test_a_stand_in_that_the_policy_does_not_name_is_refused() -> None:
+    text = policy_text(HOST).replace(HOST.ak_name, OTHER_HOST.ak_name)
+    refused("host TPM", HOST.ak_name, Given(WEB), parse_policy(text))
+
+
+def hardware_host(vendor: HardwareMaker, **changed: Any) -> Host:
+    return Host(
+        SITE,
+        **{"ek": vendor.ek.public.encode(), "ek_certificate": vendor.certificate, **changed},
+    )
+
+
+def hardware_policy(host: Host, vendor: HardwareMaker) -> Any:
+    text = policy_text(host).replace("software_host_tpm", "ek_roots")
+    return parse_policy(text.replace(host.ak_name, vendor.pem.replace("\n", "\\n")))
+
+
+def test_a_hardware_tpm_is_known_by_its_ek_certificate_and_the_aks() -> None:
+    vendor = HardwareMaker()
+    host = hardware_host(vendor)
+    attested = judge(Given(Vtpm(host)), hardware_policy(host, vendor))
+    assert attested.host.tpm == HARDWARE
+    assert "host TPM: hardware, certified by CN=TPM Vendor EK CA" in attested.summary()
+    learnt = parse_policy(
+        learn_policy(
+            make(Given(Vtpm(host))).encode_json(), hardware_policy(host, vendor).trust,
+            NONCE, AUDIENCE, USER_DATA, NOW,
+        )  # fmt: skip
+    )
+    assert judge(Given(Vtpm(host)), learnt).host.tpm == HARDWARE
+
+
+def test_an_ek_certificate_from_elsewhere_makes_no_hardware() -> None:
+    vendor, other = HardwareMaker(), HardwareMaker()
+    borrowed = Host(SITE)  # its AK was activated by another EK than the one it shows
+    borrowed.ek, borrowed.ek_certificate = vendor.ek.public.encode(), vendor.certificate
+    refused("host TPM", "activated by", Given(Vtpm(borrowed)), hardware_policy(borrowed, vendor))
+    host = hardware_host(vendor)
+    refused("host TPM", "signature", Given(Vtpm(host)), hardware_policy(host, other))
+    named = HardwareMaker("Another CA")
+    refused("host TPM", "not among", Given(Vtpm(host)), hardware_policy(host, named))
+    swapped = hardware_host(vendor, ek_certificate=other.certificate)
+    refused("host TPM", "another key", Given(Vtpm(swapped)), hardware_policy(swapped, vendor))
+    bare = hardware_host(vendor, ek_certificate=b"")
+    refused("host TPM", "there is none", Given(Vtpm(bare)), hardware_policy(bare, vendor))
+    refused(
+        "host TPM", "expired", Given(Vtpm(host)), hardware_policy(host, vendor), now=NOW + 500 * DAY
+    )
+
+
+# --- quotes ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("signer", "why"),
+    [
+        (Signer(tag=ST_ATTEST_CERTIFY), ""),
+        (Signer(magic=0x12345678), "TPM_GENERATED_VALUE"),
+        (Signer(hierarchy=Rh.OWNER), "platform hierarchy"),
+        (Signer(replace(AK_P256, attributes=AK_P256.attributes & ~ObjectAttr.RESTRICTED)), "AK"),
+        (Signer(replace(AK_P256, attributes=AK_P256.attributes & ~ObjectAttr.FIXED_TPM)), "AK"),
+    ],
+)
+def test_a_vtpm_quote_of_another_kind_is_refused(signer: Signer, why: str) -> None:
+    refused("vTPM quote", why, Given(Vtpm(HOST, ak=signer)))
+
+
+def test_an_ak_that_anything_can_be_signed_with_is_refused_for_the_host_too() -> None:
+    free = replace(AK_P256, attributes=AK_P256.attributes & ~ObjectAttr.RESTRICTED)
+    host = Host(SITE, ak=Signer(free))
+    refused("host quote", "restricted", Given(Vtpm(host)), policy_for(host))
+    storage = Host(SITE, ak=Signer(EK_P256))
+    refused("host quote", "restricted", Given(Vtpm(storage)), policy_for(storage))
+
+
+def some_pcrs(numbers: range, banks: tuple[Alg, ...] = WEB.banks) -> replay.PcrValues:
+    values = replay.pcr_values(small_log(), WEB.records(), banks)
+    return {alg: {pcr: values[alg][pcr] for pcr in numbers} for alg in banks}
+
+
+def test_a_vtpm_quote_covers_pcrs_0_to_15_of_the_wanted_banks() -> None:
+    for numbers in (range(15), range(17), range(1, 16)):
+        refused("vTPM quote", "other PCRs", Given(WEB, vtpm_pcrs=some_pcrs(numbers)))
+    only = some_pcrs(range(16), (Alg.SHA384,))
+    refused("vTPM quote", "sha256", Given(WEB, vtpm_pcrs=only))
+    wants = parse_policy(policy_text(HOST) + 'banks = ["sha384"]\n')
+    assert judge(Given(WEB), wants)
+    refused("vTPM quote", "sha384", Given(WEB, quoted_banks=(Alg.SHA256,)), wants)
+
+
+def test_pcr_values_that_were_not_quoted_are_refused() -> None:
+    evidence = make(Given(WEB))
+    for side, step in (("vtpm", "vTPM quote"), ("host", "host quote")):
+        quote = getattr(evidence, side)
+        flipped = replace(quote, pcrs=quote.pcrs[:-1] + bytes((quote.pcrs[-1] ^ 1,)))
+        refused(step, "values given", replace(evidence, **{side: flipped}))
+        fewer = replace(quote, pcrs=b"")
+        with pytest.raises(InvalidInput):
+            replace(evidence, **{side: fewer}).encode_json()
+
+
+def test_a_host_quote_covers_the_boot() -> None:
+    pcrs = {Alg.SHA256: {pcr: HOST.pcrs[Alg.SHA256][pcr] for pcr in range(9)}}
+    refused("host quote", "PCR 9 (sha256) is not quoted", Given(WEB, host_pcrs=pcrs))
+
+
+def test_a_clock_that_may_have_gone_back_is_refused_where_the_policy_says_so() -> None:
+    vtpm = Vtpm(HOST, ak=Signer(safe=0))
+    assert "not shut down in order" in "\n".join(judge(Given(vtpm)).summary())
+    policy = parse_policy(policy_text(HOST) + "safe_clock = true\n")
+    refused("vTPM quote", "clock", Given(vtpm), policy)
+
+
+# --- logs ------------------------------------------------------------------------------------------
+
+
+def log_of(change: Callable[[list[tcg2.Tcg2Event]], object]) -> bytes:
+    events = list(small_log().events)
+    change(events)
+    return tcg2.encode(tcg2.build(events, (Alg.SHA256, Alg.SHA384)))
+
+
+def edit(events: list[tcg2.Tcg2Event]) -> None:
+    digests = {**events[1].digests, Alg.SHA256: bytes(32)}
+    events[1] = replace(events[1], digests=digests)
+
+
+@pytest.mark.parametrize(
+    ("change", "pcr"),
+    [
+        (lambda e: e.pop(1), "PCR 4"),
+        (edit, "PCR 4"),
+        (lambda e: e.insert(2, e.pop(1)) or e.insert(1, e.pop(6)), "PCR 4"),
+        (lambda e: e.append(e[0]), "PCR 0"),
+        (lambda e: e.clear() or e.append(small_log().events[1]), "PCR 0"),
+    ],
+)
+def test_a_host_log_removed_from_edited_reordered_or_added_to_is_refused(
+    change: Callable[[list[tcg2.Tcg2Event]], object], pcr: str
+) -> None:
+    refused("host log", f"{pcr} (sha256) of the host TPM", Given(WEB, host_log=log_of(change)))
+
+
+def test_an_event_that_was_never_extended_is_named() -> None:
+    log = log_of(lambda events: events.append(events[0]))
+    refused("host log", "event 12 of the host (EV_S_CRTM_VERSION)", Given(WEB, host_log=log))
+
+
+def test_a_vtpm_behind_its_host_is_refused_and_one_ahead() -> None:
+    refused("host log", "1 host events behind: event 11", Given(WEB, followed=11))
+    refused("host log", "followed 13", Given(WEB, leaf={"host_log_index": 13}))
+
+
+def test_a_linked_vtpm_has_a_host_log_and_an_unlinked_one_none() -> None:
+    refused("host log", "no host log", Given(WEB, host_log=b""))
+    refused("host log", "unsafe_unlinked", Given(WEB, unlinked=True))
+    policy = parse_policy(policy_text(HOST) + "unsafe_unlinked = true\n")
+    attested = judge(Given(WEB, unlinked=True), policy)
+    assert "the vTPM is unlinked" in "\n".join(attested.summary())
+    refused(
+        "host log", "there is a host log",
+        Given(WEB, unlinked=True, companions={"host_log": HOST.log}), policy,
+    )  # fmt: skip
+
+
+RECORDS = WEB.records()
+OTHER_CONFIG = make_record(2, CONFIG, {"normalised": f"sha256:{0xBAD:064x}"}, WEB.banks)
+
+
+def renumbered(records: list[Record]) -> tuple[Record, ...]:
+    return tuple(replace(record, recnum=n) for n, record in enumerate(records))
+
+
+@pytest.mark.parametrize(
+    ("records", "why"),
+    [
+        ((), "empty"),
+        (RECORDS[:-1], "PCR 15 (sha256) of the vTPM: the log has no event"),
+        (RECORDS[:3] + RECORDS[4:], "stands where"),
+        (renumbered([*RECORDS[:4], *RECORDS[5:]]), "PCR 13 (sha256)"),
+        (renumbered([*RECORDS[:4], RECORDS[5], RECORDS[4], *RECORDS[6:]]), "PCR 13 (sha256)"),
+        ((*RECORDS[:2], OTHER_CONFIG, *RECORDS[3:]), "PCR 12 (sha256)"),
+        (
+            (*RECORDS[:2], replace(RECORDS[2], content=OTHER_CONFIG.content), *RECORDS[3:]),
+            "event 2 (holdfast.config/1): its SHA256 digest is not that of its content",
+        ),
+        (renumbered([*RECORDS, RECORDS[1]]), "event 7 (holdfast.provider/1) is in the log"),
+        ((*RECORDS[:2], replace(RECORDS[2], pcr=13), *RECORDS[3:]), "does not belong to PCR 13"),
+        (
+            (*RECORDS[:2], make_record(2, CONFIG, RECORDS[2].content, (Alg.SHA256,)), *RECORDS[3:]),
+            "not in the banks",
+        ),
+    ],
+)
+def test_a_container_log_that_is_not_what_was_extended_is_refused(
+    records: tuple[Record, ...], why: str
+) -> None:
+    refused("container log", why, Given(WEB, records=records, measured=RECORDS))
+
+
+def test_a_bank_without_a_quote_has_to_be_the_ledgers() -> None:
+    shorter = {alg: {p: bytes(32) for p in range(24)} for alg in (Alg.SHA256,)}
+    ledger = hashlib.sha256(str(shorter).encode()).digest()
+    refused("container log", "ledger", Given(WEB, leaf={"ledger": ledger}))
+
+
+@pytest.mark.parametrize(
+    ("records", "why"),
+    [
+        (renumbered([*RECORDS, RECORDS[2]]), "2 events holdfast.config/1"),
+        (renumbered([RECORDS[0], *RECORDS[2:]]), "has no holdfast.provider/1"),
+        (renumbered(list(RECORDS[1:])), "PCR 10 has no event"),
+        (
+            (*RECORDS, ima.ima_record(7, "/bin/sh", bytes(32), WEB.banks)),
+            "after execution was not measured",
+        ),
+        (
+            (ima.ima_record(0, "boot_aggregate", bytes(32), WEB.banks), *RECORDS[1:]),
+            "boot aggregate",
+        ),
+        (
+            (ima.ima_record(0, "/bin/sh", bytes(32), WEB.banks), *RECORDS[1:]),
+            "whether execution is measured",
+        ),
+        (renumbered([*RECORDS[:3], *RECORDS[4:]]), "image's first event"),
+        (WEB.records(layers=()), "events holdfast.image/1"),
+        (WEB.records(run=4), "run 4"),
+        (WEB.records(instance=str(DB.id)), str(DB.id)),
+        (WEB.records(name="other"), "names it other"),
+        (WEB.records(extra=1), "members"),
+        ((*RECORDS, make_record(7, MOVED, {"x": 1}, WEB.banks)), "not of a type"),
+    ],
+)
+def test_a_log_that_leads_to_the_pcrs_and_makes_no_sense_is_refused(
+    records: tuple[Record, ...], why: str
+) -> None:
+    refused("container log", why, Given(WEB, records=records))
+
+
+def test_a_long_name_is_certified_by_its_beginning() -> None:
+    long = Vtpm(HOST, "a" * 40)
+    policy = parse_policy(policy_text(HOST).replace('"web"', f'"{"a" * 40}"'))
+    assert judge(Given(long), policy).name == "a" * 40
+    refused("container log", "names it", Given(long, records=long.records(name="a" * 26)), policy)
+
+
+# --- reference values ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "why"),
+    [
+        ("\n0 = [\"", '\n0 = ["' + "0" * 64 + '"] #', "host PCR 0 (sha256)"),
+        ("\n4 = [\"", '\n4 = ["' + "0" * 64 + '"] #', "1 EV_EFI_BOOT_SERVICES_APPLICATION"),
+        ('package = "sha256:0', 'package = "sha256:1', "event 1 (holdfast.provider/1)"),
+        ('libtpms = "sha256:0', 'libtpms = "sha256:1', "its libtpms"),
+        ('python = "3.11.2"', 'python = "3.12.0"', "its python"),
+        ("00a2", "00a3", "layer 1"),
+        ('", "sha256:' + "0" * 62 + "a2", "", "layer 1"),
+        ('upper = "empty"', f'upper = "{MANIFEST}"', "writable layer"),
+        ('upper = "empty"', 'upper = "empty"\nkind = "plain"', "kind overlay"),
+        ('upper = "empty"', f'upper = "empty"\nmanifest = "sha256:{"0" * 64}"', "manifest"),
+        ("00c0", "00c1", "event 2 (holdfast.config/1)"),
+        ("not_measured = true", f'files = ["sha256:{"0" * 64}"]', "execution was not measured"),
+        ('names = ["web"]', 'names = ["db"]', "event 6 (holdfast.identity/1)"),
+        ('names = ["web"]', f'ids = ["{DB.id}"]', "event 6"),
+    ],
+)
+def test_what_the_policy_does_not_want_is_named(old: str, new: str, why: str) -> None:
+    text = policy_text(HOST)
+    assert old in text
+    refused("reference values", why, Given(WEB), parse_policy(text.replace(old, new)))
+
+
+def test_the_one_host_event_that_differs_is_named() -> None:
+    def change(events: list[tcg2.Tcg2Event]) -> None:
+        data = b"another loader"
+        digests = {a: replay.digest(a, data) for a in events[1].digests}
+        events[1] = replace(events[1], digests=digests, data=data)
+
+    updated = Host(SITE, "host-1", log_of(change), ak=HOST.ak, ca=HOST.ca)
+    policy = parse_policy(learned(WEB))
+    refused(
+        "reference values",
+        "event 1 of the host (EV_EFI_BOOT_SERVICES_APPLICATION) in PCR 4",
+        Given(Vtpm(updated)),
+        policy,
+    )
+
+
+def test_a_host_event_that_the_policy_requires_has_to_be_there() -> None:
+    rule = f'[host.events.4]\nrequired = ["{"0" * 64}"]\nallowed = ['
+    allowed = ", ".join(
+        f'"{e.digests[Alg.SHA256].hex()}"' for e in small_log().events if e.pcr == 4
+    )
+    text = policy_text(HOST).replace("[host.pcrs]", f"{rule}{allowed}]\n[host.pcrs]")
+    refused("reference values", "no event " + "0" * 64, Given(WEB), parse_policy(text))
+
+
+def test_executed_files_are_measured_against_the_policy_by_name() -> None:
+    records = WEB.records(files=[("/bin/sh", bytes(32)), ("/bin/nc", b"\1" * 32)])
+    allowed = f'files = ["sha256:{"0" * 64}"]'
+    text = policy_text(HOST).replace("not_measured = true", allowed)
+    refused("reference values", "'/bin/nc'", Given(WEB, records=records), parse_policy(text))
+    both = text.replace(allowed, f'files = ["sha256:{"0" * 64}", "sha256:{"01" * 32}"]')
+    assert judge(Given(WEB, records=records), parse_policy(both))
+    refused("reference values", "/bin/sh", Given(WEB, records=records))
+
+
+def test_every_provider_that_took_over_is_judged() -> None:
+    records = list(WEB.records())
+    content = {**records[1].content, "python": "3.13.0"}
+    records.append(make_record(len(records), records[1].content_type, content, WEB.banks))
+    refused("reference values", "event 7", Given(WEB, records=tuple(records)))
+
+
+def test_clears_are_counted() -> None:
+    refused("reference values", "cleared 2 times", Given(WEB, leaf={"clear_count": 2}))
+    policy = parse_policy(policy_text(HOST) + "max_clears = 2\n")
+    assert judge(Given(WEB, leaf={"clear_count": 2}), policy)
+
+
+def test_unconstrained_sections_are_said() -> None:
+    text = policy_text(HOST)
+    text = text.replace('allowed = ["', 'any = true\n#"')
+    assert "config: not constrained by the policy" in judge(Given(WEB), parse_policy(text)).limits
+
+
+def test_a_policy_may_say_that_pcrs_fix_the_hosts_user_space() -> None:
+    text = policy_text(HOST).replace("[host]\n", "[host]\nverity_root_in = [8]\n")
+    summary = "\n".join(judge(Given(WEB), parse_policy(text)).summary())
+    assert "user space of the host: fixed by PCRs 8, says the policy" in summary
+    assert "not measured" not in summary.replace("execution in the container: not measured", "")
+
+
+# --- progress --------------------------------------------------------------------------------------
+
+
+def test_what_went_on_passes_and_what_went_back_is_refused() -> None:
+    before = judge(Given(WEB)).progress
+    assert judge(Given(WEB), earlier=before)
+    later = replace(before, epoch=12)
+    refused("progress", "epoch", Given(WEB), earlier=later)
+    refused("progress", "run", Given(WEB), earlier=replace(before, run=4))
+    refused("progress", "lineage", Given(WEB), earlier=replace(before, lineage=1))
+    refused("progress", "instance", Given(WEB), earlier=replace(before, instance=DB.id))
+
+
+@pytest.mark.parametrize("side", ["vtpm_clock", "host_clock"])
+@pytest.mark.parametrize("field", ["reset_count", "restart_count", "clock"])
+def test_a_tpm_that_went_back_is_refused(side: str, field: str) -> None:
+    before = judge(Given(WEB)).progress
+    clock = getattr(before, side)
+    ahead = replace(before, **{side: replace(clock, **{field: getattr(clock, field) + 1})})
+    refused("progress", "went back", Given(WEB), earlier=ahead)
+
+
+def test_another_hosts_clock_is_not_compared() -> None:
+    before: Progress = judge(Given(WEB)).progress
+    clock = replace(before.host_clock, reset_count=1000)
+    moved = replace(before, host_ak_name=OTHER_HOST.ak.public.name, host_clock=clock)
+    assert judge(Given(WEB), earlier=moved)
+
+
+def test_every_error_is_of_a_step_that_is_documented() -> None:
+    assert len({name for name, _ in STEPS}) == len(STEPS) == 12
