@@ -1,4 +1,4 @@
-"""The two sides: a Holdfast host of our own making, and Debian's swtpm. All ended with the block."""
+"""The two sides: a Holdfast host, and Debian's swtpm. All ended with the block."""
 
 from __future__ import annotations
 
@@ -41,13 +41,13 @@ class Host:
         """The one worker that is active: not blank, so it has the sockets open."""
         found = [
             int(pid) for pid in os.listdir("/proc")
-            if pid.isdigit() and _is_worker(int(pid), self.directory)
+            if pid.isdigit() and _is_worker(int(pid))
         ]  # fmt: skip
         assert len(found) == 1, found
         return found[0]
 
 
-def _is_worker(pid: int, directory: Path) -> bool:
+def _is_worker(pid: int) -> bool:
     try:
         if Path(f"/proc/{pid}/comm").read_text().strip() != "holdfast-worker":
             return False

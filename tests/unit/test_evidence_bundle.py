@@ -134,7 +134,9 @@ def test_every_member_is_bounded() -> None:
 
 
 def test_notes_are_few_short_and_printable() -> None:
-    assert Statement.decode(Statement(True, ("ein Wort",)).encode()) == Statement(True, ("ein Wort",))
+    assert Statement.decode(Statement(True, ("ein Wort",)).encode()) == Statement(
+        True, ("ein Wort",)
+    )
     for notes in (("",), ("a\nb",), ("\x1b[0m",), ("a" * 513,), ("a",) * 17):
         with pytest.raises(DecodeError):
             Statement.decode(Statement(False, notes).encode())

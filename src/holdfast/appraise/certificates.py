@@ -16,7 +16,7 @@ import datetime
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 from cryptography import x509
@@ -31,6 +31,7 @@ from holdfast.evidence.bundle import Companions
 from holdfast.ids import InstanceId, InstanceName, instance_id, instance_name
 from holdfast.tpm2.keys import public_key
 from holdfast.tpm2.structures import Public
+from holdfast.tpm2.templates import AK_P256, EK_P256, EK_RSA2048
 
 CERTIFIED_NAME_MAX: Final = 27  # of an instance's name: a common name has 64, `:uuid` takes 37
 EKU_EK: Final = ObjectIdentifier("2.23.133.8.1")
@@ -47,6 +48,7 @@ _UNDERSTOOD: Final = frozenset(
         ExtensionOID.SUBJECT_ALTERNATIVE_NAME,
     }
 )
+_COORDINATE: Final = 32  # bytes of a P-256 coordinate; the AK's template has none
 _WEAK: Final = (SHA1, SHA224)
 _RSA_BITS_MIN: Final = 2048
 _X509_ERRORS: Final = (
@@ -103,22 +105,24 @@ def check_identity(
     _check_issued(host, root, now)
     _check_attestation(host)
     _check_key(host, host_ak := Public.decode(companions.host_ak))
+    _check_template(host.what, host_ak, AK_P256)
     issuing = _load("the issuing CA's certificate", companions.ca_certificate)
     _check_issued(issuing, root, now)
     constraints = _check_ca(issuing)
     ak = Public.decode(companions.ak)
     ek_rsa, ek_ecc = Public.decode(companions.ek_rsa), Public.decode(companions.ek_ecc)
     subjects = set()
-    for what, data, public, is_ek in (
-        ("the vTPM's RSA EK certificate", companions.ek_rsa_certificate, ek_rsa, True),
-        ("the vTPM's ECC EK certificate", companions.ek_ecc_certificate, ek_ecc, True),
-        ("the vTPM's AK certificate", companions.ak_certificate, ak, False),
+    for what, data, public, template in (
+        ("the vTPM's RSA EK certificate", companions.ek_rsa_certificate, ek_rsa, EK_RSA2048),
+        ("the vTPM's ECC EK certificate", companions.ek_ecc_certificate, ek_ecc, EK_P256),
+        ("the vTPM's AK certificate", companions.ak_certificate, ak, AK_P256),
     ):
         certificate = _load(what, data)
         _check_issued(certificate, issuing, now)
-        _check_ek(certificate) if is_ek else _check_attestation(certificate)
+        _check_attestation(certificate) if template is AK_P256 else _check_ek(certificate)
         _check_names(certificate, constraints, root.x509.subject)
         _check_key(certificate, public)
+        _check_template(what, public, template)
         subjects.add(certificate.x509.subject)
     if len(subjects) != 1:
         raise IntegrityError("the vTPM's certificates are not all of one vTPM")
@@ -325,6 +329,16 @@ def _check_key(certificate: _Certificate, public: Public) -> None:
         raise IntegrityError(f"{certificate.what}: its key is neither RSA nor ECC")
     if certified != key:
         raise IntegrityError(f"{certificate.what}: certifies another key than the public area's")
+
+
+def _check_template(what: str, public: Public, template: Public) -> None:
+    """A certificate is for a key; that the rest of a public area is its template's makes it the
+    key's one Name, and its attributes more than the host's word."""
+    sizes = zip(public.unique, template.unique, strict=True)
+    if replace(public, unique=template.unique) != template:
+        raise IntegrityError(f"{what}: its key's public area does not follow the template")
+    if any(len(part) > max(len(model), _COORDINATE) for part, model in sizes):
+        raise IntegrityError(f"{what}: its key's public area is padded")
 
 
 def _named(subject: x509.Name) -> tuple[InstanceId, InstanceName]:

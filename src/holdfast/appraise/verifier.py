@@ -50,8 +50,8 @@ from holdfast.evidence.round import (
     quote_digest,
     round_extra_data,
 )
-from holdfast.tpm2.algorithms import HASH_SIZES, Alg, digest
-from holdfast.tpm2.constants import ObjectAttr, Rh
+from holdfast.tpm2.algorithms import Alg, digest
+from holdfast.tpm2.constants import Rh
 from holdfast.tpm2.keys import verify
 from holdfast.tpm2.structures import Attest, ClockInfo, Public, QuoteInfo, Signature, pcr_composite
 from holdfast.tpm2.wire import u16, u32
@@ -70,14 +70,6 @@ STEPS: Final[tuple[tuple[str, str], ...]] = (
     ("container log", "The host's and the container's logs lead to the vTPM's quoted PCRs."),
     ("reference values", "What was measured is what the policy wants."),
     ("progress", "Nothing has gone back since the appraisal before."),
-)
-# What makes a key of a TPM an attestation key (Part 1, 27.3): it signs only what TPMs generate.
-_AK: Final = (
-    ObjectAttr.FIXED_TPM
-    | ObjectAttr.FIXED_PARENT
-    | ObjectAttr.SENSITIVE_DATA_ORIGIN
-    | ObjectAttr.RESTRICTED
-    | ObjectAttr.SIGN
 )
 
 
@@ -218,9 +210,10 @@ def _host_tpm(
 
 
 def _quoted(quote: Quote, ak: Public) -> Quoted:
-    """Check key, signature and values of a quote: signed by `ak`, over exactly the given PCRs."""
-    if ak.attributes & _AK != _AK or ak.attributes & ObjectAttr.DECRYPT:
-        raise IntegrityError("the AK is not a restricted signing key of one TPM")
+    """Check signature and values of a quote: signed by `ak`, over exactly the given PCRs.
+
+    `ak` is of the AK's template: restricted, so that it signs only what a TPM has generated.
+    """
     attest = Attest.decode(quote.attest)
     verify(ak, Signature.decode(quote.signature), quote.attest)
     if not isinstance(attest.attested, QuoteInfo):
@@ -231,10 +224,8 @@ def _quoted(quote: Quote, ak: Public) -> Quoted:
         raise IntegrityError("a bank is quoted twice, or without a PCR")
     if {alg: tuple(bank) for alg, bank in values.items()} != selected:
         raise IntegrityError("the PCRs given are not those that were quoted")
-    scheme = ak.scheme.hash
-    if scheme is None or scheme not in HASH_SIZES:
-        raise IntegrityError("the AK has no signing scheme of its own")
-    composite = pcr_composite(scheme, attest.attested.selection, values)
+    assert ak.scheme.hash is not None
+    composite = pcr_composite(ak.scheme.hash, attest.attested.selection, values)
     if composite != attest.attested.pcr_digest:
         raise IntegrityError("the PCR values given are not those that were quoted")
     return Quoted(attest, values)

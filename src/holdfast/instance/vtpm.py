@@ -186,7 +186,8 @@ class VirtualTpm:
         door = self._door
         if door is None:
             raise Conflict("the vTPM has no device to be reached by")
-        self._write_log(run)
+        if run.records:
+            self._write_log(run)
         self._stopping = False
         self.run = run
         self._restarts.clear()
@@ -197,7 +198,12 @@ class VirtualTpm:
             self.run = None
             door.answer()
             raise
-        self._move(Event.POWERED_ON, run=self.record.run + 1)
+        state = after(self.state, Event.POWERED_ON)
+        self.record = replace(self.record, state=state.value, run=self.record.run + 1)
+        if run.records:
+            self._around.registry.update(self.record)  # evidence counts runs: none twice
+        else:
+            self._around.registry.note(self.record)
 
     async def _begin(self, run: Run) -> None:
         """Give the run a worker, and let clients in when its PCRs are what the ledger says."""

@@ -20,6 +20,7 @@ PACKET_MAX: Final = 1 << 20
 FDS_MAX: Final = 16
 _FD_SPACE: Final = socket.CMSG_SPACE(FDS_MAX * array.array("i").itemsize)
 _SO_SNDBUFFORCE: Final = 32
+_BUFFER: Final = memoryview(bytearray(PACKET_MAX))
 _UCRED: Final = struct.Struct("3i")
 
 
@@ -75,7 +76,10 @@ def receive(channel: socket.socket) -> tuple[bytes, list[int]]:
 
     Raises ProtocolError for a packet that was truncated, after closing what came with it.
     """
-    data, ancillary, flags, _ = channel.recvmsg(PACKET_MAX, _FD_SPACE, socket.MSG_CMSG_CLOEXEC)
+    # One buffer for all, of which only the pages that messages reach are ever real.
+    size, ancillary, flags, _ = channel.recvmsg_into([_BUFFER], _FD_SPACE, socket.MSG_CMSG_CLOEXEC)
+    data = _BUFFER[:size].tobytes()
+    _BUFFER[:size] = bytes(size)  # a data key may have been in it
     fds = array.array("i")
     for level, kind, payload in ancillary:
         if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):

@@ -143,10 +143,19 @@ class Registry:
             raise Conflict(f"there is a vTPM named {instance.name} already") from None
 
     def update(self, instance: Instance) -> None:
+        """Record a change durably."""
         self._db.execute(
             "UPDATE instances SET state = ?, record = ? WHERE id = ?",
             (instance.state, _encode(instance), str(instance.id)),
         )
+
+    def note(self, instance: Instance) -> None:
+        """Record a change that a power cut may undo: the host boots then, and nothing is on."""
+        self._db.execute("PRAGMA synchronous=NORMAL")
+        try:
+            self.update(instance)
+        finally:
+            self._db.execute("PRAGMA synchronous=FULL")
 
     def all(self) -> list[Instance]:
         rows = self._db.execute("SELECT id, name, state, record FROM instances ORDER BY name")

@@ -1,0 +1,317 @@
+"""A whole `holdfast serve` of a test's own, on a software host TPM that can be ended and stopped.
+
+Nothing is left behind: `left_over` says what would be.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pyrage
+
+from holdfast.client import Client
+from holdfast.errors import HostError
+from holdfast.linux.mounts import mounted
+
+from .conftest import HOST_LOG, PYTHON
+
+T = TypeVar("T")
+PROGRAM = str(Path(sys.executable).with_name("holdfast"))
+ROOT = Path(__file__).parents[2]
+GROUPS = "holdfast-worker-"
+START_SECONDS = 60.0
+TICK = 0.01
+
+
+def until(what: str, probe: Callable[[], T], seconds: float = 30.0) -> T:
+    """Poll until `probe` gives something true; the test fails with `what` after `seconds`."""
+    deadline = time.monotonic() + seconds
+    while True:
+        value = probe()
+        if value:
+            return value
+        assert time.monotonic() < deadline, f"not within {seconds} s: {what}"
+        select.select([], [], [], TICK)
+
+
+@dataclass
+class Serve:
+    """One host: its directory, its stand-in TPM, and `holdfast serve` while it runs."""
+
+    directory: Path
+    cdi: Path
+    event_log: Path
+    process: subprocess.Popen[bytes] | None = None
+    tpm: subprocess.Popen[bytes] | None = None
+    _workers: set[int] = field(default_factory=set)
+
+    # --- paths ---
+
+    @property
+    def config(self) -> Path:
+        return self.directory / "holdfast.toml"
+
+    @property
+    def api(self) -> Path:
+        return self.directory / "run" / "api.sock"
+
+    @property
+    def database(self) -> Path:
+        return self.directory / "state" / "registry.sqlite"
+
+    def place(self, name: str) -> Path:
+        return self.directory / "run" / "vtpm" / name
+
+    def log(self) -> str:
+        return (self.directory / "log").read_text()
+
+    # --- the host TPM ---
+
+    def start_tpm(self) -> None:
+        command = [*PYTHON, "holdfast.worker.plain", "--directory", str(self.directory)]
+        command += ["--state", str(self.directory / "host-tpm"), "--replay", str(HOST_LOG)]
+        path = self.directory / "tpm.sock"
+        path.unlink(missing_ok=True)
+        self.tpm = subprocess.Popen(command)
+        until("the host TPM listens", path.exists)
+
+    def end_tpm(self) -> None:
+        if self.tpm is not None:
+            self.tpm.send_signal(signal.SIGCONT)
+            self.tpm.terminate()
+            self.tpm.wait(20)
+            self.tpm = None
+
+    # --- serve ---
+
+    def write_config(self) -> None:
+        self.config.write_text(
+            f'[host]\ntcti = "swtpm:path={self.directory}/tpm.sock"\n'
+            f'event_log = "{self.event_log}"\nstand_in = true\n'
+            f'[paths]\nstate = "{self.directory}/state"\nrun = "{self.directory}/run"\n'
+            f'cdi = "{self.cdi}"\n[keeper]\nuser = "root"\n'
+        )
+
+    def init(self) -> None:
+        recipient = str(pyrage.x25519.Identity.generate().to_public())
+        done = self.cli(
+            "init", "--config", str(self.config), "--recovery-recipient", recipient,
+            "--out", str(self.directory / "out"),
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+
+    def start(self) -> None:
+        """Start, and wait until the API answers."""
+        self.api.unlink(missing_ok=True)
+        with (self.directory / "log").open("ab") as log:
+            command = [PROGRAM, "serve", "--config", str(self.config)]
+            self.process = subprocess.Popen(command, stdout=log, stderr=log)
+        until("the API answers", self.answers, START_SECONDS)
+
+    def answers(self) -> bool:
+        assert self.process is not None
+        assert self.process.poll() is None, self.log()
+        try:
+            self.call("GET", "/v1/version")
+        except HostError:
+            return False
+        return True
+
+    def stop(self) -> int:
+        """SIGTERM, and the exit status."""
+        assert self.process is not None
+        self.children()
+        self.process.terminate()
+        try:
+            return self.process.wait(60)
+        finally:
+            self.process = None
+
+    def end(self) -> None:
+        if self.process is not None:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.stop()
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait()
+        self.end_tpm()
+
+    # --- asking ---
+
+    def call(self, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
+        client = Client(self.api)
+        try:
+            return client.call(method, path, body)
+        finally:
+            client.close()
+
+    def create(self, name: str, profile: str = "plain", **more: Any) -> Any:
+        return self.call("POST", "/v1/vtpms", {"name": name, "profile": profile, **more})
+
+    def power_on(self, name: str) -> Any:
+        return self.call("POST", f"/v1/vtpms/{name}/start", {})
+
+    def inspect(self, name: str) -> Any:
+        return self.call("GET", f"/v1/vtpms/{name}")
+
+    def finding(self, what: str) -> Any:
+        findings = self.call("GET", "/v1/doctor")["findings"]
+        return next(finding for finding in findings if finding["what"] == what)
+
+    def cli(self, *arguments: str, timeout: float = 60) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [PROGRAM, *arguments], env={**os.environ, "HOLDFAST_SOCKET": str(self.api)},
+            capture_output=True, text=True, timeout=timeout, check=False,
+        )  # fmt: skip
+
+    # --- its processes ---
+
+    def children(self) -> dict[str, int]:
+        """keeper, spawner, daemon: pids of those that live."""
+        assert self.process is not None
+        found = {}
+        for pid in children(self.process.pid):
+            for name in ("keeper", "spawner", "daemon"):
+                if f"holdfast.{name}" in arguments(pid):
+                    found[name] = pid
+        if "spawner" in found:
+            self._workers |= set(children(found["spawner"]))
+        return found
+
+    def workers(self) -> list[int]:
+        """Workers that serve a vTPM: they have its device."""
+        spawner = self.children().get("spawner")
+        return [pid for pid in children(spawner) if serves(pid)] if spawner else []
+
+    def left_over(self) -> list[str]:
+        """What is still there of a host that has ended, and should not be."""
+        found = []
+        for entry in Path("/proc").iterdir():
+            if entry.name.isdigit():
+                pid = int(entry.name)
+                ours = str(self.directory) in " ".join(arguments(pid)) or pid in self._workers
+                if ours and pid not in (os.getpid(), self.tpm.pid if self.tpm else 0):
+                    found.append(f"process {pid} {arguments(pid)}")
+        for line in Path("/proc/self/mounts").read_text().splitlines():
+            if f"{self.directory}/run" in line:
+                found.append(f"mount {line}")
+        found += [f"cgroup {path}" for path in groups() if group_pid(path) in self._workers]
+        run = self.directory / "run"
+        found += [str(path) for path in run.rglob("*") if path.is_socket()]
+        for path in self.cdi.glob("holdfast.dev-vtpm_*.json"):
+            if str(self.directory) in path.read_text():
+                found.append(str(path))
+        return found
+
+
+def children(pid: int) -> list[int]:
+    try:
+        text = Path(f"/proc/{pid}/task/{pid}/children").read_text()
+    except OSError:
+        return []
+    return [int(word) for word in text.split()]
+
+
+def arguments(pid: int) -> list[str]:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")
+    except OSError:
+        return []
+
+
+def serves(pid: int) -> bool:
+    try:
+        names = [os.readlink(f"/proc/{pid}/fd/{fd}") for fd in os.listdir(f"/proc/{pid}/fd")]
+    except OSError:
+        return False
+    return "/dev/fuse" in names
+
+
+def groups() -> list[Path]:
+    return list(Path("/sys/fs/cgroup").glob(f"**/{GROUPS}*"))
+
+
+def group_pid(path: Path) -> int:
+    return int(path.name.removeprefix(GROUPS))
+
+
+@contextmanager
+def a_host(
+    event_log: Path = HOST_LOG,
+    cdi: Path | None = None,
+    state_size: str = "",
+    *,
+    running: bool = True,
+) -> Iterator[Serve]:
+    """A host that was set up; and its stand-in TPM. `state_size`: its state on a tmpfs of that."""
+    directory = Path(tempfile.mkdtemp(prefix="hfs-"))
+    host = Serve(directory, cdi or directory / "cdi", event_log)
+    try:
+        host.write_config()
+        if state_size:
+            (directory / "state").mkdir()
+            subprocess.run(
+                ["mount", "-t", "tmpfs", "-o", f"size={state_size}", "none", directory / "state"],
+                check=True,
+            )
+        host.start_tpm()
+        host.init()
+        if running:
+            host.start()
+        yield host
+    except BaseException:
+        if (directory / "log").exists():
+            sys.stderr.write(host.log()[-6000:])
+        raise
+    finally:
+        host.end()
+        for place in (directory / "run" / "vtpm").glob("*/*"):
+            while mounted(place):
+                subprocess.run(["umount", "-l", place], check=True)
+        if state_size:
+            subprocess.run(["umount", "-l", directory / "state"], check=True)
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+def connect(path: Path, seconds: float = 10.0) -> socket.socket:
+    """A stream connection, whoever has to come up first."""
+    sock = socket.socket(socket.AF_UNIX)
+    sock.settimeout(seconds)
+    sock.connect(os.fspath(path))
+    return sock
+
+
+def exchange(sock: socket.socket, command: bytes) -> bytes:
+    """One command, one response, over a stream."""
+    sock.sendall(command)
+    return receive(sock)
+
+
+def receive(sock: socket.socket) -> bytes:
+    """One response; ConnectionError where it ends before that."""
+    data = b""
+    while len(data) < 10 or len(data) < int.from_bytes(data[2:6], "big"):
+        wanted = 10 - len(data) if len(data) < 10 else int.from_bytes(data[2:6], "big") - len(data)
+        piece = sock.recv(wanted)
+        if not piece:
+            raise ConnectionResetError(f"the stream ended after {len(data)} bytes")
+        data += piece
+    return data
+
+
+def rc(response: bytes) -> int:
+    return int.from_bytes(response[6:10], "big")

@@ -1,0 +1,103 @@
+"""Not one byte of evidence can be changed: in JSON, in CBOR, in whatever is signed or not.
+
+There is no list of unsigned members, because there are none: `bundle.MEMBERS` says for each what
+protects it.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable
+
+import pytest
+
+from holdfast.appraise.verifier import STEPS, appraise
+from holdfast.errors import AppraisalError
+from holdfast.evidence.bundle import MEMBERS
+from tests.unit.evidence_maker import (
+    AUDIENCE,
+    NONCE,
+    NOW,
+    USER_DATA,
+    Given,
+    HardwareMaker,
+    Host,
+    Site,
+    Vtpm,
+    make,
+    policy_for,
+)
+
+# A host with an EK certificate as well, so that every member of the table is there.
+VENDOR = HardwareMaker()
+HOST = Host(Site(), ek=VENDOR.ek.public.encode(), ek_certificate=VENDOR.certificate)
+POLICY = policy_for(HOST)
+EVIDENCE = make(Given(Vtpm(HOST), notes=("a note",)))
+
+
+def judged(data: bytes) -> str:
+    """The step that refuses; AssertionError if none does."""
+    try:
+        appraise(data, POLICY, NONCE, AUDIENCE, USER_DATA, NOW)
+    except AppraisalError as error:
+        return error.step
+    raise AssertionError("accepted")
+
+
+def survivors(data: bytes, places: Iterable[int], flip: Callable[[int], int]) -> list[int]:
+    """Offsets at which a flipped byte is accepted."""
+    accepted = []
+    mutable = bytearray(data)
+    for place in places:
+        mutable[place] ^= flip(place)
+        try:
+            appraise(bytes(mutable), POLICY, NONCE, AUDIENCE, USER_DATA, NOW)
+            accepted.append(place)
+        except AppraisalError:
+            pass
+        mutable[place] ^= flip(place)
+    return accepted
+
+
+def test_the_sample_has_every_member_and_is_accepted() -> None:
+    assert set(EVIDENCE.members()) == {member.label for member in MEMBERS}
+    for data in (EVIDENCE.encode_json(), EVIDENCE.encode_cbor()):
+        assert appraise(data, POLICY, NONCE, AUDIENCE, USER_DATA, NOW)
+
+
+def test_every_byte_of_the_cbor_form_counts() -> None:
+    data = EVIDENCE.encode_cbor()
+    assert survivors(data, range(len(data)), lambda place: 1 << place % 8) == []
+
+
+def test_every_byte_of_the_json_form_counts() -> None:
+    # Bits 6 and 7 leave ASCII or the base64url alphabet, which is refused early: bits 0-5.
+    data = EVIDENCE.encode_json()
+    assert survivors(data, range(len(data)), lambda place: 1 << place % 6) == []
+
+
+@pytest.mark.parametrize("label", [m.label for m in MEMBERS if not m.in_leaf])
+def test_every_bit_of_what_a_tpm_protects_counts(label: str) -> None:
+    data, member = EVIDENCE.encode_cbor(), EVIDENCE.members()[label]
+    start = data.index(member, data.index(label.encode()))
+    for bit in range(8):
+        places = range(start, start + min(len(member), 600))
+        assert survivors(data, places, lambda _, bit=bit: 1 << bit) == []
+
+
+def test_bytes_cannot_be_added_or_taken_away() -> None:
+    for data in (EVIDENCE.encode_json(), EVIDENCE.encode_cbor()):
+        for place in range(0, len(data), 7):
+            judged(data[:place] + data[place + 1 :])
+            judged(data[:place] + b"A" + data[place:])
+
+
+def test_flips_end_at_the_step_that_is_there_for_them() -> None:
+    data = EVIDENCE.encode_cbor()
+    steps: Counter[str] = Counter()
+    for label, member in EVIDENCE.members().items():
+        place = data.index(member, data.index(label.encode())) + len(member) // 2
+        steps[judged(data[:place] + bytes((data[place] ^ 1,)) + data[place + 1 :])] += 1
+    assert set(steps) <= {name for name, _ in STEPS}
+    assert steps["members"] >= 10
+    assert steps["host quote"] >= 2
