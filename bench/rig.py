@@ -41,14 +41,22 @@ class Host:
         """The one worker that is active: not blank, so it has the sockets open."""
         found = [
             int(pid) for pid in os.listdir("/proc")
-            if pid.isdigit() and _is_worker(int(pid))
+            if pid.isdigit() and _is_worker(int(pid), self.serve.pid)
         ]  # fmt: skip
         assert len(found) == 1, found
         return found[0]
 
 
-def _is_worker(pid: int) -> bool:
+def _parent(pid: int) -> int:
+    text = Path(f"/proc/{pid}/stat").read_text()
+    return int(text.rpartition(")")[2].split()[1])
+
+
+def _is_worker(pid: int, serve: int) -> bool:
+    """Whether it is an active worker of this very host: serve's spawner is its parent."""
     try:
+        if _parent(_parent(pid)) != serve:
+            return False
         if Path(f"/proc/{pid}/comm").read_text().strip() != "holdfast-worker":
             return False
         return any(

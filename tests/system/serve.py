@@ -287,6 +287,48 @@ def a_host(
         shutil.rmtree(directory, ignore_errors=True)
 
 
+# --- containers of the demo's images -------------------------------------------------------------
+
+IMAGE = "localhost/holdfast-demo-a"
+PODMAN = (
+    "podman", "run", "--runtime", "runc", "--network", "none",
+    "--ulimit", "nofile=1024:1024", "--ulimit", "nproc=1024:1024",
+)  # fmt: skip
+
+
+def build_images() -> None:
+    """Build the demo's images; where they are there already, look and do nothing."""
+    subprocess.run(
+        [ROOT / "scripts" / "build-demo-image", ROOT / ".cache" / "demo-image"],
+        check=True, timeout=240, stdout=subprocess.DEVNULL,
+    )  # fmt: skip
+
+
+def podman(*args: str, seconds: float = 60) -> subprocess.CompletedProcess[str]:
+    """`podman run` with these arguments."""
+    return subprocess.run(
+        [*PODMAN, *args], capture_output=True, text=True, timeout=seconds, check=False
+    )
+
+
+def remove_container(name: str) -> None:
+    command = ["podman", "rm", "--force", "--ignore", "--time", "0", name]
+    subprocess.run(command, capture_output=True, timeout=60, check=False)
+
+
+@contextmanager
+def container(vtpm: str, *options: str, image: str = IMAGE) -> Iterator[str]:
+    """A container that stays, with that vTPM; yields its name."""
+    name = f"of-{vtpm}"
+    device = f"holdfast.dev/vtpm={vtpm}"
+    try:
+        done = podman("-d", "--name", name, "--device", device, *options, image, "sleep", "600")
+        assert done.returncode == 0, done.stderr
+        yield name
+    finally:
+        remove_container(name)
+
+
 def connect(path: Path, seconds: float = 10.0) -> socket.socket:
     """A stream connection, whoever has to come up first."""
     sock = socket.socket(socket.AF_UNIX)

@@ -160,12 +160,15 @@ class Host:
 
     def __post_init__(self) -> None:
         self.log = self.log or tcg2.encode(small_log())
-        site = (self.site.root, self.site.key, self.site.made)
-        name = (self.site.name, self.name)
-        self.ca_certificate = certificates.host_ca(*name, self.ca.public, *site)
+        site = self.site
+        self.ca_certificate = certificates.host_ca(
+            site.name, self.name, self.ca.public, site.root, site.key, site.made
+        )
         if not self.ak_certificate:
             ek = Public.decode(self.ek) if self.ek else EK_P256
-            self.ak_certificate = certificates.host_ak(*name, self.ak.public, ek, *site)
+            self.ak_certificate = certificates.host_ak(
+                site.name, self.name, self.ak.public, ek, site.root, site.key, site.made
+            )
 
     @property
     def pcrs(self) -> dict[Alg, Mapping[int, bytes]]:
@@ -196,12 +199,14 @@ class Vtpm:
         host = self.host
         issuer = x509.load_der_x509_certificate(host.ca_certificate)
         subject = certificates.vtpm_subject(host.site.name, self.name, str(self.id))
-        by = (issuer, host.ca.key)
-        urn = f"urn:holdfast:{host.name}"
-        last = (urn, "", self.made)
-        self.ek_rsa_certificate = certificates.vtpm_ek(subject, self.ek_rsa, *by, *last)
-        self.ek_ecc_certificate = certificates.vtpm_ek(subject, self.ek.public, *by, *last)
-        self.ak_certificate = certificates.vtpm_ak(subject, self.ak.public, *by, "", self.made)
+        key, urn = host.ca.key, f"urn:holdfast:{host.name}"
+        self.ek_rsa_certificate, self.ek_ecc_certificate = (
+            certificates.vtpm_ek(subject, public, issuer, key, urn, "", self.made)
+            for public in (self.ek_rsa, self.ek.public)
+        )
+        self.ak_certificate = certificates.vtpm_ak(
+            subject, self.ak.public, issuer, key, "", self.made
+        )
 
     def records(
         self,
@@ -292,7 +297,6 @@ class Given:
     host_extra: bytes | None = None
     leaf: Mapping[str, Any] = field(default_factory=dict)
     companions: Mapping[str, Any] = field(default_factory=dict)
-    late: Mapping[str, Any] = field(default_factory=dict)  # companions changed after the leaf
     notes: tuple[str, ...] = ()
     neighbours: int = 4
     place: int = 2
@@ -340,7 +344,7 @@ def make(given: Given) -> Evidence:
     if host_extra is None:
         host_extra = round_extra_data(len(hashed), tree_root(hashed))
     host_quote = host.ak.quote(host_extra, given.host_pcrs or host.pcrs)
-    return Evidence(quote, leaf, proof, host_quote, replace(companions, **given.late))
+    return Evidence(quote, leaf, proof, host_quote, companions)
 
 
 def vtpm_pcrs(

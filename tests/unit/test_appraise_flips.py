@@ -7,7 +7,7 @@ protects it.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Sequence
 
 import pytest
 
@@ -44,18 +44,19 @@ def judged(data: bytes) -> str:
     raise AssertionError("accepted")
 
 
-def survivors(data: bytes, places: Iterable[int], flip: Callable[[int], int]) -> list[int]:
-    """Offsets at which a flipped byte is accepted."""
+def survivors(data: bytes, places: Iterable[int], masks: Sequence[int]) -> list[int]:
+    """Offsets at which a byte flipped by one of the masks, in turn, is accepted."""
     accepted = []
     mutable = bytearray(data)
     for place in places:
-        mutable[place] ^= flip(place)
+        mask = masks[place % len(masks)]
+        mutable[place] ^= mask
         try:
             appraise(bytes(mutable), POLICY, NONCE, AUDIENCE, USER_DATA, NOW)
             accepted.append(place)
         except AppraisalError:
             pass
-        mutable[place] ^= flip(place)
+        mutable[place] ^= mask
     return accepted
 
 
@@ -67,13 +68,13 @@ def test_the_sample_has_every_member_and_is_accepted() -> None:
 
 def test_every_byte_of_the_cbor_form_counts() -> None:
     data = EVIDENCE.encode_cbor()
-    assert survivors(data, range(len(data)), lambda place: 1 << place % 8) == []
+    assert survivors(data, range(len(data)), [1 << n for n in range(8)]) == []
 
 
 def test_every_byte_of_the_json_form_counts() -> None:
     # Bits 6 and 7 leave ASCII or the base64url alphabet, which is refused early: bits 0-5.
     data = EVIDENCE.encode_json()
-    assert survivors(data, range(len(data)), lambda place: 1 << place % 6) == []
+    assert survivors(data, range(len(data)), [1 << n for n in range(6)]) == []
 
 
 @pytest.mark.parametrize("label", [m.label for m in MEMBERS if not m.in_leaf])
@@ -81,8 +82,8 @@ def test_every_bit_of_what_a_tpm_protects_counts(label: str) -> None:
     data, member = EVIDENCE.encode_cbor(), EVIDENCE.members()[label]
     start = data.index(member, data.index(label.encode()))
     for bit in range(8):
-        places = range(start, start + min(len(member), 600))
-        assert survivors(data, places, lambda _, bit=bit: 1 << bit) == []
+        places = range(start, start + min(len(member), 200))
+        assert survivors(data, places, (1 << bit,)) == []
 
 
 def test_bytes_cannot_be_added_or_taken_away() -> None:

@@ -14,6 +14,7 @@ from holdfast.appraise.policy import parse_policy
 from holdfast.appraise.result import AttestedContainer, ear_claims, sign_ear
 from holdfast.appraise.verifier import appraise
 from holdfast.errors import InvalidInput
+from holdfast.ids import InstanceName
 from tests.unit.evidence_maker import (
     AUDIENCE,
     MANIFEST,
@@ -52,7 +53,7 @@ def test_nobody_but_the_verifier_makes_an_attested_container() -> None:
     with pytest.raises(TypeError, match="only the verifier"):
         AttestedContainer(**values, made_by=object())
     with pytest.raises((TypeError, ValueError)):
-        replace(good, name="mallory")
+        replace(good, name=InstanceName("mallory"))
 
 
 def test_an_attested_container_cannot_be_changed() -> None:

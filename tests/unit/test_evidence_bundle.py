@@ -126,7 +126,8 @@ def test_every_member_is_bounded() -> None:
     for member in MEMBERS:
         if member.in_leaf and member.label not in ("statement", "host-log", "container-log"):
             field = member.label.replace("-", "_")
-            companions = replace(EVIDENCE.companions, **{field: bytes(member.limit + 1)})
+            change: dict[str, Any] = {field: bytes(member.limit + 1)}
+            companions = replace(EVIDENCE.companions, **change)
             with pytest.raises(InvalidInput, match=member.label):
                 replace(EVIDENCE, companions=companions).encode_json()
     with pytest.raises(DecodeError, match="at most"):

@@ -23,6 +23,7 @@ from cryptography import x509
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.hazmat.primitives.hashes import SHA1, SHA224
+from cryptography.utils import CryptographyDeprecationWarning
 from cryptography.x509.oid import ExtensionOID, NameOID, ObjectIdentifier
 
 from holdfast.errors import IntegrityError, InvalidInput
@@ -59,6 +60,7 @@ _X509_ERRORS: Final = (
     x509.InvalidVersion,
     x509.ExtensionNotFound,
     x509.UnsupportedGeneralNameType,
+    CryptographyDeprecationWarning,  # not strict DER; an exception only where warnings are errors
 )
 
 
@@ -190,6 +192,8 @@ def _load(what: str, data: bytes) -> _Certificate:
         critical = {e.oid for e in certificate.extensions if e.critical} - _UNDERSTOOD
     if algorithm is None or isinstance(algorithm, _WEAK):
         raise IntegrityError(f"{what}: is signed with a hash that is not accepted")
+    if certificate.serial_number <= 0:
+        raise IntegrityError(f"{what}: its serial number is not positive")
     if critical:
         oid = min(oid.dotted_string for oid in critical)
         raise IntegrityError(f"{what}: has a critical extension {oid}, unknown to us")

@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import re
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -20,10 +20,12 @@ from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 
 from holdfast.appraise.certificates import fingerprint
+from holdfast.appraise.logs import HOST_PCRS
 from holdfast.errors import InvalidInput
 from holdfast.evidence.round import check_challenge
 from holdfast.ids import InstanceId, InstanceName, instance_id, instance_name
 from holdfast.tpm2.algorithms import HASH_SIZES, HASHES_BY_NAME, Alg
+from holdfast.tpm2.constants import PCR_COUNT
 
 VERSION: Final = 1
 POLICY_MAX: Final = 4 << 20  # bytes of policy text
@@ -31,7 +33,7 @@ ITEMS_MAX: Final = 10_000  # of one list
 NO_UPPER: Final = "none"
 EMPTY_UPPER: Final = "empty"
 ANY: Final = "any"
-HOST_PCRS: Final = frozenset({*range(10), 14})  # those that the host's log explains
+ALL_PCRS: Final = range(PCR_COUNT)
 _DIGEST: Final = re.compile(r"sha256:[0-9a-f]{64}")
 _HEX_DIGEST: Final = re.compile(r"[0-9a-f]{64}")
 _NAME: Final = re.compile(r"[0-9a-f]{4}(?:[0-9a-f]{2}){20,64}")
@@ -310,7 +312,7 @@ def _host(section: _Section) -> HostRule | None:
         return None
     pcrs = {
         pcr: frozenset(map(bytes.fromhex, values))
-        for pcr, values in _by_pcr(section, "pcrs", HOST_PCRS | {*range(24)})
+        for pcr, values in _by_pcr(section, "pcrs", ALL_PCRS)
     }
     events = {}
     table = _Section("[host.events]", section.take("events", dict) if section.has("events") else {})
@@ -332,7 +334,7 @@ def _host(section: _Section) -> HostRule | None:
 
 
 def _by_pcr(
-    section: _Section, key: str, allowed: frozenset[int]
+    section: _Section, key: str, allowed: Collection[int]
 ) -> list[tuple[int, tuple[str, ...]]]:
     table = section.take(key, dict) if section.has(key) else {}
     inner = _Section(f"[{section.where.strip('[]')}.{key}]", table)
@@ -345,7 +347,7 @@ def _by_pcr(
     return found
 
 
-def _pcr(key: str, allowed: frozenset[int], where: str) -> int:
+def _pcr(key: str, allowed: Collection[int], where: str) -> int:
     if not re.fullmatch(r"0|[1-9][0-9]?", key, re.ASCII) or int(key) not in allowed:
         numbers = ", ".join(map(str, sorted(allowed)))
         raise InvalidInput(f"{key[:20]!a} in {where} is not one of the PCRs {numbers}")

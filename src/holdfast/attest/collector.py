@@ -12,7 +12,9 @@ import asyncio
 import contextlib
 import hashlib
 import os
+import time
 from dataclasses import dataclass
+from typing import Final
 
 from holdfast.errors import Conflict, IntegrityError
 from holdfast.eventlog.cel import encode_json
@@ -29,12 +31,16 @@ from holdfast.evidence.round import (
     quote_digest,
     tree_root,
 )
+from holdfast.ids import InstanceId
+from holdfast.instance.bucket import Bucket
 from holdfast.instance.links import Peer
 from holdfast.instance.vtpm import VirtualTpm
 from holdfast.protocol import ipc
 from holdfast.tpm2.algorithms import Alg
 from holdfast.tpm2.structures import Attest, PcrSelection, Public, QuoteInfo, pcr_composite
 
+QUOTES_PER_SECOND: Final = 5.0  # of one vTPM, for long: each costs the host TPM a signature
+QUOTES_BURST: Final = 30.0
 _Answer = tuple[InclusionProof, Quote]
 
 
@@ -53,6 +59,7 @@ class Collector:
         self._keeper = keeper
         self._waiting: list[_Waiting] = []
         self._rounds: asyncio.Task[None] | None = None
+        self._asked: dict[InstanceId, Bucket] = {}
 
     async def collect(
         self, vtpm: VirtualTpm, nonce: bytes, audience: str, user_data: bytes
@@ -62,6 +69,9 @@ class Collector:
         Conflict if the vTPM is off, InvalidInput if the challenge is out of bounds.
         """
         qualifying = qualifying_data(nonce, audience, user_data)
+        bucket = self._asked.setdefault(vtpm.record.id, Bucket(QUOTES_PER_SECOND, QUOTES_BURST))
+        if not bucket.allow(time.monotonic()):
+            raise Conflict(f"{vtpm.record.name} is asked for evidence too often: wait a second")
         run = vtpm.run
         if run is None:
             raise Conflict(

@@ -22,6 +22,7 @@ from holdfast.cli.output import failures, progress, show
 from holdfast.cli.tpm import run_command
 from holdfast.client import Client
 from holdfast.errors import Forbidden, HostError, InvalidInput
+from holdfast.frontend.bundle import with_vtpm
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -281,11 +282,26 @@ def attest(
 
 
 @app.command()
-def cdi(name: Name) -> None:
-    """Print the CDI specification of a vTPM (it is in /run/cdi already)."""
+def cdi(
+    name: Name,
+    bundle: Annotated[
+        Path | None,
+        typer.Option(help="An OCI bundle whose config.json is given this vTPM, for bare runc."),
+    ] = None,
+) -> None:
+    """Print the CDI specification of a vTPM (it is in /run/cdi already), or edit a bundle by it."""
     with failures():
         value = Client().call("GET", f"/v1/vtpms/{_quoted(name)}/cdi")
-        show(value, True, lambda _: None)
+        if bundle is None:
+            show(value, True, lambda _: None)
+            return
+        config = bundle / "config.json"
+        edits = value["devices"][0]["containerEdits"]
+        edited = with_vtpm(_json_file(config), edits)
+        fresh = bundle / "config.json.new"
+        fresh.write_text(json.dumps(edited, indent=2))
+        fresh.rename(config)
+        output.line(f"{config}: runc run -b {bundle} …", "[green]✓[/green]")
 
 
 @app.command(

@@ -83,7 +83,12 @@ async def _spawner(host: Host) -> list[Finding]:
     except HoldfastError as error:
         return [Finding("spawner", "problem", str(error))]
     alive = sum(1 for entry in held.entries if entry.pid)
-    return [Finding("spawner", "ok", f"{alive} workers live, {held.blank} wait")]
+    findings = [Finding("spawner", "ok", f"{alive} workers live, {held.blank} wait")]
+    if held.known_bad:
+        findings.append(Finding("libtpms", "note", f"{held.libtpms}: {held.known_bad}"))
+    else:
+        findings.append(Finding("libtpms", "ok", held.libtpms))
+    return findings
 
 
 def _kernel() -> list[Finding]:

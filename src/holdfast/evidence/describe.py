@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any, Final
 
 from cryptography import x509
+from cryptography.utils import CryptographyDeprecationWarning
 
 from holdfast.errors import DecodeError
 from holdfast.eventlog import cel, tcg2
@@ -32,7 +33,12 @@ _CERTIFICATES: Final = (
     "ek_ecc_certificate",
 )
 _PUBLICS: Final = ("host_ak", "host_ek", "ak", "ek_rsa", "ek_ecc")
-_X509_ERRORS: Final = (ValueError, TypeError, x509.InvalidVersion)
+_X509_ERRORS: Final = (
+    ValueError,
+    TypeError,
+    x509.InvalidVersion,
+    CryptographyDeprecationWarning,
+)
 
 
 def describe(evidence: Evidence) -> dict[str, Any]:

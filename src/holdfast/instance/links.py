@@ -24,6 +24,7 @@ from holdfast.protocol.ipc import Message
 ANSWER_SECONDS: Final = 30.0
 Answer = tuple[Message, list[int]]
 A = TypeVar("A", bound=Message)
+LATER: Final = ipc.Done()  # from a handler of what comes unasked: the answer will be told later
 
 
 class Link:
@@ -88,8 +89,8 @@ class Link:
         if self._unasked is not None:
             reply = self._unasked(message)
             if reply is not None:
-                with contextlib.suppress(OSError):
-                    channel.send(self._sock, reply.encode())
+                if reply is not LATER:
+                    self.tell(reply)
                 return
         if not self._waiting:
             _close_all(fds)
@@ -100,6 +101,12 @@ class Link:
             _close_all(fds)
         else:
             future.set_result((message, fds))
+
+    def tell(self, message: Message) -> None:
+        """Send what is no question; a peer that is gone does not hear it."""
+        if self.open:
+            with contextlib.suppress(OSError):
+                channel.send(self._sock, message.encode())
 
     def close(self) -> None:
         """End the link; whoever waits is told."""

@@ -5,15 +5,21 @@ from __future__ import annotations
 import asyncio
 import os
 import sqlite3
+import time
 from collections.abc import Callable
+from typing import Final
 from uuid import UUID
 
 from holdfast.errors import HoldfastError, HostError
-from holdfast.instance.links import Link, Peer
+from holdfast.instance.bucket import Bucket
+from holdfast.instance.links import LATER, Link, Peer
 from holdfast.linux import channel
 from holdfast.protocol import ipc
 from holdfast.protocol import lifecycle as lc
 from holdfast.store.registry import Registry, SealedState
+
+COMMITS_PER_SECOND: Final = 200.0  # durable writes that one vTPM may cause, for long
+COMMITS_BURST: Final = 2000.0
 
 
 class WorkerLink:
@@ -26,6 +32,7 @@ class WorkerLink:
         self._registry = registry
         self._died = died
         self._pidfd = fds[1]
+        self._commits = Bucket(COMMITS_PER_SECOND, COMMITS_BURST)
         self.ended = asyncio.Event()
         self.link = Link("worker", channel.from_fd(fds[0]), self._unasked)
         asyncio.get_running_loop().add_reader(self._pidfd, self._end)
@@ -38,13 +45,24 @@ class WorkerLink:
         if not isinstance(message, lc.Commit):
             return None
         state = SealedState(message.epoch, message.sealed, message.wrapped)
+        delay = self._commits.wait(time.monotonic())
+        if delay:
+            # The worker, and with it its one container, waits; nobody else does.
+            asyncio.get_running_loop().call_later(delay, self._late, state)
+            return LATER
+        return self._keep(state)
+
+    def _late(self, state: SealedState) -> None:
+        self.link.tell(self._keep(state))
+
+    def _keep(self, state: SealedState) -> ipc.Message:
         try:
             self._registry.commit(self._instance, state)
         except HoldfastError as error:
             return ipc.Refused(type(error).__name__, str(error))
         except sqlite3.Error as error:
             return ipc.Refused("HostError", f"the store: {error}")
-        return lc.Committed(message.epoch)
+        return lc.Committed(state.epoch)
 
     def _end(self) -> None:
         """The process has ended: exactly once."""

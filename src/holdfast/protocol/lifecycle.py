@@ -63,8 +63,12 @@ class HeldEntry(Message):
 
 @dataclass(frozen=True)
 class HeldList(Message, code=105):
+    """And how many blank workers wait; the version of libtpms, and what is known against it."""
+
     entries: tuple[HeldEntry, ...]
     blank: int
+    libtpms: str
+    known_bad: str
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from holdfast.errors import HoldfastError
 from holdfast.linux import cgroup, channel, process
 from holdfast.spawner.pool import GROUP, Pool
 from holdfast.spawner.service import Spawner, execute_anew
@@ -25,15 +26,19 @@ def main(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     process.set_pdeathsig(signal.SIGTERM)
     process.set_dumpable(False)
-    state = _resume(options.resume) if options.resume >= 0 else None
-    if state is None:
-        cgroup.sweep(GROUP)  # what a predecessor that was killed left behind
-        listener = channel.listen(options.socket, 0o600)
-    else:
-        listener = socket.socket(fileno=state["listener"])
-    spawner = Spawner(Pool(options.blank), listener, options.keeper)
-    if state is not None:
+    pool = Pool(options.blank)
+    if options.resume >= 0:
+        state = _resume(options.resume)
+        spawner = Spawner(pool, socket.socket(fileno=state["listener"]), options.keeper)
         spawner.load(state)
+    else:
+        cgroup.sweep(GROUP)  # what a predecessor that was killed left behind
+        try:
+            pool.self_test()
+        except (HoldfastError, OSError) as error:
+            sys.stderr.write(f"holdfast-spawner: the self-test failed: {error}\n")
+            return 1
+        spawner = Spawner(pool, channel.listen(options.socket, 0o600), options.keeper)
     signal.signal(signal.SIGTERM, lambda *_: spawner.stop())
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal's ^C is the supervisor's to act on
     if spawner.run():

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, NoReturn
 
-from holdfast.engine.libtpms import Engine, Entropy, StateKind
+from holdfast.engine.libtpms import KNOWN_BAD, Engine, Entropy, StateKind
 from holdfast.errors import HostError
 from holdfast.linux import cgroup, channel
 from holdfast.linux.memory import forbid_writable_code
@@ -27,6 +27,7 @@ from holdfast.protocol import ipc
 from holdfast.sandbox.worker import WorkerSandbox
 from holdfast.tpm2 import requests as rq
 from holdfast.tpm2.commands import Cc
+from holdfast.worker.manufacture import make_keys
 from holdfast.worker.rehearsal import rehearse
 from holdfast.worker.service import live
 
@@ -77,6 +78,11 @@ class Pool:
         return self._engine.version_text
 
     @property
+    def known_bad(self) -> str:
+        """What is known against this version of libtpms, if anything is."""
+        return KNOWN_BAD.get(self._engine.version, "")
+
+    @property
     def ready(self) -> int:
         return len(self._ready)
 
@@ -88,6 +94,27 @@ class Pool:
         permanent = self._engine.dump(StateKind.PERMANENT)
         self._engine.power_off()
         return permanent
+
+    def self_test(self) -> None:
+        """Have a worker live the longest life there is, in its sandbox: be manufactured.
+
+        A system call that a new library needs is found here, at the spawner's start, and not by a
+        container. HostError says what is wrong.
+        """
+
+        def life(sock: socket.socket) -> NoReturn:
+            self._engine.manufacture()
+            rq.response(Cc.Startup, self._engine.process(rq.startup()))
+            make_keys(self._engine.process)
+            self._engine.dump(StateKind.VOLATILE)
+            channel.send(sock, ipc.Done().encode())
+            os._exit(0)
+
+        blank = self.fork(life)
+        try:
+            self._await_ready(blank)
+        finally:
+            blank.discard()
 
     def take(self) -> Blank:
         """A ready worker, made now if none waits."""

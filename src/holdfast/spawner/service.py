@@ -190,7 +190,8 @@ class Spawner:
             lc.HeldEntry(instance, entry.worker.pid if entry.worker else 0, bool(entry.held))
             for instance, entry in self._entries.items()
         )
-        return lc.HeldList(entries, self._pool.ready), ()
+        pool = self._pool
+        return lc.HeldList(entries, pool.ready, pool.version, pool.known_bad), ()
 
     # --- workers ---
 
