@@ -14,8 +14,7 @@ import os
 from enum import IntEnum
 from typing import Any, Final
 
-from cffi import FFI
-
+from holdfast.engine import libcrypto_abi, libtpms_abi
 from holdfast.errors import DecodeError, HostError, IntegrityError, TpmError
 from holdfast.tpm2.constants import BUFFER_MAX
 
@@ -38,42 +37,6 @@ _TPM_RETRY: Final = 0x800  # "there is no such state": libtpms then manufactures
 _TPM_FAIL: Final = 9
 _ENTROPY: Final = 64  # bytes added to the random generator beside its own poll
 
-_DECLARATIONS: Final = """
-typedef uint32_t TPM_RESULT;
-struct libtpms_callbacks {
-    int sizeOfStruct;
-    TPM_RESULT (*nvram_init)(void);
-    TPM_RESULT (*loaddata)(unsigned char **data, uint32_t *length, uint32_t tpm, const char *name);
-    TPM_RESULT (*storedata)(const unsigned char *data, uint32_t length, uint32_t tpm,
-                            const char *name);
-    TPM_RESULT (*deletename)(uint32_t tpm, const char *name, unsigned char must_exist);
-    TPM_RESULT (*io_init)(void);
-    TPM_RESULT (*io_getlocality)(uint32_t *locality, uint32_t tpm);
-    TPM_RESULT (*io_getphysicalpresence)(unsigned char *presence, uint32_t tpm);
-};
-uint32_t TPMLIB_GetVersion(void);
-TPM_RESULT TPMLIB_ChooseTPMVersion(int version);
-TPM_RESULT TPMLIB_RegisterCallbacks(struct libtpms_callbacks *);
-TPM_RESULT TPMLIB_MainInit(void);
-void TPMLIB_Terminate(void);
-TPM_RESULT TPMLIB_Process(unsigned char **response, uint32_t *size, uint32_t *buffer_size,
-                          unsigned char *command, uint32_t command_size);
-TPM_RESULT TPMLIB_CancelCommand(void);
-TPM_RESULT TPMLIB_SetState(int type, const unsigned char *data, uint32_t length);
-TPM_RESULT TPMLIB_GetState(int type, unsigned char **data, uint32_t *length);
-char *TPMLIB_GetInfo(uint32_t flags);
-TPM_RESULT TPM_IO_Hash_Start(void);
-TPM_RESULT TPM_IO_Hash_Data(const unsigned char *data, uint32_t length);
-TPM_RESULT TPM_IO_Hash_End(void);
-TPM_RESULT TPM_IO_TpmEstablished_Get(unsigned char *established);
-void *malloc(size_t);
-void free(void *);
-"""
-_CRYPTO_DECLARATIONS: Final = """
-int RAND_poll(void);
-void RAND_add(const void *data, int length, double entropy);
-"""
-
 
 class StateKind(IntEnum):
     """TPMLIB_STATE_*: the two blobs a TPM 2.0 consists of."""
@@ -86,8 +49,7 @@ class Engine:
     """The one TPM of this process: off until `manufacture` or `restore`, and after `power_off`."""
 
     def __init__(self) -> None:
-        self._ffi = FFI()
-        self._ffi.cdef(_DECLARATIONS)
+        self._ffi: Any = libtpms_abi.ffi
         try:
             self._lib: Any = self._ffi.dlopen(LIBRARY)
         except OSError:
@@ -262,9 +224,7 @@ class Entropy:
     """The random generator of the libcrypto that libtpms uses."""
 
     def __init__(self) -> None:
-        self._ffi = FFI()
-        self._ffi.cdef(_CRYPTO_DECLARATIONS)
-        self._lib: Any = self._ffi.dlopen(LIBCRYPTO)
+        self._lib: Any = libcrypto_abi.ffi.dlopen(LIBCRYPTO)
 
     def reseed(self) -> None:
         """Seed afresh. The first act of every worker, before libtpms runs anything.

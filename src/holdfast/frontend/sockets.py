@@ -11,6 +11,7 @@ Not here: the event loop (`loop`), which calls these with what is readable.
 from __future__ import annotations
 
 import socket
+from _socket import socket as RawSocket
 from collections.abc import Callable
 from functools import partial
 from typing import Final
@@ -43,7 +44,7 @@ class DataConnection:
 
     __slots__ = ("_client", "_frames", "_mark", "_serve", "_vtpm", "deadline", "pending", "sock")
 
-    def __init__(self, sock: socket.socket, vtpm: Vtpm) -> None:
+    def __init__(self, sock: RawSocket, vtpm: Vtpm) -> None:
         self.sock = sock
         self.pending = b""  # of responses the client has not taken yet
         self.deadline = 0.0  # when half a command will have taken too long; 0: no half command
@@ -125,7 +126,7 @@ class ControlConnection:
     __slots__ = ("_data", "_established", "_info", "deadline", "pending", "sock")
 
     def __init__(
-        self, sock: socket.socket, established: Callable[[], bool], info: Callable[[int], str]
+        self, sock: RawSocket, established: Callable[[], bool], info: Callable[[int], str]
     ) -> None:
         self.sock = sock
         self.pending = b""
@@ -190,7 +191,7 @@ class ControlConnection:
 Connection = DataConnection | ControlConnection
 
 
-def _receive(sock: socket.socket) -> bytes | None:
+def _receive(sock: RawSocket) -> bytes | None:
     """What has arrived; None if nothing has, empty at the end."""
     try:
         return sock.recv(RECEIVE_SIZE, socket.MSG_DONTWAIT)

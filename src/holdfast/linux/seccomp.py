@@ -12,9 +12,8 @@ from collections.abc import Mapping, Sequence
 from enum import IntEnum
 from typing import Any, Final, NamedTuple
 
-from cffi import FFI
-
 from holdfast.errors import HostError
+from holdfast.linux import seccomp_abi
 
 LIBRARY: Final = "libseccomp.so.2"
 KILL_PROCESS: Final = 0x80000000
@@ -24,17 +23,6 @@ _LOG: Final = 0x7FFC0000
 _PR_SET_SECCOMP: Final = 22
 _SECCOMP_MODE_FILTER: Final = 2
 _INSTRUCTION: Final = 8  # bytes of a struct sock_filter
-
-_DECLARATIONS: Final = """
-typedef void *scmp_filter_ctx;
-struct scmp_arg_cmp { unsigned int arg; int op; uint64_t datum_a; uint64_t datum_b; };
-scmp_filter_ctx seccomp_init(uint32_t def_action);
-void seccomp_release(scmp_filter_ctx ctx);
-int seccomp_syscall_resolve_name(const char *name);
-int seccomp_rule_add_array(scmp_filter_ctx ctx, uint32_t action, int syscall,
-                           unsigned int arg_cnt, const struct scmp_arg_cmp *arg_array);
-int seccomp_export_bpf(scmp_filter_ctx ctx, int fd);
-"""
 
 
 class Op(IntEnum):
@@ -72,8 +60,7 @@ def build(
 
     A name that this architecture does not have is left out: it cannot be called.
     """
-    ffi = FFI()
-    ffi.cdef(_DECLARATIONS)
+    ffi: Any = seccomp_abi.ffi
     try:
         lib: Any = ffi.dlopen(LIBRARY)
     except OSError:
@@ -97,7 +84,7 @@ def build(
         lib.seccomp_release(context)
 
 
-def _add(ffi: FFI, lib: Any, context: Any, row: tuple[str, int, Rule]) -> None:
+def _add(ffi: Any, lib: Any, context: Any, row: tuple[str, int, Rule]) -> None:
     name, action, rule = row
     number = lib.seccomp_syscall_resolve_name(name.encode())
     if number < 0:

@@ -93,6 +93,7 @@ class Pool:
         rq.response(Cc.Startup, self._engine.process(rq.startup()))
         permanent = self._engine.dump(StateKind.PERMANENT)
         self._engine.power_off()
+        rehearse(self._engine, permanent)  # what is allocated here, no fork allocates again
         return permanent
 
     def self_test(self) -> None:

@@ -14,6 +14,7 @@ import os
 import signal
 import socket
 import sys
+from _socket import socket as RawSocket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Final
@@ -23,7 +24,11 @@ from holdfast.errors import HoldfastError, HostError
 from holdfast.eventlog import tcg2
 from holdfast.frontend.filter import Profile
 from holdfast.frontend.loop import Loop
-from holdfast.frontend.sockets import ControlConnection, DataConnection
+from holdfast.frontend.sockets import (
+    Connection,
+    ControlConnection,
+    DataConnection,
+)
 from holdfast.frontend.vtpm import Vtpm
 from holdfast.linux import process
 from holdfast.tpm2 import requests as rq
@@ -83,7 +88,7 @@ def serve(directory: Path, plain: PlainTpm, ready: Callable[[], None]) -> None:
     engine = plain.engine
     loop = Loop()
     paths = [directory / "tpm.sock", directory / "tpm.sock.ctrl"]
-    makers: list[Callable[[socket.socket], DataConnection | ControlConnection]] = [
+    makers: list[Callable[[RawSocket], Connection]] = [
         lambda sock: DataConnection(sock, vtpm),
         lambda sock: ControlConnection(sock, engine.established, engine.info),
     ]
