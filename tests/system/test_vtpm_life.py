@@ -24,6 +24,8 @@ from holdfast.ids import InstanceId, InstanceName
 from holdfast.instance.lifecycle import State
 from holdfast.instance.links import Peer
 from holdfast.instance.vtpm import Run, Surroundings, VirtualTpm, host_extends
+from holdfast.linux import channel
+from holdfast.protocol import ipc
 from holdfast.protocol import lifecycle as lc
 from holdfast.store.registry import Instance, Registry
 from holdfast.tpm2.algorithms import Alg
@@ -47,6 +49,7 @@ def make_run() -> Run:
 
 @asynccontextmanager
 async def a_vtpm(box: Box, tmp_path: Path) -> AsyncIterator[VirtualTpm]:
+    tmp_path.mkdir(exist_ok=True)
     registry = Registry(tmp_path / "registry.sqlite")
     around = Surroundings(
         registry,
@@ -241,5 +244,26 @@ def test_the_control_socket_gives_a_container_only_what_is_its(
                 "000000ff",
             ):
                 assert await asked(refused) == "0000000a"
+
+    run(body)
+
+
+def test_a_keeper_that_was_replaced_knows_who_lives(box: Box, tmp_path: Path, run: Runner) -> None:
+    """A data key is given out once while its worker lives, whatever happens to the keeper."""
+
+    async def body() -> None:
+        async with a_vtpm(box, tmp_path / "one") as one, a_vtpm(box, tmp_path / "two") as two:
+            await one.power_on(make_run())
+            box.processes["keeper"].kill()
+            box.processes.pop("keeper").wait()
+            box.start("keeper")
+            await two.power_on(make_run())  # the spawner meets the new keeper here
+            left, right = channel.pair()
+            pidfd = os.pidfd_open(os.getpid())
+            with left, right:
+                message = ipc.Lease(one.record.id)
+                with pytest.raises(Conflict, match="living worker"):
+                    await one._around.keeper.ask(message, ipc.Done, (right.fileno(), pidfd))
+            os.close(pidfd)
 
     run(body)

@@ -224,21 +224,40 @@ class Spawner:
         for fresh in (False, True):
             try:
                 if self._keeper is None or fresh:
-                    self._keeper = channel.connect(self._keeper_path)
-                    self._keeper.settimeout(KEEPER_SECONDS)
-                channel.send(self._keeper, ipc.Lease(instance).encode(), (key_channel, pidfd))
-                data, _ = channel.receive(self._keeper)
-                if data:
-                    break
+                    self._keeper = self._connect()
+                answer = self._ask_lease(self._keeper, instance, key_channel, pidfd)
             except OSError as error:
                 if fresh:
                     self._keeper = None
                     raise HostError(f"the keeper cannot be reached: {error.strerror}") from None
-        else:
-            raise HostError("the keeper does not answer")
-        answer = ipc.decode(data)
-        if isinstance(answer, ipc.Refused):
-            raise Conflict(f"the keeper refuses a lease: {answer.why}")
+                continue
+            if isinstance(answer, ipc.Refused):
+                raise Conflict(f"the keeper refuses a lease: {answer.why}")
+            return
+
+    def _connect(self) -> socket.socket:
+        """Connect to the keeper, and tell a new one first which workers live already.
+
+        Their key channels lead nowhere: they have their keys.
+        """
+        keeper = channel.connect(self._keeper_path)
+        keeper.settimeout(KEEPER_SECONDS)
+        for instance, entry in self._entries.items():
+            if entry.worker is not None and not ended(entry.worker.pidfd):
+                ours, theirs = channel.pair()
+                with ours, theirs:
+                    self._ask_lease(keeper, instance, theirs.fileno(), entry.worker.pidfd)
+        return keeper
+
+    @staticmethod
+    def _ask_lease(
+        keeper: socket.socket, instance: UUID, key_channel: int, pidfd: int
+    ) -> ipc.Message:
+        channel.send(keeper, ipc.Lease(instance).encode(), (key_channel, pidfd))
+        data, _ = channel.receive(keeper)
+        if not data:
+            raise ConnectionResetError(0, "it closed the channel")
+        return ipc.decode(data)
 
     def _reattach(self, message: lc.Reattach) -> Reply:
         self._reap(message.instance)
