@@ -187,9 +187,19 @@ class Host:
         self._vtpms[name] = vtpm
         try:
             async with vtpm.lock:
-                await vtpm.manufacture(parked)
-                await self._attach(vtpm)
+                # While the worker looks for primes, the place where it will be met is made.
+                making = asyncio.create_task(vtpm.manufacture(parked))
+                attachment = await asyncio.to_thread(
+                    places.attach, self.config.paths.vtpm(name), name
+                )
+                try:
+                    await making
+                except BaseException:
+                    attachment.close()
+                    raise
+                await self._attach(vtpm, attachment)
         except BaseException:
+            places.detach(self.config.paths.vtpm(name))
             del self._vtpms[name]
             self._registry.remove(record.id)
             raise
@@ -334,9 +344,10 @@ class Host:
 
     # --- the place where a container meets it ---
 
-    async def _attach(self, vtpm: VirtualTpm) -> None:
+    async def _attach(self, vtpm: VirtualTpm, attachment: Attachment | None = None) -> None:
         paths, name = self.config.paths, vtpm.record.name
-        attachment = places.attach(paths.vtpm(name), name)
+        if attachment is None:
+            attachment = places.attach(paths.vtpm(name), name)
         await vtpm.attach(Door(attachment))
         self._opened(vtpm, attachment)
         cdi.write_spec(self.cdi_of(vtpm), paths.cdi)

@@ -133,7 +133,11 @@ class Registry:
     # --- instances ---
 
     def add(self, instance: Instance) -> None:
-        """Write down a new instance; Conflict if its name is taken."""
+        """Write down a new instance; Conflict if its name is taken.
+
+        Durable with its keys: until it is made, nothing was promised to anybody.
+        """
+        self._db.execute("PRAGMA synchronous=NORMAL")
         try:
             self._db.execute(
                 "INSERT INTO instances VALUES (?, ?, ?, ?)",
@@ -141,6 +145,8 @@ class Registry:
             )
         except sqlite3.IntegrityError:
             raise Conflict(f"there is a vTPM named {instance.name} already") from None
+        finally:
+            self._db.execute("PRAGMA synchronous=FULL")
 
     def update(self, instance: Instance) -> None:
         """Record a change durably."""
