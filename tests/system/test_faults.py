@@ -341,7 +341,7 @@ def test_without_a_host_tpm_at_the_start_all_says_so_and_goes_on_when_it_comes()
     with a_host(running=False) as host:
         host.end_tpm()
         host.start()
-        with pytest.raises(HostError, match="host TPM cannot be reached|keeper is not open"):
+        with pytest.raises(HostError, match=r"host TPM cannot be reached|keeper is not open"):
             in_time(15, lambda: host.create("early"))
         finding = in_time(15, lambda: host.finding("keeper"))
         assert finding["level"] == "problem"
@@ -387,7 +387,7 @@ def test_a_host_tpm_that_does_not_answer_is_waited_for_with_an_end() -> None:
         assert host.tpm is not None
         host.tpm.send_signal(signal.SIGSTOP)
         try:
-            with pytest.raises(HostError, match="did not answer in time|not open"):
+            with pytest.raises(HostError, match=r"did not answer in time|not open"):
                 in_time(35, lambda: attest(host, "runs"))
             assert len(in_time(1, lambda: wire.exchange(GET_RANDOM))) == 20
             assert in_time(1, lambda: host.call("GET", "/v1/vtpms"))["vtpms"]
