@@ -6,6 +6,7 @@ Nothing is left behind: `left_over` says what would be.
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import select
 import shutil
@@ -57,6 +58,7 @@ class Serve:
     event_log: Path
     process: subprocess.Popen[bytes] | None = None
     tpm: subprocess.Popen[bytes] | None = None
+    made: dict[str, Any] = field(default_factory=dict)  # what init said
     _workers: set[int] = field(default_factory=set)
 
     # --- paths ---
@@ -110,9 +112,10 @@ class Serve:
         recipient = str(pyrage.x25519.Identity.generate().to_public())
         done = self.cli(
             "init", "--config", str(self.config), "--recovery-recipient", recipient,
-            "--out", str(self.directory / "out"),
+            "--out", str(self.directory / "out"), "--json",
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
+        self.made = json.loads(done.stdout)
 
     def start(self) -> None:
         """Start, and wait until the API answers."""
@@ -330,10 +333,14 @@ def container(vtpm: str, *options: str, image: str = IMAGE) -> Iterator[str]:
 
 
 def connect(path: Path, seconds: float = 10.0) -> socket.socket:
-    """A stream connection, whoever has to come up first."""
+    """A stream connection; it waits for room in the backlog, and then `seconds` for each answer."""
     sock = socket.socket(socket.AF_UNIX)
+    try:
+        sock.connect(os.fspath(path))
+    except OSError:
+        sock.close()
+        raise
     sock.settimeout(seconds)
-    sock.connect(os.fspath(path))
     return sock
 
 

@@ -6,6 +6,7 @@ HOLDFAST_SOAK=1 kills two hundred times instead of thirty.
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import random
 import select
@@ -112,13 +113,13 @@ class Writer(threading.Thread):
         self._place = place
         self._kind = kind
         self._wire: Wire | None = None
-        self._stop = threading.Event()
+        self._over = threading.Event()
         self.sent = self.acknowledged = begin
         self.refused: list[int] = []
         self.lock = threading.Lock()  # held while a write is under way
 
     def run(self) -> None:
-        while not self._stop.wait(0.001):
+        while not self._over.wait(0.001):
             with self.lock:
                 try:
                     self._once()
@@ -138,7 +139,8 @@ class Writer(threading.Thread):
 
     def _drop(self) -> None:
         if self._wire is not None:
-            self._wire.close()
+            with contextlib.suppress(OSError):  # of a device that is gone
+                self._wire.close()
             self._wire = None
 
     def goes_on(self) -> None:
@@ -158,7 +160,7 @@ class Writer(threading.Thread):
                 wire.close()
 
     def end(self) -> None:
-        self._stop.set()
+        self._over.set()
         self.join(RECOVERY_SECONDS)
         assert not self.is_alive(), f"the client of {self._place.name} is blocked"
 
@@ -236,6 +238,20 @@ def test_whatever_is_killed_under_load_comes_back_and_no_acknowledged_write_is_l
             until("nothing is left", lambda: not host.left_over(), 10)
 
 
+def test_a_worker_minds_no_signal_but_the_last() -> None:
+    with a_host() as host:
+        host.create("mine")
+        host.power_on("mine")
+        (worker,) = host.workers()
+        wire = Stream(host.place("mine"))
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
+            os.kill(worker, number)
+            assert len(wire.exchange(GET_RANDOM)) == 20
+        wire.close()
+        assert host.workers() == [worker]
+        assert host.inspect("mine")["restarts"] == 0
+
+
 # --- a full disk ---------------------------------------------------------------------------------
 
 
@@ -274,7 +290,7 @@ def test_a_full_disk_refuses_the_write_and_keeps_the_value_before_it() -> None:
         assert write(wire, refused) == Rc.NV_UNAVAILABLE
         assert read(wire) == refused - 1
         assert len(wire.exchange(GET_RANDOM)) == 20
-        with pytest.raises(HostError):
+        with pytest.raises(HostError, match="disk is full"):
             host.create("another")
         assert [vtpm["name"] for vtpm in host.call("GET", "/v1/vtpms")["vtpms"]] == ["full"]
         filler.unlink()
@@ -296,13 +312,15 @@ def test_a_worker_killed_while_the_disk_is_full_comes_back_when_there_is_room() 
         host.power_on("full")
         wire = Stream(host.place("full"))
         define(wire)
+        assert write(wire, 1) == 0
         filler = fill(host.directory / "state")
-        refused = refused_at(wire, 1)
+        refused = refused_at(wire, 2)
         wire.close()
         (worker,) = host.workers()
         os.kill(worker, signal.SIGKILL)
         until("the worker has ended", lambda: worker not in host.workers())
-        until("it was tried again", lambda: "restart" in host.log() or host.answers())
+        assert host.call("GET", "/v1/vtpms")["vtpms"]
+        assert host.workers() == []
         filler.unlink()
 
         def active() -> bool:
@@ -465,6 +483,14 @@ def start_linked(host: Serve, name: str) -> Any:
     return host.call("POST", "/v1/hooks/createRuntime", body)
 
 
+def status(api: Path, target: str, body: bytes) -> int:
+    """The HTTP status of a POST."""
+    head = f"POST {target} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
+    with connect(api) as sock:
+        sock.sendall(head.encode() + body)
+        return int(sock.recv(4096).split()[1])
+
+
 @pytest.fixture(scope="module")
 def logged(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serve]:
     """A host whose event log is a file of the test's."""
@@ -511,6 +537,8 @@ def test_an_event_log_that_is_none_refuses_linked_starts_as_the_hosts_fault(
         for action in (start_linked, lambda host, _: host.create("new", "linked")):
             with pytest.raises(HostError, match="event log"):
                 action(logged, "linked")
+        body = json.dumps({"vtpm": "linked", "state": hook_state(logged)}).encode()
+        assert status(logged.api, "/v1/hooks/createRuntime", body) == 503
         finding = logged.finding("host event log")
         assert finding["level"] == "problem"
         assert "event log" in finding["says"]

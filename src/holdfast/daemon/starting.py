@@ -19,7 +19,7 @@ from typing import Any, Final
 
 import holdfast
 from holdfast.daemon.config import Config
-from holdfast.errors import Conflict, HostError, InvalidInput
+from holdfast.errors import Conflict, DecodeError, HostError, InvalidInput
 from holdfast.eventlog import tcg2
 from holdfast.eventlog.cel import decode_json
 from holdfast.eventlog.ima import not_measured_record
@@ -62,7 +62,10 @@ class HostLog:
                 f"the host's event log {self._path} cannot be read ({error.strerror}): linked "
                 "vTPMs need it; host.event_log names another place"
             ) from None
-        return data, tcg2.parse(data)
+        try:
+            return data, tcg2.parse(data)
+        except DecodeError as error:
+            raise HostError(f"the host's event log {self._path} is none: {error.why}") from None
 
     def bank_names(self) -> tuple[str, ...]:
         return tuple(HASH_NAMES[alg] for alg in self.read()[1].algorithms)

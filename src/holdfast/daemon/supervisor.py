@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import fcntl
 import os
 import pwd
 import selectors
@@ -23,7 +24,7 @@ from typing import Final
 
 from holdfast.daemon import config
 from holdfast.daemon.config import Config
-from holdfast.errors import HoldfastError, HostError
+from holdfast.errors import Conflict, HoldfastError, HostError
 from holdfast.frontend.attach import detach
 
 RESTART_SECONDS: Final = (0.0, 0.2, 1.0, 3.0, 10.0)
@@ -78,6 +79,7 @@ class Supervisor:
         signal.set_wakeup_fd(waker.fileno())
         self._waker = waker
         self._ending = False
+        self._locks: list[int] = []
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._end)
         self._selector.register(self._wake, selectors.EVENT_READ, None)
@@ -114,6 +116,7 @@ class Supervisor:
         paths.state.mkdir(mode=0o711, parents=True, exist_ok=True)
         paths.run.mkdir(mode=0o755, parents=True, exist_ok=True)
         paths.keeper.parent.mkdir(mode=0o700, exist_ok=True)
+        self._locks = [_alone(paths.state), _alone(paths.run)]
         self._tidy()
 
     def _tidy(self) -> None:
@@ -184,6 +187,17 @@ def select_quietly(fd: int, seconds: float) -> None:
     with selectors.DefaultSelector() as ready:
         ready.register(fd, selectors.EVENT_READ)
         ready.select(seconds)
+
+
+def _alone(directory: Path) -> int:
+    """Lock a directory for this process's life: two would unmount and steal each other's."""
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(fd)
+        raise Conflict(f"another holdfast serve uses {directory}") from None
+    return fd
 
 
 def _user(name: str) -> tuple[int, int]:

@@ -293,10 +293,10 @@ class VirtualTpm:
                 await asyncio.sleep(RESTART_DELAYS[len(self._restarts)])
                 self._restarts.append(time.monotonic())
                 self.record = replace(self.record, restarts=self.record.restarts + 1)
-                self._around.registry.update(self.record)
                 try:
+                    self._around.registry.update(self.record)
                     await self._begin(run)
-                except HostError as error:  # keeper or spawner away: they come back
+                except HostError as error:  # keeper or spawner away, disk full: they come back
                     why = str(error)
                 except HoldfastError as error:
                     self.fail(str(error))
@@ -308,7 +308,8 @@ class VirtualTpm:
     def fail(self, why: str) -> None:
         """Stay as it is, say why, and let clients see errors instead of waiting."""
         self.run = None
-        self._move(Event.FAILED, why_failed=why)
+        with contextlib.suppress(HostError):  # a disk that is full does not keep it from failing
+            self._move(Event.FAILED, why_failed=why)
         if self._door is not None and not self.worker_alive:
             self._door.leave()
             self._door.answer()

@@ -61,6 +61,7 @@ class Op(IntEnum):
     BATCH_FORGET = 42
 
 
+_NOTIFY_RESEND: Final = 7
 NO_REPLY: Final = frozenset({Op.FORGET, Op.BATCH_FORGET, Op.INTERRUPT})
 
 
@@ -91,6 +92,11 @@ def reply(unique: int, body: bytes = b"") -> bytes:
 def error(unique: int, errno: int) -> bytes:
     """An answer that fails with a (positive) errno."""
     return _OUT_HEADER.pack(_OUT_HEADER.size, -errno, unique)
+
+
+def resend() -> bytes:
+    """FUSE_NOTIFY_RESEND (Linux 6.9): give us again what was read and never answered."""
+    return _OUT_HEADER.pack(_OUT_HEADER.size, _NOTIFY_RESEND, 0)
 
 
 def init_reply(unique: int, body: bytes) -> bytes:

@@ -181,6 +181,8 @@ class Pool:
         """In the child: keep one descriptor, shut every door, reseed, rehearse, say so."""
         status = 70
         try:
+            signal.set_wakeup_fd(-1)  # its number will be another descriptor's
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # which is to ignore it, as process 1
             os.read(gate, 1)  # until the parent has mapped us and put us into our cgroup
             os.dup2(sock.detach(), _CHANNEL_FD)
             # What C code might print must not land in a descriptor that we are given later.

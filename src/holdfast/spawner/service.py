@@ -121,7 +121,12 @@ class Spawner:
                 self._drop(sock)
                 return
             reply, passed = self._answer(data, tuple(fds))
-            channel.send(sock, reply.encode(), passed)
+            try:
+                channel.send(sock, reply.encode(), passed)
+            finally:
+                if isinstance(reply, lc.Spawned):  # the daemon's alone, or it is never seen to end
+                    for fd in passed:
+                        os.close(fd)
         except (OSError, ProtocolError):
             self._drop(sock)
 
@@ -213,6 +218,8 @@ class Spawner:
                 raise
             entry = self._entries.setdefault(instance, entry or Entry(create_page()))
             entry.worker = blank
+            if entry.held:
+                _ask_again(entry.held[0])
             begin = lc.Begin(instance, bool(entry.held)).encode()
             fds = (daemon_worker.fileno(), key_worker.fileno(), entry.page_fd, *entry.held)
             channel.send(blank.channel, begin, fds)
@@ -374,6 +381,16 @@ class Spawner:
             sock = socket.socket(fileno=fd)
             self._peers.add(sock)
             self._selector.register(sock, selectors.EVENT_READ, lambda sock=sock: self._serve(sock))
+
+
+def _ask_again(device: int) -> None:
+    """Have the kernel repeat what a dead predecessor read and had not even noted.
+
+    Its client would wait for ever, unkillable. A kernel before 6.9 cannot: there the few
+    microseconds between reading a request and noting it remain.
+    """
+    with contextlib.suppress(OSError):
+        os.write(device, fuse.resend())
 
 
 def _descriptors(state: dict[str, Any]) -> list[int]:

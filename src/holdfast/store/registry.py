@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Final
 from uuid import UUID
 
-from holdfast.errors import Conflict, IntegrityError, NotFound
+from holdfast.errors import Conflict, HostError, IntegrityError, NotFound
 from holdfast.ids import InstanceId, InstanceName
 
 SCHEMA: Final = 1
@@ -139,21 +139,23 @@ class Registry:
         """
         self._db.execute("PRAGMA synchronous=NORMAL")
         try:
-            self._db.execute(
-                "INSERT INTO instances VALUES (?, ?, ?, ?)",
-                (str(instance.id), instance.name, instance.state, _encode(instance)),
-            )
+            with _writing():
+                self._db.execute(
+                    "INSERT INTO instances VALUES (?, ?, ?, ?)",
+                    (str(instance.id), instance.name, instance.state, _encode(instance)),
+                )
         except sqlite3.IntegrityError:
             raise Conflict(f"there is a vTPM named {instance.name} already") from None
         finally:
             self._db.execute("PRAGMA synchronous=FULL")
 
     def update(self, instance: Instance) -> None:
-        """Record a change durably."""
-        self._db.execute(
-            "UPDATE instances SET state = ?, record = ? WHERE id = ?",
-            (instance.state, _encode(instance), str(instance.id)),
-        )
+        """Record a change durably; HostError if the disk refuses."""
+        with _writing():
+            self._db.execute(
+                "UPDATE instances SET state = ?, record = ? WHERE id = ?",
+                (instance.state, _encode(instance), str(instance.id)),
+            )
 
     def note(self, instance: Instance) -> None:
         """Record a change that a power cut may undo: the host boots then, and nothing is on."""
@@ -207,7 +209,7 @@ class Registry:
     def put_keys(self, instance: Instance, keys: KeySet) -> None:
         """Record what the vTPM was made with, and that it has been made, in one transaction."""
         chain = json.dumps([der.hex() for der in keys.chain])
-        with self._transaction():
+        with _writing(), self._transaction():
             self._db.execute(
                 "INSERT OR REPLACE INTO keys VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
                 (
@@ -223,6 +225,15 @@ class Registry:
             raise NotFound(f"there are no keys of {instance}")
         chain = tuple(bytes.fromhex(text) for text in json.loads(row[7]))
         return KeySet(row[1], row[2], row[3], row[4], row[5], row[6], chain)
+
+
+@contextmanager
+def _writing() -> Iterator[None]:
+    """What SQLite says of a disk that is full or broken, as the host's fault."""
+    try:
+        yield
+    except sqlite3.OperationalError as error:
+        raise HostError(f"the store cannot be written: {error}") from None
 
 
 def _encode(instance: Instance) -> str:
