@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 import select
 import socket
-from _socket import socket as RawSocket
 from collections.abc import Callable
 from functools import partial
 from time import monotonic, perf_counter
@@ -19,13 +18,13 @@ from typing import Final
 from holdfast.errors import DecodeError
 from holdfast.frontend.devices import Devices
 from holdfast.frontend.sockets import CONNECTIONS_MAX, GONE, IDLE, SERVED, Connection
+from holdfast.linux.accepting import accept
 from holdfast.protocol.fuse import REQUEST_MAX
 
 SPIN_SECONDS: Final = 60e-6
 PROBE_EVERY: Final = 64  # answers between probes once spinning has not paid
 MISSES_MAX: Final = 4  # misses in a row after which it does not pay
 SWEEP_SECONDS: Final = 5.0
-EVENTS_MAX: Final = 32
 BURST_MAX: Final = 32  # commands of one client before the others have their turn
 
 
@@ -33,14 +32,17 @@ class Loop:
     """Serves listeners, connections and the FUSE descriptor until `stop` or the host says so."""
 
     def __init__(self) -> None:
-        self._epoll = select.epoll()
-        self._handlers: dict[int, Callable[[int], None]] = {}
+        # poll and not epoll: with few descriptors it costs the same, and a client that connects
+        # for every command costs nothing to register.
+        self._poll = select.poll()
+        self._handlers: dict[int, Callable[[int], object]] = {}
         self._urgent: set[int] = set()
         self._listeners: set[int] = set()
         self._connections: dict[int, Connection] = {}
         self._paused = False
         self._misses = 0  # looks in a row that found nothing
         self._skip = 0  # answers after which not to look
+        self._left = 0  # commands until the others have their turn
         self._running = True
         self._swept = 0.0
 
@@ -48,23 +50,25 @@ class Loop:
         """A channel of the host's; served before any client."""
         self._urgent.add(fd)
         self._handlers[fd] = lambda _: handler()
-        self._epoll.register(fd, select.EPOLLIN)
+        self._poll.register(fd, select.POLLIN)
 
     def unwatch(self, fd: int) -> None:
         self._urgent.discard(fd)
-        del self._handlers[fd]
-        self._epoll.unregister(fd)
+        self._forget(fd)
 
-    def listen(self, sock: socket.socket, made: Callable[[RawSocket], Connection]) -> None:
+    def listen(self, sock: socket.socket, made: Callable[[int], Connection]) -> None:
+        """Accept clients on `sock` from now on; `made` gets their descriptors, non-blocking."""
         sock.setblocking(False)
-        self._listeners.add(sock.fileno())
-        self._handlers[sock.fileno()] = lambda _: self._accept(sock, made)
-        self._epoll.register(sock.fileno(), select.EPOLLIN)
+        fd = sock.detach()
+        accept_one = partial(self._accept, fd, made)
+        self._listeners.add(fd)
+        self._handlers[fd] = lambda _: self._serve_eagerly(accept_one)
+        self._poll.register(fd, select.POLLIN)
 
     def serve_devices(self, fd: int, devices: Devices) -> None:
         os.set_blocking(fd, False)
         self._handlers[fd] = lambda _: self._serve_fuse(fd, devices)
-        self._epoll.register(fd, select.EPOLLIN)
+        self._poll.register(fd, select.POLLIN)
 
     def stop(self) -> None:
         """Serve nobody any more."""
@@ -72,64 +76,80 @@ class Loop:
         self._handlers.clear()
 
     def run(self) -> None:
-        poll, urgent = self._epoll.poll, self._urgent
+        poll, urgent = self._poll.poll, self._urgent
         while self._running:
-            events = poll(SWEEP_SECONDS, EVENTS_MAX)
+            events = poll(SWEEP_SECONDS * 1000)
             if len(events) > 1:
                 events.sort(key=lambda event: event[0] not in urgent)
             for fd, event in events:
                 handler = self._handlers.get(fd)
                 if handler is not None:
+                    self._left = BURST_MAX
                     handler(event)
             if not events or monotonic() - self._swept > SWEEP_SECONDS:
                 self._sweep()
 
+    def _forget(self, fd: int) -> None:
+        del self._handlers[fd]
+        self._poll.unregister(fd)
+
     # --- connections ---
 
-    def _accept(self, listener: socket.socket, made: Callable[[RawSocket], Connection]) -> None:
-        try:
-            # What accept() calls, without its 2 µs of enumerations; typeshed does not know it.
-            fd, _ = listener._accept()  # type: ignore[attr-defined]
-        except OSError:
-            return
-        connection = made(RawSocket(socket.AF_UNIX, socket.SOCK_STREAM, 0, fd))
+    def _accept(self, listener: int, made: Callable[[int], Connection]) -> int:
+        """Accept a client and serve it: SERVED if it has gone already, as most of them have."""
+        fd = accept(listener)
+        if fd < 0:
+            return IDLE
+        connection = made(fd)
         # Serve before waiting: a client that connects for one command mostly has sent it already.
-        if connection.readable(monotonic) == GONE:
+        result = connection.readable()
+        if self._skip:
+            self._skip -= 1
+        elif result != GONE:
+            result = self._look_again(connection.readable)
+        if result == GONE:
             connection.close()
-            return
+            return SERVED
         self._connections[fd] = connection
-        self._handlers[fd] = lambda event: self._serve(fd, connection, event)
-        self._epoll.register(fd, select.EPOLLOUT if connection.pending else select.EPOLLIN)
+        self._handlers[fd] = partial(self._serve, fd, connection)
+        self._poll.register(fd, select.POLLOUT if connection.pending else select.POLLIN)
         if len(self._connections) >= CONNECTIONS_MAX:
             self._pause(True)
+        return IDLE
 
     def _pause(self, paused: bool) -> None:
         """At the limit, let further clients wait in the backlog, without spinning on them."""
         if paused != self._paused:
             self._paused = paused
             for fd in self._listeners:
-                self._epoll.modify(fd, 0 if paused else select.EPOLLIN)
+                self._poll.modify(fd, 0 if paused else select.POLLIN)
 
     def _serve(self, fd: int, connection: Connection, event: int) -> None:
-        if event & select.EPOLLOUT:
+        if event & select.POLLOUT:
             result = connection.writable()
         else:
-            result = connection.readable(monotonic)
-            if self._skip:
-                self._skip -= 1
-            elif result == SERVED:
-                result = self._burst(partial(connection.readable, monotonic))
+            result = self._serve_eagerly(connection.readable)
         if result == GONE:
             self._close(fd, connection)
         elif connection.pending:
-            self._epoll.modify(fd, select.EPOLLOUT)  # no new command before its answer is taken
-        elif event & select.EPOLLOUT:
-            self._epoll.modify(fd, select.EPOLLIN)
+            self._poll.modify(fd, select.POLLOUT)  # no new command before its answer is taken
+        elif event & select.POLLOUT:
+            self._poll.modify(fd, select.POLLIN)
 
-    def _burst(self, serve: Callable[[], int]) -> int:
+    def _serve_eagerly(self, serve: Callable[[], int]) -> int:
+        """Serve what is there, and what comes right after it; the last result."""
+        result = serve()
+        if self._skip:
+            self._skip -= 1
+        elif result == SERVED:
+            result = self._look_again(serve)
+        return result
+
+    def _look_again(self, serve: Callable[[], int]) -> int:
         """Look again for a little while, as long as that pays; the last result."""
         result = SERVED
-        for _ in range(BURST_MAX):
+        while self._left:
+            self._left -= 1
             until = perf_counter() + SPIN_SECONDS
             result = IDLE
             while result == IDLE and perf_counter() < until:
@@ -144,8 +164,9 @@ class Loop:
         return result
 
     def _close(self, fd: int, connection: Connection) -> None:
-        del self._connections[fd], self._handlers[fd]
-        connection.close()  # which takes it out of epoll: nobody else has this descriptor
+        del self._connections[fd]
+        self._forget(fd)
+        connection.close()
         self._pause(False)
 
     def _sweep(self) -> None:
@@ -158,14 +179,8 @@ class Loop:
     # --- devices ---
 
     def _serve_fuse(self, fd: int, devices: Devices) -> None:
-        result = _fuse_once(fd, devices)
-        if self._skip:
-            self._skip -= 1
-        elif result == SERVED:
-            result = self._burst(partial(_fuse_once, fd, devices))
-        if result == GONE:
-            self._epoll.unregister(fd)
-            del self._handlers[fd]
+        if self._serve_eagerly(partial(_fuse_once, fd, devices)) == GONE:
+            self._forget(fd)
 
 
 def _fuse_once(fd: int, devices: Devices) -> int:

@@ -10,10 +10,10 @@ Not here: the event loop (`loop`), which calls these with what is readable.
 
 from __future__ import annotations
 
-import socket
-from _socket import socket as RawSocket
+import os
 from collections.abc import Callable
 from functools import partial
+from time import monotonic
 from typing import Final
 
 from holdfast.errors import DecodeError
@@ -33,8 +33,6 @@ HALF_FRAME_SECONDS: Final = 30.0
 SERVED: Final = 1
 IDLE: Final = 0
 GONE: Final = -1
-# Per call instead of per socket: a connection costs a system call less.
-_SEND: Final = socket.MSG_NOSIGNAL | socket.MSG_DONTWAIT
 _BUFFER_MIN: Final = 2808  # what swtpm answers: the least a TPM 2.0 buffer may be set to
 _INFO_MAX: Final = 3072
 
@@ -42,10 +40,10 @@ _INFO_MAX: Final = 3072
 class DataConnection:
     """One client's connection for TPM commands."""
 
-    __slots__ = ("_client", "_frames", "_mark", "_serve", "_vtpm", "deadline", "pending", "sock")
+    __slots__ = ("_client", "_frames", "_mark", "_serve", "_vtpm", "deadline", "fd", "pending")
 
-    def __init__(self, sock: RawSocket, vtpm: Vtpm) -> None:
-        self.sock = sock
+    def __init__(self, fd: int, vtpm: Vtpm) -> None:
+        self.fd = fd  # does not block
         self.pending = b""  # of responses the client has not taken yet
         self.deadline = 0.0  # when half a command will have taken too long; 0: no half command
         self._vtpm = vtpm
@@ -54,12 +52,12 @@ class DataConnection:
         self._mark = 0
         self._serve: Callable[[bytes], bytes] = self._first
 
-    def readable(self, clock: Callable[[], float]) -> int:
+    def readable(self) -> int:
         """Serve what has arrived: SERVED, IDLE or GONE."""
         if self.pending:
             return IDLE
         try:
-            data = self.sock.recv(RECEIVE_SIZE, socket.MSG_DONTWAIT)
+            data = os.read(self.fd, RECEIVE_SIZE)
         except BlockingIOError:
             return IDLE
         except OSError:
@@ -67,9 +65,9 @@ class DataConnection:
         # The common case: exactly one command.
         if self._frames is None and len(data) == int.from_bytes(data[2:6], "big") >= HEADER_SIZE:
             return self._send(self._serve(data))
-        return self._reassemble(data, clock) if data else GONE
+        return self._reassemble(data) if data else GONE
 
-    def _reassemble(self, data: bytes, clock: Callable[[], float]) -> int:
+    def _reassemble(self, data: bytes) -> int:
         """Commands in pieces, or several at once."""
         frames = self._frames or FrameBuffer()
         try:
@@ -81,7 +79,7 @@ class DataConnection:
             if self._send(self._serve(command)) == GONE:
                 return GONE
         self._frames = frames if frames.partial else None
-        self.deadline = clock() + HALF_FRAME_SECONDS if frames.partial else 0.0
+        self.deadline = monotonic() + HALF_FRAME_SECONDS if frames.partial else 0.0
         return SERVED
 
     def _first(self, command: bytes) -> bytes:
@@ -100,7 +98,7 @@ class DataConnection:
             self.pending += response
             return SERVED
         try:
-            sent = self.sock.send(response, _SEND)
+            sent = os.write(self.fd, response)
         except BlockingIOError:
             sent = 0
         except OSError:
@@ -115,7 +113,7 @@ class DataConnection:
         return self._send(response)
 
     def close(self) -> None:
-        self.sock.close()
+        os.close(self.fd)
         if self._client is not None:
             self._vtpm.detach(self._client)
 
@@ -123,31 +121,31 @@ class DataConnection:
 class ControlConnection:
     """One client's connection for control commands, with a container's rights."""
 
-    __slots__ = ("_data", "_established", "_info", "deadline", "pending", "sock")
+    __slots__ = ("_data", "_established", "_info", "deadline", "fd", "pending")
 
     def __init__(
-        self, sock: RawSocket, established: Callable[[], bool], info: Callable[[int], str]
+        self, fd: int, established: Callable[[], bool], info: Callable[[int], str]
     ) -> None:
-        self.sock = sock
+        self.fd = fd  # does not block
         self.pending = b""
         self.deadline = 0.0
         self._data = b""
         self._established = established
         self._info = info
 
-    def readable(self, clock: Callable[[], float]) -> int:
-        data = _receive(self.sock)
+    def readable(self) -> int:
+        data = _receive(self.fd)
         if not data:
             return IDLE if data is None else GONE
         self._data += data
         parsed = control.parse(self._data)
         if parsed is None:
-            self.deadline = clock() + HALF_FRAME_SECONDS
+            self.deadline = monotonic() + HALF_FRAME_SECONDS
             return SERVED if len(self._data) < control.REQUEST_MAX else GONE
         self._data, self.deadline = b"", 0.0
         answer = parsed if isinstance(parsed, bytes) else self._answer(parsed)
         try:
-            sent = self.sock.send(answer, _SEND)
+            sent = os.write(self.fd, answer)
         except OSError:
             return GONE  # a client that does not read four bytes is not waited for
         return SERVED if sent == len(answer) else GONE
@@ -185,16 +183,16 @@ class ControlConnection:
         return u32(control.RESULT_OK) + u32(len(text)) + u32(len(piece)) + piece
 
     def close(self) -> None:
-        self.sock.close()
+        os.close(self.fd)
 
 
 Connection = DataConnection | ControlConnection
 
 
-def _receive(sock: RawSocket) -> bytes | None:
+def _receive(fd: int) -> bytes | None:
     """What has arrived; None if nothing has, empty at the end."""
     try:
-        return sock.recv(RECEIVE_SIZE, socket.MSG_DONTWAIT)
+        return os.read(fd, RECEIVE_SIZE)
     except BlockingIOError:
         return None
     except OSError:

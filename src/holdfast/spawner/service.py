@@ -18,6 +18,7 @@ import selectors
 import signal
 import socket
 import sys
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +35,7 @@ from holdfast.spawner.pool import GROUP, Blank, Pool, ended, ending
 
 PEERS_MAX: Final = 8
 QUIET_SECONDS: Final = 0.03
+LATE_SECONDS: Final = 0.25  # without quiet, after which a blank worker is made regardless
 KEEPER_SECONDS: Final = 10.0
 _EIO: Final = 5
 Reply = tuple[ipc.Message, tuple[int, ...]]
@@ -80,13 +82,20 @@ class Spawner:
     def run(self) -> bool:
         """Serve until told to stop; True if this process wants to be executed anew."""
         wants_more = True
+        late = time.monotonic() + LATE_SECONDS
         while self._running and not self._renew:
             # A replacement is made when it is quiet: beside a wake it takes that wake's CPU, and
             # moving it into its cgroup holds up every fork and exit for 10 ms (measured, v1).
+            # Where it never gets quiet, it is made all the same.
             events = self._selector.select(QUIET_SECONDS if wants_more else None)
             for key, _ in events:
                 key.data()
-            wants_more = True if events else self._pool.refill()
+            now = time.monotonic()
+            if not events or now > late:
+                wants_more = self._pool.refill()
+                late = now + LATE_SECONDS
+            else:
+                wants_more = True
         return self._renew
 
     def stop(self) -> None:

@@ -9,6 +9,7 @@ Not here: what an instance may do in which state (`instance`).
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sqlite3
 from collections.abc import Iterator
@@ -22,6 +23,8 @@ from holdfast.errors import Conflict, HostError, IntegrityError, NotFound
 from holdfast.ids import InstanceId, InstanceName
 
 SCHEMA: Final = 1
+_PAGE: Final = 8192  # bytes; a sealed state mostly fits, so a commit writes one page
+_LOG_PAGES: Final = 256  # in the write-ahead log before it starts over
 _TABLES: Final = """
 CREATE TABLE instances (
     id TEXT PRIMARY KEY,
@@ -34,7 +37,7 @@ CREATE TABLE states (
     epoch INTEGER NOT NULL,
     sealed BLOB NOT NULL,
     wrapped BLOB NOT NULL
-) STRICT, WITHOUT ROWID;
+) STRICT;
 CREATE TABLE keys (
     id TEXT PRIMARY KEY REFERENCES instances(id) ON DELETE CASCADE,
     ek_rsa BLOB NOT NULL,
@@ -97,7 +100,9 @@ class Registry:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._db = sqlite3.connect(path, isolation_level=None)
         for pragma in (
+            f"page_size={_PAGE}",
             "journal_mode=WAL",
+            f"wal_autocheckpoint={_LOG_PAGES}",
             "synchronous=FULL",
             "secure_delete=ON",
             "foreign_keys=ON",
@@ -106,6 +111,7 @@ class Registry:
             self._db.execute(f"PRAGMA {pragma}")
         path.chmod(0o600)
         self._prepare(path)
+        self._make_room()
 
     def _prepare(self, path: Path) -> None:
         version = self._db.execute("PRAGMA user_version").fetchone()[0]
@@ -116,6 +122,18 @@ class Registry:
                 f"{path} has schema {version}, this Holdfast knows {SCHEMA}: "
                 "it was written by another version"
             )
+
+    def _make_room(self) -> None:
+        """Give the write-ahead log its size now.
+
+        To overwrite a log takes half as long as to lengthen it, which changes the file too.
+        """
+        with contextlib.suppress(sqlite3.OperationalError):  # a full disk: slower, that is all
+            with self._transaction():
+                self._db.execute("CREATE TABLE room (bytes BLOB)")
+                self._db.execute("INSERT INTO room VALUES (zeroblob(?))", (_PAGE * _LOG_PAGES,))
+                self._db.execute("DROP TABLE room")
+            self._db.execute("PRAGMA wal_checkpoint(RESTART)").fetchall()
 
     def close(self) -> None:
         self._db.close()
@@ -172,7 +190,8 @@ class Registry:
     def remove(self, instance: InstanceId) -> None:
         """Delete an instance with its state and keys; freed pages are overwritten."""
         self._db.execute("DELETE FROM instances WHERE id = ?", (str(instance),))
-        self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+        self._make_room()
 
     # --- sealed state ---
 

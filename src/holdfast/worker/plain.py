@@ -14,7 +14,6 @@ import os
 import signal
 import socket
 import sys
-from _socket import socket as RawSocket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Final
@@ -88,9 +87,9 @@ def serve(directory: Path, plain: PlainTpm, ready: Callable[[], None]) -> None:
     engine = plain.engine
     loop = Loop()
     paths = [directory / "tpm.sock", directory / "tpm.sock.ctrl"]
-    makers: list[Callable[[RawSocket], Connection]] = [
-        lambda sock: DataConnection(sock, vtpm),
-        lambda sock: ControlConnection(sock, engine.established, engine.info),
+    makers: list[Callable[[int], Connection]] = [
+        lambda fd: DataConnection(fd, vtpm),
+        lambda fd: ControlConnection(fd, engine.established, engine.info),
     ]
     for path, made in zip(paths, makers, strict=True):
         if len(os.fsencode(path)) > PATH_MAX:

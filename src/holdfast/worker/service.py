@@ -290,11 +290,11 @@ class Worker:
         self._loop.serve_devices(fuse_fd, devices)
         self._loop.listen(
             socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, 0, data_fd),
-            lambda sock: DataConnection(sock, vtpm),
+            lambda fd: DataConnection(fd, vtpm),
         )
         self._loop.listen(
             socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, 0, control_fd),
-            lambda sock: ControlConnection(sock, self._engine.established, self._engine.info),
+            lambda fd: ControlConnection(fd, self._engine.established, self._engine.info),
         )
         return ipc.Done()
 
