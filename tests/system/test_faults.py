@@ -252,6 +252,42 @@ def test_a_worker_minds_no_signal_but_the_last() -> None:
         assert host.inspect("mine")["restarts"] == 0
 
 
+def test_runs_creations_and_replacements_leave_no_descriptor_behind() -> None:
+    with a_host() as host:
+        host.create("cycled")
+
+        def open_files() -> dict[str, int]:
+            its = host.children()
+            return {name: len(os.listdir(f"/proc/{pid}/fd")) for name, pid in its.items()}
+
+        def cycle(number: int) -> None:
+            host.power_on("cycled")
+            attest(host, "cycled")
+            host.create(f"made-{number}")
+            host.call("POST", "/v1/vtpms/cycled/stop", {})
+            host.call("DELETE", f"/v1/vtpms/made-{number}")
+
+        for number in range(3):
+            cycle(number)
+        host.power_on("cycled")
+        (worker,) = host.workers()
+        os.kill(worker, signal.SIGKILL)
+        until("a new worker", lambda: host.workers() and worker not in host.workers())
+        host.call("POST", "/v1/vtpms/cycled/stop", {})
+        settled = until("blank workers wait", lambda: blank_workers_wait(host) and open_files())
+        for number in range(10, 20):
+            cycle(number)
+        until(
+            "as many files are open as before",
+            lambda: blank_workers_wait(host) and open_files() == settled,
+            10,
+        )
+
+
+def blank_workers_wait(host: Serve) -> bool:
+    return bool(host.finding("spawner")["says"] == "0 workers live, 3 wait")
+
+
 # --- a full disk ---------------------------------------------------------------------------------
 
 

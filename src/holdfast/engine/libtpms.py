@@ -67,6 +67,11 @@ class Engine:
         self._response = self._ffi.new("unsigned char **")
         self._size = self._ffi.new("uint32_t *")
         self._capacity = self._ffi.new("uint32_t *")
+        # The same three words as plain numbers: to look through cffi costs 0.1 us each.
+        self._address_now = memoryview(self._ffi.buffer(self._response)).cast("B").cast("N")
+        self._size_now = memoryview(self._ffi.buffer(self._size)).cast("B").cast("I")
+        self._address = 0  # of libtpms' response buffer when `_output` was made
+        self._output: Any = b""
         self._callbacks = self._register()
 
     @property
@@ -120,7 +125,10 @@ class Engine:
             self._locality = 0
         if rc:
             raise TpmError(rc, "TPMLIB_Process")
-        response: bytes = self._buffer(self._response[0], self._size[0])[:]
+        if self._address != self._address_now[0]:
+            self._address = self._address_now[0]
+            self._output = self._buffer(self._response[0], BUFFER_MAX)
+        response: bytes = self._output[: self._size_now[0]]
         return response
 
     def take_noted(self) -> bytes | None:

@@ -25,6 +25,7 @@ SPIN_SECONDS: Final = 60e-6
 PROBE_EVERY: Final = 64  # answers between probes once spinning has not paid
 MISSES_MAX: Final = 4  # misses in a row after which it does not pay
 SWEEP_SECONDS: Final = 5.0
+_TURNS: Final = 0xFF  # between two looks at the clock
 BURST_MAX: Final = 32  # commands of one client before the others have their turn
 
 
@@ -77,6 +78,7 @@ class Loop:
 
     def run(self) -> None:
         poll, urgent = self._poll.poll, self._urgent
+        turns = 0
         while self._running:
             events = poll(SWEEP_SECONDS * 1000)
             if len(events) > 1:
@@ -86,7 +88,8 @@ class Loop:
                 if handler is not None:
                     self._left = BURST_MAX
                     handler(event)
-            if not events or monotonic() - self._swept > SWEEP_SECONDS:
+            turns += 1
+            if not events or turns & _TURNS == 0:
                 self._sweep()
 
     def _forget(self, fd: int) -> None:
@@ -128,7 +131,11 @@ class Loop:
         if event & select.POLLOUT:
             result = connection.writable()
         else:
-            result = self._serve_eagerly(connection.readable)
+            result = connection.readable()
+            if self._skip:
+                self._skip -= 1
+            elif result == SERVED:
+                result = self._look_again(connection.readable)
         if result == GONE:
             self._close(fd, connection)
         elif connection.pending:
@@ -171,7 +178,10 @@ class Loop:
 
     def _sweep(self) -> None:
         """Close connections that began a command and left it there."""
-        now = self._swept = monotonic()
+        now = monotonic()
+        if now - self._swept < SWEEP_SECONDS:
+            return
+        self._swept = now
         for fd, connection in list(self._connections.items()):
             if connection.deadline and connection.deadline < now:
                 self._close(fd, connection)

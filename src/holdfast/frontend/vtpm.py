@@ -17,14 +17,15 @@ _SIMPLE: Final = frozenset(
 
 
 class Vtpm:
-    """Joins filter and resource manager; `process` is the TPM behind them.
+    """Joins filter and resource manager; `process` is the TPM behind them, and `read` too.
 
+    `read` may do without whatever `process` does for commands that store something.
     `shared` is the one context of all who come for a single command: clients that reconnect each
     time, and /dev/tpm0, whose objects outlive an open. It evicts its own oldest when full.
     """
 
-    def __init__(self, process: Process, profile: Profile) -> None:
-        self._process = process
+    def __init__(self, process: Process, profile: Profile, read: Process | None = None) -> None:
+        self._read = read or process
         self._resources = ResourceManager(process)
         self._linked = profile is Profile.LINKED
         self.host = self._resources.attach()
@@ -54,7 +55,7 @@ class Vtpm:
             and command[6:10] in _SIMPLE
             and len(command) == int.from_bytes(command[2:6], "big")
         ):
-            response = self._process(command)
+            response = self._read(command)
             if len(response) != HEADER_SIZE:
                 return response
         answer = malformed(command) or (refuse(command) if self._linked else None)

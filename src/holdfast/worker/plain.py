@@ -83,8 +83,8 @@ class PlainTpm:
 
 def serve(directory: Path, plain: PlainTpm, ready: Callable[[], None]) -> None:
     """Answer clients on sockets in `directory` until SIGTERM."""
-    vtpm = Vtpm(plain.tpm.execute, Profile.PLAIN)
     engine = plain.engine
+    vtpm = Vtpm(plain.tpm.execute, Profile.PLAIN, engine.process)
     loop = Loop()
     paths = [directory / "tpm.sock", directory / "tpm.sock.ctrl"]
     makers: list[Callable[[int], Connection]] = [

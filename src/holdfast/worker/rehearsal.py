@@ -44,7 +44,7 @@ def rehearse(engine: Engine, permanent: bytes) -> None:
     rq.response(Cc.PCR_Extend, engine.process(rq.pcr_extend(15, digests)))
     rq.pcr_read_values(engine.process(rq.pcr_read(PcrSelection.of(Alg.SHA256, (15,)))))
     forget_platform_auth(engine.process)
-    vtpm = Vtpm(tpm.execute, Profile.LINKED)
+    vtpm = Vtpm(tpm.execute, Profile.LINKED, engine.process)
     client = vtpm.attach()
     vtpm.execute(client, rq.get_random(16))
     vtpm.detach(client)

@@ -246,7 +246,7 @@ class Worker:
             if not self._commit(noted):
                 return ipc.Refused("HostError", "the store refused the state of this power-on")
             self._tpm.committed(noted)
-        self._vtpm = Vtpm(self._tpm.execute, profile)
+        self._vtpm = Vtpm(self._tpm.execute, profile, self._engine.process)
         return self._powered_on()
 
     def _powered_on(self) -> lc.PoweredOn:
