@@ -68,7 +68,7 @@ class Engine:
         self._size = self._ffi.new("uint32_t *")
         self._capacity = self._ffi.new("uint32_t *")
         # The same three words as plain numbers: to look through cffi costs 0.1 us each.
-        self._address_now = memoryview(self._ffi.buffer(self._response)).cast("B").cast("N")
+        self._address_now = memoryview(self._ffi.buffer(self._response)).cast("B").cast("P")
         self._size_now = memoryview(self._ffi.buffer(self._size)).cast("B").cast("I")
         self._address = 0  # of libtpms' response buffer when `_output` was made
         self._output: Any = b""

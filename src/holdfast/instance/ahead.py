@@ -32,13 +32,9 @@ async def begin(
     spawner: Peer, registry: Registry, instance: UUID, banks: tuple[int, ...]
 ) -> Parked:
     """Get a worker for `instance` and have it make its keys."""
-    worker = await spawn(spawner, instance, registry, lambda _: None)
-    try:
-        made, _ = await worker.link.ask(lc.Manufacture(banks), lc.Manufactured)
-    except BaseException:
-        with contextlib.suppress(HoldfastError):
-            await worker.kill(spawner)
-        raise
+    worker, made = await spawn(
+        spawner, instance, registry, lambda _: None, b"", lc.Manufacture(banks), lc.Manufactured
+    )
     return Parked(instance, worker, made)
 
 

@@ -18,10 +18,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final, Protocol
 
-from holdfast.errors import Conflict, HoldfastError, HostError, IntegrityError
+from holdfast.errors import Conflict, HoldfastError, HostError
 from holdfast.eventlog.cel import encode_seq
 from holdfast.eventlog.records import Record
-from holdfast.eventlog.replay import PcrValues, first_difference, initial, replay
+from holdfast.eventlog.replay import PcrValues, initial, replay
 from holdfast.eventlog.tcg2 import Tcg2Log
 from holdfast.instance.ahead import Parked, begin
 from holdfast.instance.lifecycle import Event, State, after
@@ -208,33 +208,21 @@ class VirtualTpm:
     async def _begin(self, run: Run) -> None:
         """Give the run a worker, and let clients in when its PCRs are what the ledger says."""
         around = self._around
-        worker = await spawn(around.spawner, self.record.id, around.registry, self._died)
-        try:
-            await self._power(worker, run)
-            await worker.link.ask(lc.Serve(), ipc.Done)
-        except BaseException:
-            with contextlib.suppress(HoldfastError):
-                await worker.kill(around.spawner)
-            raise
-        self._worker = worker
-
-    async def _power(self, worker: WorkerLink, run: Run) -> None:
-        state = self._around.registry.state(self.record.id)
-        message = lc.PowerOn(
-            self.record.profile, state.epoch, state.sealed, state.wrapped, run.startup_locality,
+        state = around.registry.state(self.record.id)
+        ledger = replay(initial(self.banks, run.startup_locality), run.extends)
+        task = lc.PowerOn(
+            self.record.profile, state.epoch, state.sealed, run.startup_locality,
             tuple(_extension(pcr, digests) for pcr, digests in run.extends),
+            tuple(
+                ipc.PcrValue(alg, pcr, bank[pcr])
+                for alg, bank in ledger.items() for pcr in MEASURED_PCRS
+            ),
         )  # fmt: skip
-        answer, _ = await worker.link.ask(message, lc.PoweredOn)
-        said: dict[Alg, dict[int, bytes]] = {}
-        for value in answer.pcrs:
-            said.setdefault(Alg(value.alg), {})[value.pcr] = value.value
-        expected = replay(initial(self.banks, run.startup_locality), run.extends)
-        if set(said) != set(expected):
-            raise IntegrityError("the worker's PCR banks are not those it was made with")
-        differs = first_difference(said, expected, MEASURED_PCRS)
-        if differs is not None:
-            raise IntegrityError(f"the worker's {differs} is not what was extended")
-        self.ledger = expected
+        self._worker, _ = await spawn(
+            around.spawner, self.record.id, around.registry, self._died,
+            state.wrapped, task, lc.PoweredOn,
+        )  # fmt: skip
+        self.ledger = ledger
 
     def _write_log(self, run: Run) -> None:
         """The write-ahead record: what is about to be extended, durable first."""

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
+import socket
 import sqlite3
 import time
 from collections.abc import Callable
-from typing import Final
+from typing import Final, TypeVar
 from uuid import UUID
 
 from holdfast.errors import HoldfastError, HostError
@@ -20,22 +22,31 @@ from holdfast.store.registry import Registry, SealedState
 
 COMMITS_PER_SECOND: Final = 200.0  # durable writes that one vTPM may cause, for long
 COMMITS_BURST: Final = 2000.0
+A = TypeVar("A", bound=ipc.Message)
 
 
 class WorkerLink:
-    """One worker, from Spawned to the end of its process."""
+    """One worker, from its channel's making to the end of its process."""
 
     def __init__(
-        self, instance: UUID, registry: Registry, fds: list[int], died: Callable[[str], None]
+        self,
+        instance: UUID,
+        registry: Registry,
+        sock: socket.socket,
+        died: Callable[[str], None],
     ) -> None:
         self._instance = instance
         self._registry = registry
         self._died = died
-        self._pidfd = fds[1]
+        self._pidfd = -1
         self._commits = Bucket(COMMITS_PER_SECOND, COMMITS_BURST)
         self.ended = asyncio.Event()
-        self.link = Link("worker", channel.from_fd(fds[0]), self._unasked)
-        asyncio.get_running_loop().add_reader(self._pidfd, self._end)
+        self.link = Link("worker", sock, self._unasked)
+
+    def watch(self, pidfd: int) -> None:
+        """Notice the end of this process; takes the descriptor over."""
+        self._pidfd = pidfd
+        asyncio.get_running_loop().add_reader(pidfd, self._end)
 
     def _unasked(self, message: ipc.Message) -> ipc.Message | None:
         """A commit is answered when it is durable; last words are kept."""
@@ -79,11 +90,37 @@ class WorkerLink:
 
 
 async def spawn(
-    spawner: Peer, instance: UUID, registry: Registry, died: Callable[[str], None]
-) -> WorkerLink:
-    """Get a fresh worker for the instance."""
-    _, fds = await spawner.ask(lc.Spawn(instance), lc.Spawned)
-    return _linked(instance, registry, fds, died)
+    spawner: Peer,
+    instance: UUID,
+    registry: Registry,
+    died: Callable[[str], None],
+    wrapped: bytes,
+    task: ipc.Message,
+    expected: type[A],
+) -> tuple[WorkerLink, A]:
+    """Get a fresh worker for the instance, which finds its data key and its first task waiting.
+
+    Returns it with its answer to that task; if anything goes wrong there is no worker.
+    """
+    ours, theirs = channel.pair()
+    worker = WorkerLink(instance, registry, ours, died)
+    with theirs:
+        doing = asyncio.ensure_future(worker.link.ask(task, expected))
+        try:
+            spawned = lc.Spawn(instance, wrapped)
+            _, fds = await spawner.ask(spawned, lc.Spawned, (theirs.fileno(),))
+            worker.watch(*_exactly(1, fds))
+        except BaseException:
+            worker.link.close()
+            await asyncio.gather(doing, return_exceptions=True)
+            raise
+    try:
+        answer, _ = await doing
+    except BaseException:
+        with contextlib.suppress(HoldfastError):
+            await worker.kill(spawner)
+        raise
+    return worker, answer
 
 
 async def reattach(
@@ -91,14 +128,15 @@ async def reattach(
 ) -> WorkerLink:
     """Take up with the worker that outlived the last daemon."""
     _, fds = await spawner.ask(lc.Reattach(instance), lc.Spawned)
-    return _linked(instance, registry, fds, died)
+    sock, pidfd = _exactly(2, fds)
+    worker = WorkerLink(instance, registry, channel.from_fd(sock), died)
+    worker.watch(pidfd)
+    return worker
 
 
-def _linked(
-    instance: UUID, registry: Registry, fds: list[int], died: Callable[[str], None]
-) -> WorkerLink:
-    if len(fds) != 2:
+def _exactly(count: int, fds: list[int]) -> list[int]:
+    if len(fds) != count:
         for fd in fds:
             os.close(fd)
         raise HostError("the spawner sent no worker")
-    return WorkerLink(instance, registry, fds, died)
+    return fds

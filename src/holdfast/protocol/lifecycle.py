@@ -34,15 +34,18 @@ class Release(Message, code=101):
 class Spawn(Message, code=102):
     """Give the instance a worker: a blank one, with what is held for it, leased at the keeper.
 
-    Answered with Spawned, or Refused (Conflict while one lives).
+    Descriptor: the worker's end of its channel to the daemon, in which its first task may wait
+    already. `wrapped`: its data key as the store has it; empty for a new one. Answered with
+    Spawned, or Refused (Conflict while one lives).
     """
 
     instance: UUID
+    wrapped: bytes
 
 
 @dataclass(frozen=True)
 class Spawned(Message, code=103):
-    """Descriptors: the daemon's end of the worker's channel, the worker's pidfd."""
+    """Descriptor: the worker's pidfd; after Reattach, before it the daemon's end of a channel."""
 
     pid: int
 
@@ -160,24 +163,24 @@ class Extension(Message):
 
 @dataclass(frozen=True)
 class PowerOn(Message, code=150):
-    """TPM Reset on this state, then extend. Answered with Commit and PoweredOn.
+    """TPM Reset on this state, extend, and let clients in if the PCRs are then as `expected`.
 
-    `sealed` and `wrapped` as the store has them; `startup_locality` 0 or 3 (host log).
+    Answered with Commit and PoweredOn. `sealed` as the store has it; `startup_locality` 0 or 3
+    (host log); `expected`: PCRs 0-15 of exactly the banks that are active.
     """
 
     profile: str
     epoch: int
     sealed: bytes
-    wrapped: bytes
     startup_locality: int
     extensions: tuple[Extension, ...]
+    expected: tuple[PcrValue, ...]
 
 
 @dataclass(frozen=True)
 class PoweredOn(Message, code=151):
-    """PCRs 0-15 of every active bank, and the TPM's own count of resets."""
+    """Clients are let in. The TPM's own count of resets."""
 
-    pcrs: tuple[PcrValue, ...]
     reset_count: int
 
 
@@ -186,11 +189,6 @@ class Extend(Message, code=152):
     """Extend these, in order. Answered with Done."""
 
     extensions: tuple[Extension, ...]
-
-
-@dataclass(frozen=True)
-class Serve(Message, code=153):
-    """Everything is measured: let clients in. Answered with Done."""
 
 
 @dataclass(frozen=True)

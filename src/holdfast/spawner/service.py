@@ -155,6 +155,8 @@ class Spawner:
                 reply = self._hold(message, fds)
                 kept = fds
                 return reply
+            if isinstance(message, lc.Spawn):
+                return self._spawn(message, fds)
             return handler(message)
         except (HoldfastError, OSError) as error:
             name = type(error).__name__ if isinstance(error, HoldfastError) else "HostError"
@@ -209,7 +211,9 @@ class Spawner:
 
     # --- workers ---
 
-    def _spawn(self, message: lc.Spawn) -> Reply:
+    def _spawn(self, message: lc.Spawn, fds: tuple[int, ...] = ()) -> Reply:
+        if len(fds) != 1:
+            raise ProtocolError("Spawn comes with the worker's end of a channel")
         instance = message.instance
         self._reap(instance)
         entry = self._entries.get(instance)
@@ -217,23 +221,23 @@ class Spawner:
             raise Conflict("its worker lives")
         blank = self._pool.take()
         key_worker, key_keeper = channel.pair()
-        daemon_worker, daemon_end = channel.pair()
-        with key_worker, key_keeper, daemon_worker:
+        with key_worker, key_keeper:
+            # Asked on the worker's behalf, so that the key is there before it is needed.
+            channel.send(key_worker, ipc.KeyRequest(message.wrapped).encode())
             try:
                 self._lease(instance, key_keeper.fileno(), blank.pidfd)
             except HoldfastError:
                 blank.discard()
-                daemon_end.close()
                 raise
             entry = self._entries.setdefault(instance, entry or Entry(create_page()))
             entry.worker = blank
             if entry.held:
                 _ask_again(entry.held[0])
             begin = lc.Begin(instance, bool(entry.held)).encode()
-            fds = (daemon_worker.fileno(), key_worker.fileno(), entry.page_fd, *entry.held)
-            channel.send(blank.channel, begin, fds)
+            ends = (*fds, key_worker.fileno(), entry.page_fd, *entry.held)
+            channel.send(blank.channel, begin, ends)
         self._selector.register(blank.pidfd, selectors.EVENT_READ, lambda: self._reap(instance))
-        return lc.Spawned(blank.pid), (daemon_end.detach(), os.dup(blank.pidfd))
+        return lc.Spawned(blank.pid), (os.dup(blank.pidfd),)
 
     def _lease(self, instance: UUID, key_channel: int, pidfd: int) -> None:
         """Tell the keeper whose worker this is; HostError if it cannot be reached."""

@@ -33,7 +33,7 @@ def rehearse(engine: Engine, permanent: bytes) -> None:
     """Live through `permanent`, which is nobody's."""
     key = os.urandom(KEY_SIZE)
     sealed = seal(key, _INSTANCE, 1, Kind.PERMANENT, permanent)
-    message = ipc.decode(lc.PowerOn("linked", 1, sealed, b"", 0, ()).encode())
+    message = ipc.decode(lc.PowerOn("linked", 1, sealed, 0, (), ()).encode())
     assert isinstance(message, lc.PowerOn)
     state = unseal(key, _INSTANCE, 1, Kind.PERMANENT, message.sealed)
     tpm = DurableTpm(engine, lambda _: True)

@@ -74,7 +74,6 @@ class Worker:
             lc.InstallCertificates: self._install_certificates,
             lc.PowerOn: self._power_on,
             lc.Extend: self._extend,
-            lc.Serve: self._serve,
             lc.Quote: self._quote,
             lc.PowerOff: self._power_off,
         }
@@ -131,26 +130,33 @@ class Worker:
 
     # --- making state durable ---
 
-    def _commit(self, permanent: bytes) -> bool:
-        """Seal and have the daemon keep it; False if the daemon cannot."""
-        if not self._data_key:
-            self._fetch_key(b"")
+    def _commit(self, permanent: bytes, meanwhile: Callable[[], None] | None = None) -> bool:
+        """Seal and have the daemon keep it; False if the daemon cannot.
+
+        `meanwhile` is done once the daemon has been asked, while the disk is at work.
+        """
+        self._have_key()
         epoch = self._epoch + 1
         sealed = seal(self._data_key, self._instance, epoch, Kind.PERMANENT, permanent)
         request = lc.Commit(epoch, sealed, self._wrapped).encode()
         deadline = time.monotonic() + DAEMON_WAIT
         while True:
-            verdict = self._ask_to_commit(request, epoch)
+            verdict = self._ask_to_commit(request, epoch, meanwhile)
             if verdict is not None:
                 if verdict:
                     self._epoch = epoch
                 return verdict
             self._await_daemon(deadline)
+            meanwhile = None
 
-    def _ask_to_commit(self, request: bytes, epoch: int) -> bool | None:
+    def _ask_to_commit(
+        self, request: bytes, epoch: int, meanwhile: Callable[[], None] | None
+    ) -> bool | None:
         """One try with the present daemon; None if it went away before it answered."""
         try:
             channel.send(self.daemon, request)
+            if meanwhile is not None:
+                meanwhile()
             while True:
                 data, _ = channel.receive(self.daemon)
                 if not data:
@@ -179,11 +185,12 @@ class Worker:
             ready.close()
         self._on_spawner()
 
-    def _fetch_key(self, wrapped: bytes) -> None:
-        """Ask the keeper, once, for this instance's data key."""
+    def _have_key(self) -> None:
+        """Take this instance's data key, once; the spawner has asked the keeper for it."""
+        if self._data_key:
+            return
         self._keys.settimeout(KEY_WAIT)
         try:
-            channel.send(self._keys, ipc.KeyRequest(wrapped).encode())
             data, _ = channel.receive(self._keys)
         except OSError as error:
             raise IntegrityError(f"the keeper gave no key: {error.strerror}") from None
@@ -229,7 +236,7 @@ class Worker:
 
     def _power_on(self, message: lc.PowerOn) -> ipc.Message:
         """TPM Reset, the host's measurements, a platformAuth that nobody knows; then durable."""
-        self._fetch_key(message.wrapped)
+        self._have_key()
         self._epoch = message.epoch
         state = unseal(self._data_key, self._instance, self._epoch, Kind.PERMANENT, message.sealed)
         execute = self._engine.process
@@ -242,34 +249,31 @@ class Worker:
         if profile is Profile.LINKED:
             manufacture.forget_platform_auth(execute)
         noted = self._engine.take_noted()
-        if noted is not None:
-            if not self._commit(noted):
-                return ipc.Refused("HostError", "the store refused the state of this power-on")
-            self._tpm.committed(noted)
+        assert noted is not None, "Startup counts resets, so there is something to store"
+        if not self._commit(noted, lambda: self._check_pcrs(message.expected)):
+            return ipc.Refused("HostError", "the store refused the state of this power-on")
+        self._tpm.committed(noted)
         self._vtpm = Vtpm(self._tpm.execute, profile, self._engine.process)
-        return self._powered_on()
+        reset_count = rq.reset_count(execute(rq.read_clock()))
+        if self._held:
+            self._serve(self._vtpm)
+        return lc.PoweredOn(reset_count)
 
-    def _powered_on(self) -> lc.PoweredOn:
-        values = []
-        for alg in self._banks():
+    def _check_pcrs(self, expected: tuple[ipc.PcrValue, ...]) -> None:
+        """IntegrityError unless the PCRs are these, in exactly these banks."""
+        wanted = {(value.alg, value.pcr): value.value for value in expected}
+        for alg in HASH_SIZES:
             for start in range(0, len(MEASURED_PCRS), _READ_AT_ONCE):
                 pcrs = MEASURED_PCRS[start : start + _READ_AT_ONCE]
-                selection = PcrSelection.of(alg, pcrs)
-                _, read = rq.pcr_read_values(self._engine.process(rq.pcr_read(selection)))
-                values += [
-                    ipc.PcrValue(alg, pcr, value) for pcr, value in zip(pcrs, read, strict=True)
-                ]
-        return lc.PoweredOn(tuple(values), rq.reset_count(self._engine.process(rq.read_clock())))
-
-    def _banks(self) -> list[Alg]:
-        """The banks this TPM has: PCR_Read names no PCR of the others."""
-        banks = []
-        for alg in HASH_SIZES:
-            answer = self._engine.process(rq.pcr_read(PcrSelection.of(alg, (0,))))
-            _, values = rq.pcr_read_values(answer)
-            if values:
-                banks.append(alg)
-        return banks
+                answer = self._engine.process(rq.pcr_read(PcrSelection.of(alg, pcrs)))
+                _, read = rq.pcr_read_values(answer)
+                if not read:
+                    break  # a bank that is not active
+                for pcr, value in zip(pcrs, read, strict=True):
+                    if wanted.pop((alg, pcr), None) != value:
+                        raise IntegrityError(f"{alg.name} PCR {pcr} is not what was extended")
+        if wanted:
+            raise IntegrityError("the TPM's PCR banks are not those it was made with")
 
     @staticmethod
     def _extend_all(
@@ -283,8 +287,8 @@ class Worker:
         self._extend_all(self._running().execute_for_host, message.extensions)
         return ipc.Done()
 
-    def _serve(self, _message: lc.Serve) -> ipc.Message:
-        vtpm = self._running()
+    def _serve(self, vtpm: Vtpm) -> None:
+        """Let clients in."""
         fuse_fd, data_fd, control_fd = self._held
         devices = Devices(vtpm, self._page, time.monotonic, int(time.time()))
         self._loop.serve_devices(fuse_fd, devices)
@@ -296,7 +300,6 @@ class Worker:
             socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, 0, control_fd),
             lambda fd: ControlConnection(fd, self._engine.established, self._engine.info),
         )
-        return ipc.Done()
 
     def _quote(self, message: lc.Quote) -> ipc.Message:
         selection = PcrSelection(tuple((Alg(bank), message.pcrs) for bank in message.banks))
