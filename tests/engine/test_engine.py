@@ -153,7 +153,7 @@ def test_platform_auth_is_empty_after_every_reset_and_ours_is_not(
 
 
 def test_the_evidence_ak_outlives_what_an_owner_may_do(engine: Engine, tpm: DurableTpm) -> None:
-    manufacture.make_keys(tpm.execute)
+    manufacture.make_ecc_keys(tpm.execute)
     manufacture.forget_platform_auth(tpm.execute)
     vtpm = Vtpm(tpm.execute, Profile.LINKED)
     owner = vtpm.attach()
@@ -169,7 +169,7 @@ def test_the_evidence_ak_outlives_what_an_owner_may_do(engine: Engine, tpm: Dura
 def test_its_counters_are_true_in_a_quote_by_the_evidence_ak(
     engine: Engine, tpm: DurableTpm
 ) -> None:
-    manufacture.make_keys(tpm.execute)
+    manufacture.make_ecc_keys(tpm.execute)
     quote = rq.quote(AK_HANDLE, b"nonce", PcrSelection.of(Alg.SHA256, (0,)))
     attest = Attest.decode(rq.quoted(tpm.execute(quote))[0])
     count = rq.reset_count(tpm.execute(rq.read_clock()))

@@ -178,10 +178,10 @@ class Guest:
     def __init__(self, swtpm: Swtpm) -> None:
         self._tcti = Transport(swtpm.tcti).attach()
         self.id = uuid4()
-        self.ek, self.ek_rsa = self._primary(Rh.ENDORSEMENT, EK_RSA2048)
+        self.ek, self.ek_ecc = self._primary(Rh.ENDORSEMENT, EK_P256)
         self.ak_handle, self.ak = self._primary(Rh.PLATFORM, AK_P256)
-        ecc, self.ek_ecc = self._primary(Rh.ENDORSEMENT, EK_P256)
-        self._send(rq.flush_context(ecc))
+        rsa, self.ek_rsa = self._primary(Rh.ENDORSEMENT, EK_RSA2048)
+        self._send(rq.flush_context(rsa))
 
     def _send(self, command: bytes) -> bytes:
         self._tcti.transmit(command)
@@ -190,10 +190,13 @@ class Guest:
     def _primary(self, hierarchy: Rh, template: Public) -> tuple[int, Public]:
         return rq.created_public(self._send(rq.create_primary(hierarchy, template)))
 
-    def keys(self, name: str = "web") -> ipc.EnrolKeys:
-        return ipc.EnrolKeys(
-            self.id, name, self.ek_rsa.encode(), self.ek_ecc.encode(), self.ak.encode()
-        )
+    def keys(self) -> ipc.EnrolKeys:
+        return ipc.EnrolKeys(self.id, self.ek_ecc.encode(), self.ak.encode())
+
+    def wishes(self, name: str = "web") -> list[ipc.Certify]:
+        """For certificates of the RSA EK, the ECC EK and the AK."""
+        keys = (self.ek_rsa, self.ek_ecc, self.ak)
+        return [ipc.Certify(self.id, name, public.encode()) for public in keys]
 
     def activate(self, challenge: ipc.EnrolChallenge) -> ipc.EnrolProof:
         session = rq.response(Cc.StartAuthSession, self._send(rq.start_policy_session())).handle

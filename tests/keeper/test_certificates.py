@@ -6,6 +6,7 @@ import datetime
 import hashlib
 import subprocess
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 from cryptography import x509
@@ -15,7 +16,7 @@ from cryptography.x509.oid import NameOID, ObjectIdentifier
 
 from holdfast.keeper import vault
 from holdfast.keeper.certificates import CN_MAX, EKU_AK, EKU_EK, NV_SIZE_MAX, OID_VIRTUAL
-from holdfast.protocol import ipc
+from holdfast.keeper.custody import Custody
 from holdfast.tpm2.keys import public_key
 from holdfast.tpm2.structures import Public
 
@@ -30,11 +31,27 @@ TPM_ATTRIBUTES = {
 SPECIFICATION = "3019301706056781050210310e300c0c03322e30020100020200a4"
 
 
+class Enrolled(NamedTuple):
+    """A vTPM's certificates (DER)."""
+
+    ek_rsa: bytes
+    ek_ecc: bytes
+    ak: bytes
+    chain: tuple[bytes, ...]
+
+
+def enrol(custody: Custody, guest: Guest, name: str = "web") -> Enrolled:
+    custody.enrol(guest.activate(custody.challenge(guest.keys())))
+    certified = [custody.certify(wish) for wish in guest.wishes(name)]
+    rsa, ecc, ak = (each.certificate for each in certified)
+    return Enrolled(rsa, ecc, ak, certified[0].chain)
+
+
 @pytest.fixture
-def enrolled(box: Box, guest: Guest) -> ipc.Enrolled:
+def enrolled(box: Box, guest: Guest) -> Enrolled:
     custody = box.custody()
     try:
-        return custody.enrol(guest.activate(custody.challenge(guest.keys())))
+        return enrol(custody, guest)
     finally:
         custody.close()
 
@@ -52,7 +69,7 @@ def openssl_verify(root: str, leaf: str, *options: str) -> subprocess.CompletedP
     )  # fmt: skip
 
 
-def test_openssl_accepts_the_whole_chain(box: Box, enrolled: ipc.Enrolled, tmp_path: Path) -> None:
+def test_openssl_accepts_the_whole_chain(box: Box, enrolled: Enrolled, tmp_path: Path) -> None:
     ca = pem(enrolled.chain[0], tmp_path / "ca")
     root = pem(enrolled.chain[1], tmp_path / "root")
     assert Path(root).read_bytes() == (box.out / "site-root-ca.pem").read_bytes()
@@ -64,7 +81,7 @@ def test_openssl_accepts_the_whole_chain(box: Box, enrolled: ipc.Enrolled, tmp_p
     assert done.returncode == 0, done.stderr
 
 
-def test_pyca_accepts_every_signature_in_the_chain(enrolled: ipc.Enrolled) -> None:
+def test_pyca_accepts_every_signature_in_the_chain(enrolled: Enrolled) -> None:
     ca, root = map(x509.load_der_x509_certificate, enrolled.chain)
     ca.verify_directly_issued_by(root)
     for der in (enrolled.ek_rsa, enrolled.ek_ecc, enrolled.ak):
@@ -107,7 +124,7 @@ def test_host_ca_cannot_certify_for_another_site_or_another_maker(
     assert "permitted subtree violation" in done.stderr
 
 
-def test_ek_certificates_follow_the_profile(enrolled: ipc.Enrolled, guest: Guest) -> None:
+def test_ek_certificates_follow_the_profile(enrolled: Enrolled, guest: Guest) -> None:
     issuer = x509.load_der_x509_certificate(enrolled.chain[0])
     for der, key, bit in (
         (enrolled.ek_rsa, guest.ek_rsa, "key_encipherment"),
@@ -140,9 +157,7 @@ def test_ek_certificates_follow_the_profile(enrolled: ipc.Enrolled, guest: Guest
         assert authority.value.key_identifier == issuer_key.digest
 
 
-def test_ek_certificate_names_the_tpm_and_says_it_is_virtual(
-    box: Box, enrolled: ipc.Enrolled
-) -> None:
+def test_ek_certificate_names_the_tpm_and_says_it_is_virtual(box: Box, enrolled: Enrolled) -> None:
     for der in (enrolled.ek_rsa, enrolled.ek_ecc):
         extensions = x509.load_der_x509_certificate(der).extensions
         names = extensions.get_extension_for_class(x509.SubjectAlternativeName)
@@ -162,7 +177,7 @@ def test_subject_is_name_and_uuid_and_a_long_name_is_cut_not_the_uuid(
     custody = box.custody()
     try:
         for name in ("web", "n" * 63):
-            enrolled = custody.enrol(guest.activate(custody.challenge(guest.keys(name))))
+            enrolled = enrol(custody, guest, name)
             for der in (enrolled.ek_rsa, enrolled.ek_ecc, enrolled.ak):
                 subject = x509.load_der_x509_certificate(der).subject
                 (common,) = subject.get_attributes_for_oid(NameOID.COMMON_NAME)
@@ -175,7 +190,7 @@ def test_subject_is_name_and_uuid_and_a_long_name_is_cut_not_the_uuid(
         custody.close()
 
 
-def test_ak_certificate_is_for_attestation_alone(enrolled: ipc.Enrolled, guest: Guest) -> None:
+def test_ak_certificate_is_for_attestation_alone(enrolled: Enrolled, guest: Guest) -> None:
     certificate = x509.load_der_x509_certificate(enrolled.ak)
     assert len(enrolled.ak) <= NV_SIZE_MAX
     purpose = certificate.extensions.get_extension_for_class(x509.ExtendedKeyUsage).value
@@ -191,7 +206,7 @@ def test_revocation_list_is_named_and_openssl_heeds_it(
 ) -> None:
     custody = box.custody()
     try:
-        enrolled = custody.enrol(guest.activate(custody.challenge(guest.keys())))
+        enrolled = enrol(custody, guest)
         ek = x509.load_der_x509_certificate(enrolled.ek_rsa)
         now = datetime.datetime.now(datetime.UTC)
         lists = [
@@ -217,7 +232,7 @@ def test_without_a_place_there_is_no_distribution_point(box: Box, guest: Guest) 
     custody = box.custody()
     try:
         object.__setattr__(custody._made, "crl", "")
-        enrolled = custody.enrol(guest.activate(custody.challenge(guest.keys())))
+        enrolled = enrol(custody, guest)
     finally:
         custody.close()
     extensions = x509.load_der_x509_certificate(enrolled.ek_rsa).extensions

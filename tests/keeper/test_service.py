@@ -162,9 +162,10 @@ def test_enrolment_ends_in_certificates(keeper: Box, guest: Guest) -> None:
     with keeper.connect() as client:
         for _ in range(3):
             challenge = client.ask(guest.keys(), ipc.EnrolChallenge)
-            enrolled = client.ask(guest.activate(challenge), ipc.Enrolled)
-            assert all((enrolled.ek_rsa, enrolled.ek_ecc, enrolled.ak))
-            assert len(enrolled.chain) == 2
+            client.ask(guest.activate(challenge), ipc.Done)
+            certified = [client.ask(wish, ipc.Certified) for wish in guest.wishes()]
+            assert len({each.certificate for each in certified}) == 3
+            assert len(certified[0].chain) == 2
 
 
 def test_wrong_proof_ends_the_enrolment(keeper: Box, guest: Guest) -> None:
@@ -173,28 +174,47 @@ def test_wrong_proof_ends_the_enrolment(keeper: Box, guest: Guest) -> None:
         wrong = ipc.EnrolProof(guest.id, bytes(32))
         assert client.ask(wrong, ipc.Refused).error == "IntegrityError"
         assert client.ask(proof, ipc.Refused).error == "NotFound"
+        assert client.ask(guest.wishes()[0], ipc.Refused).error == "NotFound"
 
 
-def test_proof_serves_once(keeper: Box, guest: Guest) -> None:
+def test_nothing_is_certified_before_the_proof(keeper: Box, guest: Guest) -> None:
+    with keeper.connect() as client:
+        assert client.ask(guest.wishes()[2], ipc.Refused).error == "NotFound"
+        client.ask(guest.keys(), ipc.EnrolChallenge)
+        for wish in guest.wishes():
+            assert client.ask(wish, ipc.Refused).error == "NotFound"
+
+
+def test_each_key_is_certified_once_and_all_under_one_name(keeper: Box, guest: Guest) -> None:
     with keeper.connect() as client:
         proof = guest.activate(client.ask(guest.keys(), ipc.EnrolChallenge))
-        client.ask(proof, ipc.Enrolled)
+        client.ask(proof, ipc.Done)
         assert client.ask(proof, ipc.Refused).error == "NotFound"
+        rsa, ecc, ak = guest.wishes()
+        client.ask(ak, ipc.Certified)
+        assert client.ask(ak, ipc.Refused).error == "Conflict"
+        assert client.ask(guest.wishes("db")[0], ipc.Refused).error == "Conflict"
+        client.ask(rsa, ipc.Certified)
+        assert client.ask(rsa, ipc.Refused).error == "Conflict"
+        client.ask(ecc, ipc.Certified)
+        assert client.ask(ecc, ipc.Refused).error == "NotFound"  # it is over
 
 
 def test_keys_that_do_not_follow_the_templates_are_refused(keeper: Box, guest: Guest) -> None:
-    good = guest.keys()
-    rsa, ecc, ak = good.ek_rsa, good.ek_ecc, good.ak
+    ecc, ak, rsa = guest.ek_ecc.encode(), guest.ak.encode(), guest.ek_rsa.encode()
     attributes = slice(4, 8)
     unrestricted = ak[:5] + bytes((ak[5] & ~1,)) + ak[6:]
     small = rsa[:-256] + bytes(192) + rsa[-64:]  # 2048 bits by its fields, 512 by its modulus
     assert unrestricted[attributes] != ak[attributes]
     with keeper.connect() as client:
-        for changed in ((ecc, ecc, ak), (rsa, rsa, ak), (rsa, ecc, ecc), (rsa, ecc, unrestricted),
-                        (small, ecc, ak), (rsa[:-1], ecc, ak), (b"", ecc, ak)):  # fmt: skip
-            refused = client.ask(ipc.EnrolKeys(uuid4(), "web", *changed), ipc.Refused)
+        for changed in ((rsa, ak), (ecc, ecc), (ecc, unrestricted), (ecc[:-1], ak), (b"", ak)):
+            refused = client.ask(ipc.EnrolKeys(uuid4(), *changed), ipc.Refused)
             assert refused.error in ("InvalidInput", "DecodeError")
-        bad_name = ipc.EnrolKeys(uuid4(), "no good\n", rsa, ecc, ak)
+        client.ask(guest.activate(client.ask(guest.keys(), ipc.EnrolChallenge)), ipc.Done)
+        for public in (unrestricted, small, rsa[:-1], b""):
+            refused = client.ask(ipc.Certify(guest.id, "web", public), ipc.Refused)
+            assert refused.error in ("InvalidInput", "DecodeError")
+        bad_name = ipc.Certify(guest.id, "no good\n", rsa)
         assert client.ask(bad_name, ipc.Refused).error == "InvalidInput"
 
 

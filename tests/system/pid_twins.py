@@ -13,7 +13,7 @@ from holdfast.engine.libtpms import Engine, Entropy
 from holdfast.linux.namespaces import Clone, fork_into
 from holdfast.tpm2 import requests as rq
 from holdfast.tpm2.commands import Cc
-from holdfast.worker.manufacture import make_keys
+from holdfast.worker.manufacture import make_ecc_keys
 
 
 def in_new_namespace(number: int) -> bool:
@@ -44,7 +44,7 @@ def main(number: int) -> None:
             entropy.reseed()
             engine.manufacture()
             rq.response(Cc.Startup, engine.process(rq.startup()))
-            print(make_keys(engine.process).ek_ecc.name.hex(), flush=True)
+            print(make_ecc_keys(engine.process).ek.name.hex(), flush=True)
             os._exit(0)
     os._exit(0)
 

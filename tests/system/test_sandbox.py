@@ -89,7 +89,7 @@ def test_a_worker_that_lives_a_life_is_not(pool: Pool) -> None:
         engine = pool._engine
         engine.manufacture()
         rq.response(Cc.Startup, engine.process(rq.startup()))
-        manufacture.make_keys(engine.process)
+        manufacture.make_ecc_keys(engine.process)
         engine.dump(StateKind.VOLATILE)
         engine.power_off()
 
@@ -143,8 +143,8 @@ def manufactured_ek(pool: Pool) -> Callable[[socket.socket], NoReturn]:
         engine = pool._engine
         engine.manufacture()
         rq.response(Cc.Startup, engine.process(rq.startup()))
-        keys = manufacture.make_keys(engine.process)
-        channel.send(sock, keys.ek_ecc.name + keys.ek_rsa.name)
+        ecc = manufacture.make_ecc_keys(engine.process).ek
+        channel.send(sock, ecc.name + manufacture.make_rsa_key(engine.process).name)
         os._exit(0)
 
     return then

@@ -44,7 +44,7 @@ def examples() -> dict[str, tuple[bytes, ...]]:
         "ipc": (
             ipc.KeyRequest(b"wrapped").encode(),
             ipc.Refused("HostError", "why").encode(),
-            ipc.EnrolKeys(uuid.UUID(int=1), "web", b"a", b"b", b"c").encode(),
+            ipc.EnrolKeys(uuid.UUID(int=1), b"b", b"c").encode(),
             ipc.HostPcrValues((ipc.PcrValue(11, 0, bytes(32)),)).encode(),
         ),
         "evidence": (evidence.encode_json(), evidence.encode_cbor()),

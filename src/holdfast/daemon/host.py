@@ -76,7 +76,9 @@ class Host:
         self._leases: dict[InstanceId, Lease] = {}
         self._opened = opened
         banks = tuple(int(HASHES_BY_NAME[bank]) for bank in DEFAULT_BANKS)
-        self._ahead = Ahead(self.spawner, self._registry, banks, config.workers.manufactured)
+        self._ahead = Ahead(
+            self.spawner, self.keeper, self._registry, banks, config.workers.manufactured
+        )
         self._create = asyncio.Lock()
 
     # --- start and end of the daemon ---

@@ -15,36 +15,64 @@ from uuid import UUID, uuid4
 from holdfast.errors import HoldfastError
 from holdfast.instance.links import Peer
 from holdfast.instance.worker_link import WorkerLink, spawn
+from holdfast.protocol import ipc
 from holdfast.protocol import lifecycle as lc
 from holdfast.store.registry import Registry
 
 
 @dataclass(frozen=True)
 class Parked:
-    """One that waits: the id it will have, its worker, and the keys that were made."""
+    """One that waits: the id it will have, its worker, and the keys that were made.
+
+    `ek_rsa` ends with the RSA endorsement key's TPMT_PUBLIC.
+    """
 
     instance: UUID
     worker: WorkerLink
     made: lc.Manufactured
+    ek_rsa: asyncio.Task[bytes]
 
 
 async def begin(
-    spawner: Peer, registry: Registry, instance: UUID, banks: tuple[int, ...]
+    spawner: Peer, keeper: Peer, registry: Registry, instance: UUID, banks: tuple[int, ...]
 ) -> Parked:
-    """Get a worker for `instance` and have it make its keys."""
+    """Get a worker for `instance`, have it make its keys, and enrol them at the keeper.
+
+    The RSA key is still being made when this returns.
+    """
     worker, made = await spawn(
         spawner, instance, registry, lambda _: None, b"", lc.Manufacture(banks), lc.Manufactured
     )
-    return Parked(instance, worker, made)
+    ek_rsa: asyncio.Task[bytes] | None = None
+    try:
+        keys = ipc.EnrolKeys(instance, made.ek_ecc, made.ak)
+        challenge, _ = await keeper.ask(keys, ipc.EnrolChallenge)
+        credential = lc.OpenCredential(challenge.id_object, challenge.secret)
+        opened, _ = await worker.link.ask(credential, lc.OpenedCredential)
+        ek_rsa = asyncio.create_task(_make_rsa_key(worker))
+        await keeper.ask(ipc.EnrolProof(instance, opened.credential), ipc.Done)
+    except BaseException:
+        if ek_rsa is not None:
+            ek_rsa.cancel()
+        with contextlib.suppress(HoldfastError):
+            await worker.kill(spawner)
+        raise
+    return Parked(instance, worker, made, ek_rsa)
+
+
+async def _make_rsa_key(worker: WorkerLink) -> bytes:
+    made, _ = await worker.link.ask(lc.MakeRsaKey(), lc.RsaKey)
+    return made.ek_rsa
 
 
 class Ahead:
     """Keeps `count` vTPMs with `banks` waiting."""
 
     def __init__(
-        self, spawner: Peer, registry: Registry, banks: tuple[int, ...], count: int
+        self, spawner: Peer, keeper: Peer, registry: Registry, banks: tuple[int, ...], count: int
     ) -> None:
         self._spawner = spawner
+        self._keeper = keeper
         self._registry = registry
         self._count = count
         self._waiting: deque[Parked] = deque()
@@ -74,7 +102,10 @@ class Ahead:
     async def _refill(self) -> None:
         while len(self._waiting) < self._count:
             try:
-                parked = await begin(self._spawner, self._registry, uuid4(), self.banks)
+                parked = await begin(
+                    self._spawner, self._keeper, self._registry, uuid4(), self.banks
+                )
+                await parked.ek_rsa
             except HoldfastError:
                 return  # keeper or spawner away: the next create asks again
             self._waiting.append(parked)

@@ -123,34 +123,55 @@ class VirtualTpm:
         around = self._around
         if parked is None:
             banks = tuple(int(alg) for alg in self.banks)
-            parked = await begin(around.spawner, around.registry, self.record.id, banks)
-        worker, made = parked.worker, parked.made
+            parked = await begin(
+                around.spawner, around.keeper, around.registry, self.record.id, banks
+            )
         try:
-            enrolled = await self._enrol(worker, made)
-            certificates = lc.InstallCertificates(enrolled.ek_rsa, enrolled.ek_ecc, enrolled.chain)
-            await worker.link.ask(certificates, ipc.Done)
+            keys = await self._certify(parked)
         except BaseException:
+            parked.ek_rsa.cancel()
             with contextlib.suppress(HoldfastError):
-                await worker.kill(around.spawner)
+                await parked.worker.kill(around.spawner)
             raise
-        keys = KeySet(
-            made.ek_rsa, made.ek_ecc, made.ak,
-            enrolled.ek_rsa, enrolled.ek_ecc, enrolled.ak, enrolled.chain,
-        )  # fmt: skip
         state = after(self.state, Event.MANUFACTURED)
         self.record = replace(self.record, state=state.value)
         around.registry.put_keys(self.record, keys)
-        await asyncio.wait_for(worker.ended.wait(), WORKER_END_SECONDS)
+        await asyncio.wait_for(parked.worker.ended.wait(), WORKER_END_SECONDS)
 
-    async def _enrol(self, worker: WorkerLink, made: lc.Manufactured) -> ipc.Enrolled:
-        keeper, instance = self._around.keeper, self.record.id
-        keys = ipc.EnrolKeys(instance, self.record.name, made.ek_rsa, made.ek_ecc, made.ak)
-        challenge, _ = await keeper.ask(keys, ipc.EnrolChallenge)
-        opened, _ = await worker.link.ask(
-            lc.OpenCredential(challenge.id_object, challenge.secret), lc.OpenedCredential
-        )
-        enrolled, _ = await keeper.ask(ipc.EnrolProof(instance, opened.credential), ipc.Enrolled)
-        return enrolled
+    async def _certify(self, parked: Parked) -> KeySet:
+        """Have all keys certified, and the EKs' certificates put into the TPM, which then ends.
+
+        A signature of a host TPM takes as long as much else here, so the keeper is never idle:
+        it certifies the elliptic keys while the worker looks for primes, or else the AK while the
+        worker writes the others' certificates.
+        """
+        made = parked.made
+
+        async def certify(public: bytes) -> ipc.Certified:
+            question = ipc.Certify(self.record.id, self.record.name, public)
+            return (await self._around.keeper.ask(question, ipc.Certified))[0]
+
+        async def certify_rsa() -> ipc.Certified:
+            return await certify(await parked.ek_rsa)
+
+        # The RSA key's comes first if that key is there, and else when it is.
+        wanted = (certify_rsa(), certify(made.ek_ecc), certify(made.ak))
+        tasks = [asyncio.ensure_future(each) for each in wanted]
+        try:
+            ek_rsa, ek_ecc = await tasks[0], await tasks[1]
+            certificates = lc.InstallCertificates(
+                ek_rsa.certificate, ek_ecc.certificate, ek_rsa.chain
+            )
+            await parked.worker.link.ask(certificates, ipc.Done)
+            ak = await tasks[2]
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+        return KeySet(
+            await parked.ek_rsa, made.ek_ecc, made.ak,
+            ek_rsa.certificate, ek_ecc.certificate, ak.certificate, ek_rsa.chain,
+        )  # fmt: skip
 
     # --- the place where a container meets it ---
 

@@ -11,6 +11,7 @@ import hmac
 import os
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Final
 from uuid import UUID
 
@@ -21,7 +22,14 @@ from cryptography.hazmat.primitives.asymmetric import ec, utils
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
-from holdfast.errors import HostError, IntegrityError, InvalidInput, NotFound, TpmError
+from holdfast.errors import (
+    Conflict,
+    HostError,
+    IntegrityError,
+    InvalidInput,
+    NotFound,
+    TpmError,
+)
 from holdfast.hwtpm.context import Context
 from holdfast.hwtpm.host import Approval, HostTpm, quoted_selection
 from holdfast.hwtpm.policy import Signature
@@ -44,6 +52,19 @@ ROUND_TAG: Final = b"holdfast/round/1"
 _WRAP_INFO: Final = b"holdfast/data-key/1"
 _NONCE: Final = 12
 _EC_BITS: Final = 256
+_KINDS: Final = 3  # of keys: RSA EK, ECC EK, AK
+
+
+@dataclass
+class _Enrolment:
+    """A new vTPM's keys, and how far it has come."""
+
+    credential: bytes
+    ek_ecc: Public
+    ak: Public
+    proven: bool = False
+    name: str = ""
+    certified: set[str] = field(default_factory=set)
 
 
 class Custody:
@@ -66,7 +87,7 @@ class Custody:
         self._wrapping = AESGCM(wrapping)
         self._issuer = x509.load_der_x509_certificate(made.ca_certificate)
         self._ca_key = _TpmKey(self._tpm, Public.decode(made.ca_key.public))
-        self._pending: OrderedDict[UUID, tuple[bytes, ipc.EnrolKeys]] = OrderedDict()
+        self._enrolments: OrderedDict[UUID, _Enrolment] = OrderedDict()
 
     def _open(self) -> HostTpm:
         made = self._made
@@ -110,38 +131,52 @@ class Custody:
 
     def challenge(self, keys: ipc.EnrolKeys) -> ipc.EnrolChallenge:
         """A credential that only the TPM with this EK and this AK can open."""
-        instance_name(keys.name)
-        ek_rsa, ek_ecc, ak = (Public.decode(raw) for raw in (keys.ek_rsa, keys.ek_ecc, keys.ak))
-        pairs = ((ek_rsa, EK_RSA2048), (ek_ecc, EK_P256), (ak, AK_P256))
-        for public, template in pairs:
-            _follow(public, template)
+        ek_ecc, ak = Public.decode(keys.ek_ecc), Public.decode(keys.ak)
+        _follow(ek_ecc, EK_P256)
+        _follow(ak, AK_P256)
         credential = os.urandom(CREDENTIAL_SIZE)
-        self._pending.pop(keys.instance, None)
-        if len(self._pending) >= ENROLMENTS_MAX:
-            self._pending.popitem(last=False)
-        self._pending[keys.instance] = (credential, keys)
-        seed = os.urandom(CREDENTIAL_SIZE)
-        return ipc.EnrolChallenge(*make_credential(ek_rsa, ak.name, credential, seed))
+        self._enrolments.pop(keys.instance, None)
+        if len(self._enrolments) >= ENROLMENTS_MAX:
+            self._enrolments.popitem(last=False)
+        self._enrolments[keys.instance] = _Enrolment(credential, ek_ecc, ak)
+        return ipc.EnrolChallenge(*make_credential(ek_ecc, ak.name, credential))
 
-    def enrol(self, proof: ipc.EnrolProof) -> ipc.Enrolled:
-        """Certificates, if the credential was opened."""
-        credential, keys = self._pending.pop(proof.instance, (b"", None))
-        if keys is None:
+    def enrol(self, proof: ipc.EnrolProof) -> None:
+        """Note that the credential was opened; IntegrityError ends the enrolment if it was not."""
+        enrolment = self._enrolments.get(proof.instance)
+        if enrolment is None or enrolment.proven:
             raise NotFound("no enrolment is under way for this instance")
-        if not hmac.compare_digest(credential, proof.credential):
+        if not hmac.compare_digest(enrolment.credential, proof.credential):
+            del self._enrolments[proof.instance]
             raise IntegrityError("the vTPM did not open its credential: EK and AK are not together")
+        enrolment.proven = True
+
+    def certify(self, wanted: ipc.Certify) -> ipc.Certified:
+        """A certificate of one key of a vTPM that has proven itself; each kind of key once."""
+        name = instance_name(wanted.name)
+        enrolment = self._enrolments.get(wanted.instance)
+        if enrolment is None or not enrolment.proven:
+            raise NotFound("no enrolment is under way for this instance")
+        public = Public.decode(wanted.public)
+        if public not in (enrolment.ak, enrolment.ek_ecc):
+            _follow(public, EK_RSA2048)
+        kind = "AK" if public == enrolment.ak else public.kind.name
+        enrolment.name = enrolment.name or name
+        if kind in enrolment.certified or enrolment.name != name:
+            raise Conflict("this vTPM's key was certified already, or the vTPM under another name")
         now = datetime.datetime.now(datetime.UTC)
-        made = self._made
-        subject = certificates.vtpm_subject(made.site, keys.name, str(keys.instance))
-        issuer, key = self._issuer, self._ca_key
-        ek_rsa, ek_ecc = (
-            certificates.vtpm_ek(
-                subject, Public.decode(raw), issuer, key, made.service, made.crl, now
+        made, issuer, key = self._made, self._issuer, self._ca_key
+        subject = certificates.vtpm_subject(made.site, name, str(wanted.instance))
+        if public == enrolment.ak:
+            certificate = certificates.vtpm_ak(subject, public, issuer, key, made.crl, now)
+        else:
+            certificate = certificates.vtpm_ek(
+                subject, public, issuer, key, made.service, made.crl, now
             )
-            for raw in (keys.ek_rsa, keys.ek_ecc)
-        )
-        ak = certificates.vtpm_ak(subject, Public.decode(keys.ak), issuer, key, made.crl, now)
-        return ipc.Enrolled(ek_rsa, ek_ecc, ak, (made.ca_certificate, made.root_certificate))
+        enrolment.certified.add(kind)
+        if len(enrolment.certified) == _KINDS:
+            del self._enrolments[wanted.instance]
+        return ipc.Certified(certificate, (made.ca_certificate, made.root_certificate))
 
     def revocation_list(
         self, revoked: Iterable[tuple[int, datetime.datetime]], number: int,

@@ -77,7 +77,8 @@ class Keeper:
         self._handlers: Mapping[type[ipc.Message], Callable[..., ipc.Message]] = {
             ipc.KeeperStatus: self._status,
             ipc.EnrolKeys: lambda m: self._open().challenge(m),
-            ipc.EnrolProof: lambda m: self._open().enrol(m),
+            ipc.EnrolProof: self._enrol,
+            ipc.Certify: lambda m: self._open().certify(m),
             ipc.RoundQuote: lambda m: self._open().quote_round(m.tree_size, m.root),
             ipc.HostPcrs: lambda _: self._open().pcrs(),
             ipc.HostIdentityRequest: lambda _: self._open().identity(),
@@ -166,6 +167,10 @@ class Keeper:
         tpm = self._custody.description if self._custody else ""
         opened = self._custody is not None
         return ipc.KeeperState(opened, self._why_not, tpm, self._tcti, self._stand_in)
+
+    def _enrol(self, message: ipc.EnrolProof) -> ipc.Message:
+        self._open().enrol(message)
+        return ipc.Done()
 
     # --- peers ---
 

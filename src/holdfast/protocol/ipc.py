@@ -211,11 +211,9 @@ class KeeperState(Message, code=31):
 
 @dataclass(frozen=True)
 class EnrolKeys(Message, code=32):
-    """Public areas (TPMT_PUBLIC) of a new vTPM. Answered with EnrolChallenge."""
+    """Public areas (TPMT_PUBLIC) of a new vTPM's keys. Answered with EnrolChallenge."""
 
     instance: UUID
-    name: str
-    ek_rsa: bytes
     ek_ecc: bytes
     ak: bytes
 
@@ -230,19 +228,29 @@ class EnrolChallenge(Message, code=33):
 
 @dataclass(frozen=True)
 class EnrolProof(Message, code=34):
-    """What ActivateCredential gave. Answered with Enrolled, if it is the keeper's credential."""
+    """What ActivateCredential gave. Answered with Done, if it is the keeper's credential."""
 
     instance: UUID
     credential: bytes
 
 
 @dataclass(frozen=True)
-class Enrolled(Message, code=35):
-    """Certificates (DER): both EKs', the AK's, and the chain above them up to the site root."""
+class Certify(Message, code=35):
+    """Certify one key (TPMT_PUBLIC) of an enrolled vTPM, under this name. Answered with Certified.
 
-    ek_rsa: bytes
-    ek_ecc: bytes
-    ak: bytes
+    Its AK, its ECC EK, and an RSA EK, which takes too long to make to be waited for; each once.
+    """
+
+    instance: UUID
+    name: str
+    public: bytes
+
+
+@dataclass(frozen=True)
+class Certified(Message, code=45):
+    """A certificate (DER), and the chain above it up to the site root."""
+
+    certificate: bytes
     chain: tuple[bytes, ...]
 
 

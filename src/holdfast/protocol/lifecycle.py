@@ -124,16 +124,27 @@ class Manufacture(Message, code=140):
 
 @dataclass(frozen=True)
 class Manufactured(Message, code=141):
-    """Public areas (TPMT_PUBLIC) of its endorsement keys and its evidence AK."""
+    """Public areas (TPMT_PUBLIC) of its ECC endorsement key and its evidence AK."""
 
-    ek_rsa: bytes
     ek_ecc: bytes
     ak: bytes
 
 
 @dataclass(frozen=True)
+class MakeRsaKey(Message, code=145):
+    """Make the RSA endorsement key: tens of milliseconds. Answered with RsaKey."""
+
+
+@dataclass(frozen=True)
+class RsaKey(Message, code=146):
+    """Its public area (TPMT_PUBLIC)."""
+
+    ek_rsa: bytes
+
+
+@dataclass(frozen=True)
 class OpenCredential(Message, code=142):
-    """ActivateCredential with the RSA EK and the AK. Answered with OpenedCredential."""
+    """ActivateCredential with the ECC EK and the AK. Answered with OpenedCredential."""
 
     id_object: bytes
     secret: bytes

@@ -27,7 +27,7 @@ from holdfast.protocol import ipc
 from holdfast.sandbox.worker import WorkerSandbox
 from holdfast.tpm2 import requests as rq
 from holdfast.tpm2.commands import Cc
-from holdfast.worker.manufacture import make_keys
+from holdfast.worker.manufacture import make_ecc_keys, make_rsa_key
 from holdfast.worker.rehearsal import rehearse
 from holdfast.worker.service import live
 
@@ -106,7 +106,8 @@ class Pool:
         def life(sock: socket.socket) -> NoReturn:
             self._engine.manufacture()
             rq.response(Cc.Startup, self._engine.process(rq.startup()))
-            make_keys(self._engine.process)
+            make_ecc_keys(self._engine.process)
+            make_rsa_key(self._engine.process)
             self._engine.dump(StateKind.VOLATILE)
             channel.send(sock, ipc.Done().encode())
             os._exit(0)

@@ -1,12 +1,13 @@
 """From TPM structures to cryptography: public keys, signature checks, credentials.
 
 MakeCredential (Part 1, 24; Part 3, 12.6) is done in software, so that whoever enrols a key needs
-no TPM; randomness is an argument.
+no TPM.
 """
 
 from __future__ import annotations
 
 import hmac
+import os
 from typing import Final
 
 from cryptography.exceptions import InvalidSignature
@@ -87,23 +88,38 @@ def kdfa(alg: Alg, key: bytes, label: bytes, context: bytes, bits: int) -> bytes
     return out[: bits // 8]
 
 
-def make_credential(
-    ek: Public, object_name: bytes, credential: bytes, seed: bytes
-) -> tuple[bytes, bytes]:
+def kdfe(alg: Alg, z: bytes, label: bytes, party_u: bytes, party_v: bytes) -> bytes:
+    """KDFe (Part 1, 11.4.10.3) of one digest's length, from the shared secret's x coordinate."""
+    digest = hashes.Hash(_HASHES[alg])
+    digest.update(u32(1) + z + label + b"\0" + party_u + party_v)
+    return digest.finalize()
+
+
+def _protected_seed(key: Public) -> tuple[bytes, bytes]:
+    """A fresh seed, and as what it is sent to the TPM with `key` (Part 1, B.10.4 and C.6.4)."""
+    alg, public = key.name_alg, public_key(key)
+    if isinstance(public, rsa.RSAPublicKey):
+        hash_alg = _HASHES[alg]
+        seed = os.urandom(HASH_SIZES[alg])
+        oaep = padding.OAEP(padding.MGF1(hash_alg), hash_alg, b"IDENTITY\0")
+        return seed, public.encrypt(seed, oaep)
+    size = (public.key_size + 7) // 8
+    ephemeral = ec.generate_private_key(public.curve)
+    numbers = ephemeral.public_key().public_numbers()
+    x, y = (value.to_bytes(size, "big") for value in (numbers.x, numbers.y))
+    z = ephemeral.exchange(ec.ECDH(), public)
+    its_x = public.public_numbers().x.to_bytes(size, "big")
+    return kdfe(alg, z, b"IDENTITY", x, its_x), sized(x) + sized(y)
+
+
+def make_credential(ek: Public, object_name: bytes, credential: bytes) -> tuple[bytes, bytes]:
     """Wrap `credential` so that only the TPM with `ek` *and* the object of that Name can open it.
 
-    `ek` is an RSA storage key; `seed` is fresh randomness of its nameAlg's digest length.
+    `ek` is an RSA or ECC storage key.
     Returns (TPM2B_ID_OBJECT, TPM2B_ENCRYPTED_SECRET), each with its size field.
     """
     alg = ek.name_alg
-    if len(seed) != HASH_SIZES[alg]:
-        raise ValueError("the seed has the length of the nameAlg's digest")
-    key = public_key(ek)
-    if not isinstance(key, rsa.RSAPublicKey):
-        raise DecodeError("TPMT_PUBLIC", "credentials are made for RSA endorsement keys")
-    hash_alg = _HASHES[alg]
-    oaep = padding.OAEP(padding.MGF1(hash_alg), hash_alg, b"IDENTITY\0")
-    secret = key.encrypt(seed, oaep)
+    seed, secret = _protected_seed(ek)
     sym_key = kdfa(alg, seed, b"STORAGE", object_name, ek.symmetric.bits)
     encryptor = Cipher(algorithms.AES(sym_key), CFB(bytes(16))).encryptor()
     encrypted = encryptor.update(sized(credential)) + encryptor.finalize()

@@ -43,11 +43,10 @@ CERTIFICATE_ATTRIBUTES: Final = (
 )
 
 
-class Keys(NamedTuple):
-    """Public areas of the keys a vTPM is made with."""
+class EccKeys(NamedTuple):
+    """Public areas of the elliptic keys a vTPM is made with."""
 
-    ek_rsa: Public
-    ek_ecc: Public
+    ek: Public
     ak: Public
 
 
@@ -56,12 +55,16 @@ def allocate_banks(execute: Execute, banks: Sequence[Alg]) -> None:
     rq.response(Cc.PCR_Allocate, execute(rq.pcr_allocate(banks)))
 
 
-def make_keys(execute: Execute) -> Keys:
-    """Create and persist both endorsement keys and the evidence AK."""
-    ek_rsa = _persist(execute, Rh.ENDORSEMENT, EK_RSA2048, EK_RSA_HANDLE, Rh.OWNER)
-    ek_ecc = _persist(execute, Rh.ENDORSEMENT, EK_P256, EK_ECC_HANDLE, Rh.OWNER)
+def make_ecc_keys(execute: Execute) -> EccKeys:
+    """Create and persist the ECC endorsement key and the evidence AK."""
+    ek = _persist(execute, Rh.ENDORSEMENT, EK_P256, EK_ECC_HANDLE, Rh.OWNER)
     ak = _persist(execute, Rh.PLATFORM, AK_P256, AK_HANDLE, Rh.PLATFORM)
-    return Keys(ek_rsa, ek_ecc, ak)
+    return EccKeys(ek, ak)
+
+
+def make_rsa_key(execute: Execute) -> Public:
+    """Create and persist the RSA endorsement key, which takes tens of milliseconds."""
+    return _persist(execute, Rh.ENDORSEMENT, EK_RSA2048, EK_RSA_HANDLE, Rh.OWNER)
 
 
 def _persist(
@@ -74,10 +77,10 @@ def _persist(
 
 
 def open_credential(execute: Execute, id_object: bytes, secret: bytes) -> bytes:
-    """ActivateCredential (Part 3, 12.5) with the RSA EK, which PolicySecret(endorsement) frees."""
+    """ActivateCredential (Part 3, 12.5) with the ECC EK, which PolicySecret(endorsement) frees."""
     session = rq.response(Cc.StartAuthSession, execute(rq.start_policy_session())).handle
     rq.response(Cc.PolicySecret, execute(rq.policy_secret(Rh.ENDORSEMENT, session)))
-    command = rq.activate_credential(AK_HANDLE, EK_RSA_HANDLE, session, id_object, secret)
+    command = rq.activate_credential(AK_HANDLE, EK_ECC_HANDLE, session, id_object, secret)
     try:
         return rq.activated_credential(execute(command))
     finally:

@@ -71,6 +71,7 @@ class Worker:
         self._handlers: Mapping[type[ipc.Message], Callable[..., ipc.Message]] = {
             lc.Manufacture: self._manufacture,
             lc.OpenCredential: self._open_credential,
+            lc.MakeRsaKey: self._make_rsa_key,
             lc.InstallCertificates: self._install_certificates,
             lc.PowerOn: self._power_on,
             lc.Extend: self._extend,
@@ -211,8 +212,11 @@ class Worker:
         rq.response(Cc.Startup, execute(rq.startup()))
         self._tpm.stir()
         manufacture.allocate_banks(execute, tuple(Alg(bank) for bank in message.banks))
-        keys = manufacture.make_keys(execute)
+        keys = manufacture.make_ecc_keys(execute)
         return lc.Manufactured(*(public.encode() for public in keys))
+
+    def _make_rsa_key(self, _message: lc.MakeRsaKey) -> ipc.Message:
+        return lc.RsaKey(manufacture.make_rsa_key(self._engine.process).encode())
 
     def _open_credential(self, message: lc.OpenCredential) -> ipc.Message:
         execute = self._engine.process
