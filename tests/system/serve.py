@@ -192,7 +192,7 @@ class Serve:
                 if f"holdfast.{name}" in arguments(pid):
                     found[name] = pid
         if "spawner" in found:
-            self._workers |= set(children(found["spawner"]))
+            self._workers |= {found["spawner"], *children(found["spawner"])}
         return found
 
     def workers(self) -> list[int]:
@@ -249,7 +249,8 @@ def groups() -> list[Path]:
 
 
 def group_pid(path: Path) -> int:
-    return int(path.name.removeprefix(GROUPS))
+    """The spawner whose worker's group this is."""
+    return int(path.name.removeprefix(GROUPS).partition("-")[0])
 
 
 @contextmanager

@@ -131,7 +131,7 @@ def test_a_worker_is_nobody_anywhere(pool: Pool) -> None:
         assert os.listdir(f"/proc/{blank.pid}/root") == []
         assert Path(f"/proc/{blank.pid}/limits").read_text().count("core file size") == 1
         groups = Path(f"/proc/{blank.pid}/cgroup").read_text()
-        assert f"/holdfast-worker-{blank.pid}" in groups
+        assert f"/{blank.groups[0].name}" in groups
     finally:
         _close(blank)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -64,10 +65,18 @@ def _limit(group: Path, limits: Limits) -> None:
             file.write_text(str(value))
 
 
-def enter(groups: tuple[Path, ...], pid: int) -> None:
-    """Move a process into the group."""
-    for group in groups:
-        (group / "cgroup.procs").write_text(str(pid))
+def doors(groups: tuple[Path, ...]) -> tuple[int, ...]:
+    """Descriptors by which a process that inherits them can `enter` the group.
+
+    Rights are those of whoever opened them, and the wait (10 ms on v1) is the entering process's.
+    """
+    return tuple(os.open(group / "cgroup.procs", os.O_WRONLY | os.O_CLOEXEC) for group in groups)
+
+
+def enter(doors: tuple[int, ...]) -> None:
+    """Move this process into the group."""
+    for door in doors:
+        os.write(door, b"0")
 
 
 def remove(groups: tuple[Path, ...]) -> None:

@@ -36,6 +36,7 @@ UID_BASE: Final = 0x70000000  # each worker's own user, in no passwd file
 UID_SPAN: Final = 0xFFFF
 READY_SECONDS: Final = 10.0
 _CHANNEL_FD: Final = 3
+_UNHURRIED: Final = 5  # nice value of a worker that is made ahead of its time
 
 
 @dataclass(eq=False)
@@ -59,7 +60,10 @@ class Blank:
 
 
 class Pool:
-    """Makes blank workers and keeps a few ready."""
+    """Makes blank workers and keeps a few ready.
+
+    Those made ahead are begun and then left alone until they say that they are ready.
+    """
 
     def __init__(self, size: int) -> None:
         self._size = size
@@ -69,6 +73,7 @@ class Pool:
         forbid_writable_code()
         self._sandbox = WorkerSandbox()
         self._ready: deque[Blank] = deque()
+        self._coming: deque[Blank] = deque()
         self._made = 0
         gc.collect()
         gc.freeze()
@@ -85,6 +90,13 @@ class Pool:
     @property
     def ready(self) -> int:
         return len(self._ready)
+
+    def close(self) -> None:
+        """End all that wait, and all that would."""
+        for blank in (*self._ready, *self._coming):
+            blank.discard()
+        self._ready.clear()
+        self._coming.clear()
 
     def _warm(self) -> bytes:
         """Run libtpms once, so that forks inherit it warm; the TPM made here is a rehearsal's."""
@@ -119,47 +131,81 @@ class Pool:
             blank.discard()
 
     def take(self) -> Blank:
-        """A ready worker, made now if none waits."""
+        """A ready worker; one is waited for if none is."""
         while self._ready:
             blank = self._ready.popleft()
             if not ended(blank.pidfd):
                 return blank
             blank.discard()
-        return self.make()
+        blank = self._coming.popleft() if self._coming else self._begin(self._live)
+        _hurry(blank)
+        return self._arrive(blank)
 
-    def refill(self) -> bool:
-        """Make one more if one is wanted; True if more are wanted still."""
-        if len(self._ready) < self._size:
-            self._ready.append(self.make())
-        return len(self._ready) < self._size
+    def refill(self) -> Blank | None:
+        """Begin one more if one is wanted; its channel is readable when it has `arrived`."""
+        if len(self._ready) + len(self._coming) >= self._size:
+            return None
+        blank = self._begin(self._live)
+        os.setpriority(os.PRIO_PROCESS, blank.pid, _UNHURRIED)
+        self._coming.append(blank)
+        return blank
+
+    def arrived(self, blank: Blank) -> None:
+        """Note that one that was begun is ready; HostError if it is not, and never will be."""
+        if blank not in self._coming:
+            return  # it was taken already
+        self._coming.remove(blank)
+        _hurry(blank)
+        self._ready.append(self._arrive(blank))
 
     def make(self) -> Blank:
         """Fork, sandbox and rehearse one worker; HostError if it does not come up."""
-        return self.fork(lambda sock: live(sock, self._engine))
+        return self.fork(self._live)
 
     def fork(self, then: Callable[[socket.socket], NoReturn]) -> Blank:
         """Fork a worker that, ready, goes on with `then`."""
+        return self._arrive(self._begin(then))
+
+    def _live(self, sock: socket.socket) -> NoReturn:
+        live(sock, self._engine)
+
+    def _begin(self, then: Callable[[socket.socket], NoReturn]) -> Blank:
+        """Fork a worker, and give it its user; it does the rest itself."""
         ours, theirs = channel.pair()
         gate_read, gate_write = os.pipe()
-        pid = fork_into(ALL)
-        if pid == 0:
-            self._child(theirs, gate_read, then)
-        theirs.close()
-        os.close(gate_read)
-        self._made += 1
-        pidfd = os.pidfd_open(pid)
-        groups = cgroup.create(f"{GROUP}{pid}", cgroup.Limits())
-        blank = Blank(pid, pidfd, ours, groups)
+        groups = cgroup.create(f"{GROUP}{os.getpid()}-{os.urandom(4).hex()}", cgroup.Limits())
+        doors = cgroup.doors(groups)
         try:
-            cgroup.enter(groups, pid)
+            pid = fork_into(ALL)
+            if pid == 0:
+                self._child(theirs, gate_read, doors, then)
+        except OSError:
+            os.close(gate_write)
+            cgroup.remove(groups)
+            raise
+        finally:  # of the parent: the child does not come back
+            theirs.close()
+            for fd in (gate_read, *doors):
+                os.close(fd)
+        self._made += 1
+        blank = Blank(pid, os.pidfd_open(pid), ours, groups)
+        try:
             map_single_user(pid, UID_BASE + self._made % UID_SPAN)
             os.write(gate_write, b"\1")
-            self._await_ready(blank)
-        except (OSError, HostError):
+        except OSError:
             blank.discard()
             raise
         finally:
             os.close(gate_write)
+        return blank
+
+    @classmethod
+    def _arrive(cls, blank: Blank) -> Blank:
+        try:
+            cls._await_ready(blank)
+        except (OSError, HostError):
+            blank.discard()
+            raise
         return blank
 
     @staticmethod
@@ -177,14 +223,19 @@ class Pool:
             raise HostError(f"a worker did not come up: {answer.why}")
 
     def _child(
-        self, sock: socket.socket, gate: int, then: Callable[[socket.socket], NoReturn]
+        self,
+        sock: socket.socket,
+        gate: int,
+        doors: tuple[int, ...],
+        then: Callable[[socket.socket], NoReturn],
     ) -> NoReturn:
         """In the child: keep one descriptor, shut every door, reseed, rehearse, say so."""
         status = 70
         try:
             signal.set_wakeup_fd(-1)  # its number will be another descriptor's
             signal.signal(signal.SIGTERM, signal.SIG_DFL)  # which is to ignore it, as process 1
-            os.read(gate, 1)  # until the parent has mapped us and put us into our cgroup
+            cgroup.enter(doors)
+            os.read(gate, 1)  # until the parent has mapped us
             os.dup2(sock.detach(), _CHANNEL_FD)
             # What C code might print must not land in a descriptor that we are given later.
             nowhere = os.open(os.devnull, os.O_RDWR)
@@ -204,6 +255,11 @@ class Pool:
             then(own)
         finally:
             os._exit(status)
+
+
+def _hurry(blank: Blank) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.setpriority(os.PRIO_PROCESS, blank.pid, 0)
 
 
 def ended(pidfd: int) -> bool:

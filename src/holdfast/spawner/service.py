@@ -34,9 +34,10 @@ from holdfast.protocol import lifecycle as lc
 from holdfast.spawner.pool import GROUP, Blank, Pool, ended, ending
 
 PEERS_MAX: Final = 8
-QUIET_SECONDS: Final = 0.03
+QUIET_SECONDS: Final = 0.045
 LATE_SECONDS: Final = 0.25  # without quiet, after which a blank worker is made regardless
 KEEPER_SECONDS: Final = 10.0
+FAILURES_MAX: Final = 5  # blank workers in a row, after which the supervisor takes a turn
 _EIO: Final = 5
 Reply = tuple[ipc.Message, tuple[int, ...]]
 
@@ -64,6 +65,7 @@ class Spawner:
         self._selector.register(listener, selectors.EVENT_READ, self._accept)
         self._running = True
         self._renew = False
+        self._failures = 0  # blank workers in a row that did not come up
         # A signal handler runs between bytecodes; only a descriptor wakes select.
         self._wake, self._waker = socket.socketpair()
         self._waker.setblocking(False)
@@ -81,22 +83,41 @@ class Spawner:
 
     def run(self) -> bool:
         """Serve until told to stop; True if this process wants to be executed anew."""
+        wanted_since = time.monotonic()
         wants_more = True
-        late = time.monotonic() + LATE_SECONDS
         while self._running and not self._renew:
-            # A replacement is made when it is quiet: beside a wake it takes that wake's CPU, and
-            # moving it into its cgroup holds up every fork and exit for 10 ms (measured, v1).
-            # Where it never gets quiet, it is made all the same.
+            # A replacement is begun when it is quiet: beside a wake it takes that wake's CPU.
+            # Where it does not get quiet, it is begun all the same.
             events = self._selector.select(QUIET_SECONDS if wants_more else None)
             for key, _ in events:
                 key.data()
             now = time.monotonic()
-            if not events or now > late:
-                wants_more = self._pool.refill()
-                late = now + LATE_SECONDS
-            else:
-                wants_more = True
+            if not wants_more:
+                wants_more, wanted_since = True, now
+            elif not events or now - wanted_since > LATE_SECONDS:
+                wants_more, wanted_since = self._refill(), now
         return self._renew
+
+    def _refill(self) -> bool:
+        """Begin a blank worker if one is wanted; False if none is."""
+        blank = self._pool.refill()
+        if blank is None:
+            return False
+        fd = blank.channel.fileno()
+        self._selector.register(fd, selectors.EVENT_READ, lambda: self._arrived(blank, fd))
+        return True
+
+    def _arrived(self, blank: Blank, fd: int) -> None:
+        self._selector.unregister(fd)
+        try:
+            self._pool.arrived(blank)
+        except (HoldfastError, OSError) as error:
+            sys.stderr.write(f"holdfast-spawner: {error}\n")
+            self._failures += 1
+            if self._failures == FAILURES_MAX:
+                raise
+        else:
+            self._failures = 0
 
     def stop(self) -> None:
         self._running = False
@@ -109,8 +130,7 @@ class Spawner:
             for fd in (*entry.held, entry.page_fd):
                 os.close(fd)
         self._entries.clear()
-        while self._pool.ready:
-            self._pool.take().discard()
+        self._pool.close()
         cgroup.sweep(GROUP)
 
     # --- peers ---
@@ -220,6 +240,8 @@ class Spawner:
         if entry is not None and entry.worker is not None:
             raise Conflict("its worker lives")
         blank = self._pool.take()
+        with contextlib.suppress(KeyError):  # one that had not arrived
+            self._selector.unregister(blank.channel)
         key_worker, key_keeper = channel.pair()
         with key_worker, key_keeper:
             # Asked on the worker's behalf, so that the key is there before it is needed.
@@ -339,8 +361,7 @@ class Spawner:
 
     def dump(self) -> dict[str, Any]:
         """Everything to go on with, as JSON-able values; descriptors by number, inheritable."""
-        while self._pool.ready:
-            self._pool.take().discard()
+        self._pool.close()
         entries = []
         for instance, entry in self._entries.items():
             worker = None
