@@ -291,6 +291,9 @@ def blank_workers_wait(host: Serve) -> bool:
 # --- a full disk ---------------------------------------------------------------------------------
 
 
+SPARED = 256 << 10  # bytes of a full disk that a start and some commits may have
+
+
 def fill(directory: Path) -> Path:
     """Take all the room there is."""
     file = directory / "filler"
@@ -300,6 +303,18 @@ def fill(directory: Path) -> Path:
                 while True:
                     out.write(bytes(size))
     return file
+
+
+def begin_on_a_full_disk(host: Serve) -> Path:
+    """Start anew where there is no room for SQLite to set its log's size; what fills the disk."""
+    assert host.stop() == 0
+    state = host.directory / "state"
+    spared = state / "spared"
+    spared.write_bytes(bytes(SPARED))
+    filler = fill(state)
+    spared.unlink()
+    host.start()
+    return filler
 
 
 def refused_at(wire: Wire, begin: int) -> int:
@@ -312,6 +327,24 @@ def refused_at(wire: Wire, begin: int) -> int:
     raise AssertionError("the disk was never full")
 
 
+def test_a_disk_that_fills_up_while_serving_stops_no_vtpm() -> None:
+    with a_host(state_size="6m") as host:
+        host.create("full")
+        host.power_on("full")
+        wire = Stream(host.place("full"))
+        define(wire)
+        fill(host.directory / "state")
+        for value in range(600):  # more than the log holds, so it starts over
+            assert write(wire, value) == 0
+        wire.close()
+        (worker,) = host.workers()
+        os.kill(worker, signal.SIGKILL)
+        until("a new worker", lambda: host.workers() and worker not in host.workers())
+        wire = Stream(host.place("full"))
+        assert read(wire) == 599
+        wire.close()
+
+
 def test_a_full_disk_refuses_the_write_and_keeps_the_value_before_it() -> None:
     with a_host(state_size="6m") as host:
         host.create("full")
@@ -320,7 +353,10 @@ def test_a_full_disk_refuses_the_write_and_keeps_the_value_before_it() -> None:
         define(wire)
         assert write(wire, 1) == 0
         ek = wire.exchange(READ_EK)
-        filler = fill(host.directory / "state")
+        wire.close()
+        filler = begin_on_a_full_disk(host)
+        host.power_on("full")
+        wire = Stream(host.place("full"))
         refused = refused_at(wire, 2)
         assert read(wire) == refused - 1
         assert write(wire, refused) == Rc.NV_UNAVAILABLE
@@ -349,7 +385,10 @@ def test_a_worker_killed_while_the_disk_is_full_comes_back_when_there_is_room() 
         wire = Stream(host.place("full"))
         define(wire)
         assert write(wire, 1) == 0
-        filler = fill(host.directory / "state")
+        wire.close()
+        filler = begin_on_a_full_disk(host)
+        host.power_on("full")
+        wire = Stream(host.place("full"))
         refused = refused_at(wire, 2)
         wire.close()
         (worker,) = host.workers()
