@@ -251,7 +251,7 @@ def test_credential_opens_only_for_the_ak_it_was_made_for(swtpm: Swtpm) -> None:
     with opened(swtpm) as (context, tpm):
         ak, other = tpm.create_ak(), tpm.create_ak()
         with endorsement.endorsement_key(context) as (ek, public):
-            blob = make_credential(public, Public.decode(ak.public).name, b"c" * 32)
+            blob = make_credential(public, Public.decode(ak.public).name, b"c" * 32, bytes(32))
             handle = tpm.use_ak(ak)
             assert endorsement.activate(context, handle, ek, *blob) == b"c" * 32
             context.flush(handle)

@@ -114,7 +114,12 @@ class Host:
         pidfd = _pidfd(run.init_pid, started) if run.init_pid else None
         if run.init_pid and pidfd is None:
             return False
-        _, fds = await self.spawner.ask(lc.FetchHeld(vtpm.record.id), ipc.Done)
+        try:
+            _, fds = await self.spawner.ask(lc.FetchHeld(vtpm.record.id), ipc.Done)
+        except NotFound:  # the spawner ended too, and its device with them
+            if pidfd is not None:
+                os.close(pidfd)
+            return False
         os.close(fds.pop())
         attachment = places.adopt(self.config.paths.vtpm(vtpm.record.name), fds)
         await vtpm.reattach(run, Door(attachment), alive=alive)

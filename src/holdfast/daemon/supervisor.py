@@ -80,6 +80,7 @@ class Supervisor:
         self._waker = waker
         self._ending = False
         self._locks: list[int] = []
+        self._children_lock = -1  # held as long as one of the three lives, whoever started it
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._end)
         self._selector.register(self._wake, selectors.EVENT_READ, None)
@@ -117,6 +118,7 @@ class Supervisor:
         paths.run.mkdir(mode=0o755, parents=True, exist_ok=True)
         paths.keeper.parent.mkdir(mode=0o700, exist_ok=True)
         self._locks = [_alone(paths.state), _alone(paths.run)]
+        self._children_lock = _outlive(paths.keeper.parent / "children.lock")
         self._tidy()
 
     def _tidy(self) -> None:
@@ -130,7 +132,8 @@ class Supervisor:
     # --- children ---
 
     def _start(self, child: Child, more: tuple[str, ...] = (), fds: tuple[int, ...] = ()) -> None:
-        child.process = subprocess.Popen([*child.command, *more], pass_fds=fds)
+        kept = (*fds, self._children_lock)
+        child.process = subprocess.Popen([*child.command, *more], pass_fds=kept)
         child.pidfd = os.pidfd_open(child.process.pid)
         self._selector.register(child.pidfd, selectors.EVENT_READ, child)
 
@@ -198,6 +201,22 @@ def _alone(directory: Path) -> int:
         os.close(fd)
         raise Conflict(f"another holdfast serve uses {directory}") from None
     return fd
+
+
+def _outlive(path: Path) -> int:
+    """Lock a file that children of a former self, who are still ending, have locked too."""
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    deadline = time.monotonic() + END_SECONDS
+    while True:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                os.close(fd)
+                raise Conflict(f"processes of a former holdfast serve do not end: {path}") from None
+            time.sleep(0.02)
+        else:
+            return fd
 
 
 def _user(name: str) -> tuple[int, int]:

@@ -32,8 +32,16 @@ class Door:
 
     def share(self, page: int) -> None:
         """Map the page that this run's workers write; takes the descriptor over."""
-        self._page = SharedPage(page)
+        former, self._page = self._page, SharedPage(page)
         os.close(page)
+        if former is not None:
+            self._page.take_over(former)
+            former.close()
+
+    def fail_in_flight(self) -> None:
+        """Answer, with an error, what a worker took and did not answer."""
+        if self._page is not None:
+            self._page.fail_in_flight(self._attachment.fuse)
 
     def answer(self) -> None:
         """Answer at the device from now on: the vTPM is off."""

@@ -7,16 +7,20 @@ request in flight (0: none), handle that has /dev/tpm0 open (0: none), last hand
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
 import struct
 from typing import Final
+
+from holdfast.protocol import fuse
 
 SIZE: Final = 4096
 _WORD: Final = struct.Struct("=Q")
 _IN_FLIGHT: Final = 0
 _EXCLUSIVE: Final = 8
 _LAST_HANDLE: Final = 16
+_EIO: Final = 5
 
 
 def create() -> int:
@@ -56,6 +60,17 @@ class SharedPage:
         handle = self._get(_LAST_HANDLE) + 1
         _WORD.pack_into(self._map, _LAST_HANDLE, handle)
         return handle
+
+    def fail_in_flight(self, device: int) -> None:
+        """Answer EIO to the request in flight, else its client could not even be killed."""
+        if self.in_flight:
+            with contextlib.suppress(OSError):
+                os.write(device, fuse.error(self.in_flight, _EIO))
+            self.in_flight = 0
+
+    def take_over(self, former: SharedPage) -> None:
+        """Know what a former page of the same device knew."""
+        self._map[:] = former._map[:]
 
     def close(self) -> None:
         self._map.close()

@@ -15,10 +15,11 @@ import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Final, Protocol
 
-from holdfast.errors import Conflict, HoldfastError, HostError
+from holdfast.errors import Conflict, HoldfastError, HostError, NotFound
 from holdfast.eventlog.cel import encode_seq
 from holdfast.eventlog.records import Record
 from holdfast.eventlog.replay import PcrValues, initial, replay
@@ -61,6 +62,9 @@ class Door(Protocol):
 
     def share(self, page: int) -> None:
         """Map the page that this run's workers write; takes the descriptor over."""
+
+    def fail_in_flight(self) -> None:
+        """Answer, with an error, what a worker took and did not answer."""
 
     def answer(self) -> None:
         """Answer at the device from now on: the vTPM is off."""
@@ -177,17 +181,25 @@ class VirtualTpm:
 
     async def attach(self, door: Door) -> None:
         """Hand the open ends to the holder; until power-on its device can be seen, not opened."""
-        await self._around.spawner.ask(lc.Hold(self.record.id), ipc.Done, door.descriptors())
-        await self._adopt(door)
+        self._door = door
+        await self._hold()
+        door.answer()
 
-    async def _adopt(self, door: Door) -> None:
+    async def _hold(self) -> None:
+        """Hand the open ends to the holder; what a worker left unanswered is answered."""
+        assert self._door is not None, "a vTPM is attached before it is powered on"
+        self._door.fail_in_flight()
+        ends = self._door.descriptors()
+        await self._around.spawner.ask(lc.Hold(self.record.id), ipc.Done, ends)
+        await self._share()
+
+    async def _share(self) -> None:
+        """Have the door know the page that the workers write."""
+        assert self._door is not None
         _, held = await self._around.spawner.ask(lc.FetchHeld(self.record.id), ipc.Done)
         for fd in held[:-1]:
             os.close(fd)
-        door.share(held[-1])
-        self._door = door
-        if not self.worker_alive:
-            door.answer()
+        self._door.share(held[-1])
 
     async def detach(self) -> None:
         """Let go of the run's ends; whoever still has the device open finds it gone."""
@@ -239,10 +251,15 @@ class VirtualTpm:
                 for alg, bank in ledger.items() for pcr in MEASURED_PCRS
             ),
         )  # fmt: skip
-        self._worker, _ = await spawn(
-            around.spawner, self.record.id, around.registry, self._died,
+        started = partial(
+            spawn, around.spawner, self.record.id, around.registry, self._died,
             state.wrapped, task, lc.PoweredOn,
         )  # fmt: skip
+        try:
+            self._worker, _ = await started()
+        except NotFound:  # a spawner that took a dead one's place holds nothing
+            await self._hold()
+            self._worker, _ = await started()
         self.ledger = ledger
 
     def _write_log(self, run: Run) -> None:
@@ -331,6 +348,8 @@ class VirtualTpm:
         """Take up, in a new daemon, with a run that outlived the old one."""
         around = self._around
         self.run = run
+        self._door = door
+        await self._share()
         if alive:
             self.ledger = replay(initial(self.banks, run.startup_locality), run.extends)
             self._worker = await reattach(
@@ -338,7 +357,6 @@ class VirtualTpm:
             )
         else:
             await self._begin(run)
-        await self._adopt(door)
 
     # --- attesting ---
 

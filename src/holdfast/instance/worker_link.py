@@ -107,7 +107,7 @@ async def spawn(
     with theirs:
         doing = asyncio.ensure_future(worker.link.ask(task, expected))
         try:
-            spawned = lc.Spawn(instance, wrapped)
+            spawned = lc.Spawn(instance, wrapped, isinstance(task, lc.PowerOn))
             _, fds = await spawner.ask(spawned, lc.Spawned, (theirs.fileno(),))
             worker.watch(*_exactly(1, fds))
         except BaseException:

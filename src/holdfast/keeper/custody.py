@@ -139,7 +139,8 @@ class Custody:
         if len(self._enrolments) >= ENROLMENTS_MAX:
             self._enrolments.popitem(last=False)
         self._enrolments[keys.instance] = _Enrolment(credential, ek_ecc, ak)
-        return ipc.EnrolChallenge(*make_credential(ek_ecc, ak.name, credential))
+        fresh = ec.generate_private_key(ec.SECP256R1())
+        return ipc.EnrolChallenge(*make_credential(ek_ecc, ak.name, credential, fresh))
 
     def enrol(self, proof: ipc.EnrolProof) -> None:
         """Note that the credential was opened; IntegrityError ends the enrolment if it was not."""

@@ -168,7 +168,7 @@ def _activate(context: Context, ak_handle: Any, ak: Public) -> Public:
     """Convince the site root that AK and EK are in one TPM; returns the EK."""
     with endorsement.endorsement_key(context) as (handle, ek):
         secret = os.urandom(_SECRET_SIZE)
-        blob = make_credential(ek, ak.name, secret)
+        blob = make_credential(ek, ak.name, secret, os.urandom(_SECRET_SIZE))
         if not hmac.compare_digest(endorsement.activate(context, ak_handle, handle, *blob), secret):
             raise IntegrityError("the host TPM could not prove that EK and AK are its own")
         return ek

@@ -35,12 +35,14 @@ class Spawn(Message, code=102):
     """Give the instance a worker: a blank one, with what is held for it, leased at the keeper.
 
     Descriptor: the worker's end of its channel to the daemon, in which its first task may wait
-    already. `wrapped`: its data key as the store has it; empty for a new one. Answered with
-    Spawned, or Refused (Conflict while one lives).
+    already. `wrapped`: its data key as the store has it; empty for a new one. `serving`: it is to
+    serve what is held. Answered with Spawned, or Refused: Conflict while one lives, NotFound if it
+    is to serve and nothing is held.
     """
 
     instance: UUID
     wrapped: bytes
+    serving: bool
 
 
 @dataclass(frozen=True)

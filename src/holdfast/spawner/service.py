@@ -38,7 +38,6 @@ QUIET_SECONDS: Final = 0.045
 LATE_SECONDS: Final = 0.25  # without quiet, after which a blank worker is made regardless
 KEEPER_SECONDS: Final = 10.0
 FAILURES_MAX: Final = 5  # blank workers in a row, after which the supervisor takes a turn
-_EIO: Final = 5
 Reply = tuple[ipc.Message, tuple[int, ...]]
 
 
@@ -239,6 +238,8 @@ class Spawner:
         entry = self._entries.get(instance)
         if entry is not None and entry.worker is not None:
             raise Conflict("its worker lives")
+        if message.serving and (entry is None or not entry.held):
+            raise NotFound("nothing is held for this instance")
         blank = self._pool.take()
         with contextlib.suppress(KeyError):  # one that had not arrived
             self._selector.unregister(blank.channel)
@@ -349,12 +350,9 @@ class Spawner:
 
     @staticmethod
     def _answer_in_flight(entry: Entry) -> None:
-        """A dead worker's request gets EIO, else its client could not even be killed."""
+        """A dead worker's request gets EIO."""
         page = SharedPage(entry.page_fd)
-        if page.in_flight:
-            with contextlib.suppress(OSError):
-                os.write(entry.held[0], fuse.error(page.in_flight, _EIO))
-            page.in_flight = 0
+        page.fail_in_flight(entry.held[0])
         page.close()
 
     # --- over execve ---

@@ -1,13 +1,12 @@
 """From TPM structures to cryptography: public keys, signature checks, credentials.
 
 MakeCredential (Part 1, 24; Part 3, 12.6) is done in software, so that whoever enrols a key needs
-no TPM.
+no TPM; randomness is an argument.
 """
 
 from __future__ import annotations
 
 import hmac
-import os
 from typing import Final
 
 from cryptography.exceptions import InvalidSignature
@@ -32,6 +31,7 @@ _CURVES: Final[dict[Curve, ec.EllipticCurve]] = {
     Curve.NIST_P521: ec.SECP521R1(),
 }
 _DEFAULT_EXPONENT: Final = 65537
+Fresh = bytes | ec.EllipticCurvePrivateKey
 
 
 def public_key(public: Public) -> rsa.RSAPublicKey | ec.EllipticCurvePublicKey:
@@ -95,31 +95,36 @@ def kdfe(alg: Alg, z: bytes, label: bytes, party_u: bytes, party_v: bytes) -> by
     return digest.finalize()
 
 
-def _protected_seed(key: Public) -> tuple[bytes, bytes]:
-    """A fresh seed, and as what it is sent to the TPM with `key` (Part 1, B.10.4 and C.6.4)."""
+def _protected_seed(key: Public, fresh: Fresh) -> tuple[bytes, bytes]:
+    """A seed, and as what it is sent to the TPM with `key` (Part 1, B.10.4 and C.6.4)."""
     alg, public = key.name_alg, public_key(key)
-    if isinstance(public, rsa.RSAPublicKey):
+    if isinstance(public, rsa.RSAPublicKey) and isinstance(fresh, bytes):
+        if len(fresh) != HASH_SIZES[alg]:
+            raise ValueError("the seed has the length of the nameAlg's digest")
         hash_alg = _HASHES[alg]
-        seed = os.urandom(HASH_SIZES[alg])
         oaep = padding.OAEP(padding.MGF1(hash_alg), hash_alg, b"IDENTITY\0")
-        return seed, public.encrypt(seed, oaep)
+        return fresh, public.encrypt(fresh, oaep)
+    if isinstance(public, rsa.RSAPublicKey) or isinstance(fresh, bytes):
+        raise DecodeError("TPMT_PUBLIC", "an endorsement key of another type is expected")
     size = (public.key_size + 7) // 8
-    ephemeral = ec.generate_private_key(public.curve)
-    numbers = ephemeral.public_key().public_numbers()
+    numbers = fresh.public_key().public_numbers()
     x, y = (value.to_bytes(size, "big") for value in (numbers.x, numbers.y))
-    z = ephemeral.exchange(ec.ECDH(), public)
+    z = fresh.exchange(ec.ECDH(), public)
     its_x = public.public_numbers().x.to_bytes(size, "big")
     return kdfe(alg, z, b"IDENTITY", x, its_x), sized(x) + sized(y)
 
 
-def make_credential(ek: Public, object_name: bytes, credential: bytes) -> tuple[bytes, bytes]:
+def make_credential(
+    ek: Public, object_name: bytes, credential: bytes, fresh: Fresh
+) -> tuple[bytes, bytes]:
     """Wrap `credential` so that only the TPM with `ek` *and* the object of that Name can open it.
 
-    `ek` is an RSA or ECC storage key.
+    `ek` is an RSA storage key, and `fresh` random bytes of its nameAlg's digest length; or an ECC
+    storage key, and `fresh` a new key on its curve.
     Returns (TPM2B_ID_OBJECT, TPM2B_ENCRYPTED_SECRET), each with its size field.
     """
     alg = ek.name_alg
-    seed, secret = _protected_seed(ek)
+    seed, secret = _protected_seed(ek, fresh)
     sym_key = kdfa(alg, seed, b"STORAGE", object_name, ek.symmetric.bits)
     encryptor = Cipher(algorithms.AES(sym_key), CFB(bytes(16))).encryptor()
     encrypted = encryptor.update(sized(credential)) + encryptor.finalize()

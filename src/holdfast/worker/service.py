@@ -259,8 +259,7 @@ class Worker:
         self._tpm.committed(noted)
         self._vtpm = Vtpm(self._tpm.execute, profile, self._engine.process)
         reset_count = rq.reset_count(execute(rq.read_clock()))
-        if self._held:
-            self._serve(self._vtpm)
+        self._serve(self._vtpm)
         return lc.PoweredOn(reset_count)
 
     def _check_pcrs(self, expected: tuple[ipc.PcrValue, ...]) -> None:
