@@ -45,7 +45,8 @@ from .serve import (
 
 SOAK = os.environ.get("HOLDFAST_SOAK") == "1"
 ROUNDS = 20 if SOAK else 3
-KILLS = ("worker",) * 4 + ("keeper",) * 3 + ("daemon",) * 3  # of one round: no back-off in full
+# Of one round, so that there is no back-off in full.
+KILLS = ("worker",) * 3 + ("keeper",) * 3 + ("daemon",) * 3 + ("spawner",)
 RECOVERY_SECONDS = 30.0
 INDEX = 0x01500010
 ATTRIBUTES = (
@@ -236,6 +237,35 @@ def test_whatever_is_killed_under_load_comes_back_and_no_acknowledged_write_is_l
                 assert host.inspect(linked)["state"] == host.inspect(plain)["state"] == "active"
                 assert host.stop() == 0
             until("nothing is left", lambda: not host.left_over(), 10)
+
+
+def test_a_vtpm_that_was_off_when_the_spawner_died_can_be_powered_on() -> None:
+    with a_host() as host:
+        host.create("idle")
+        kill(host, "spawner", random.Random(1))
+        assert host.inspect("idle")["state"] == "off"
+        host.power_on("idle")
+        for kind in (Device, Stream):
+            wire = kind(host.place("idle"))
+            assert len(wire.exchange(GET_RANDOM)) == 20
+            wire.close()
+
+
+def test_an_open_file_outlives_the_spawner() -> None:
+    with a_host() as host:
+        host.create("held")
+        host.power_on("held")
+        wire = Device(host.place("held"))
+        other = Device(host.place("held"))
+        define(wire)
+        assert write(wire, 1) == 0
+        kill(host, "spawner", random.Random(2))
+        until("a new worker", host.workers)
+        assert host.inspect("held")["restarts"] >= 1
+        assert read(wire) == 1
+        assert read(other) == 1
+        wire.close()
+        other.close()
 
 
 def test_a_worker_minds_no_signal_but_the_last() -> None:

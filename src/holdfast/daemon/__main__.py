@@ -10,6 +10,7 @@ import os
 import signal
 import socket
 import sys
+from collections.abc import Coroutine
 from pathlib import Path
 
 import structlog
@@ -20,7 +21,6 @@ from holdfast.daemon import config
 from holdfast.daemon.api import Api
 from holdfast.daemon.host import Host
 from holdfast.errors import HoldfastError
-from holdfast.frontend.attach import Attachment
 from holdfast.instance.vtpm import VirtualTpm
 from holdfast.linux import process
 
@@ -37,11 +37,14 @@ async def serve(settings: config.Config, ready_fd: int | None) -> None:
     tasks: set[asyncio.Task[None]] = set()
     api: Api | None = None
 
-    async def open_evidence(vtpm: VirtualTpm, sock: socket.socket) -> None:
-        assert api is not None
+    async def close_evidence(vtpm: VirtualTpm) -> None:
         previous = runners.pop(vtpm.record.name, None)
         if previous is not None:
             await previous.cleanup()
+
+    async def open_evidence(vtpm: VirtualTpm, sock: socket.socket) -> None:
+        assert api is not None
+        await close_evidence(vtpm)
         runner = web.AppRunner(
             api.own_application(vtpm), keepalive_timeout=EVIDENCE_SECONDS, access_log=None
         )
@@ -49,12 +52,16 @@ async def serve(settings: config.Config, ready_fd: int | None) -> None:
         await web.SockSite(runner, sock).start()
         runners[vtpm.record.name] = runner
 
-    def opened(vtpm: VirtualTpm, attachment: Attachment) -> None:
-        task = loop.create_task(open_evidence(vtpm, attachment.evidence.dup()))
+    def begin(work: Coroutine[None, None, None]) -> None:
+        task = loop.create_task(work)
         tasks.add(task)
         task.add_done_callback(tasks.discard)
 
-    host = Host(settings, opened)
+    host = Host(
+        settings,
+        opened=lambda vtpm, ends: begin(open_evidence(vtpm, ends.evidence.dup())),
+        closed=lambda vtpm: begin(close_evidence(vtpm)),
+    )
     api = Api(host, Collector(host.keeper))
     await host.start()
     runner = web.AppRunner(api.application(), access_log=None)

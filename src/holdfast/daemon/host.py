@@ -51,6 +51,7 @@ LOG = structlog.get_logger()
 DEFAULT_BANKS: Final = ("sha256", "sha384")
 INSTANCES_MAX: Final = 10_000
 Opened = Callable[[VirtualTpm, Attachment], None]
+Closed = Callable[[VirtualTpm], None]
 
 
 @dataclass
@@ -64,7 +65,7 @@ class Lease:
 class Host:
     """The registry in memory, and everything done to it."""
 
-    def __init__(self, config: Config, opened: Opened) -> None:
+    def __init__(self, config: Config, opened: Opened, closed: Closed) -> None:
         paths = config.paths
         self.config = config
         self.keeper = Peer("keeper", paths.keeper)
@@ -75,6 +76,7 @@ class Host:
         self._vtpms: dict[InstanceName, VirtualTpm] = {}
         self._leases: dict[InstanceId, Lease] = {}
         self._opened = opened
+        self._closed = closed
         banks = tuple(int(HASHES_BY_NAME[bank]) for bank in DEFAULT_BANKS)
         self._ahead = Ahead(
             self.spawner, self.keeper, self._registry, banks, config.workers.manufactured
@@ -370,6 +372,7 @@ class Host:
 
     async def _detach(self, vtpm: VirtualTpm, *, keep_cdi: bool = False) -> None:
         paths, name = self.config.paths, vtpm.record.name
+        self._closed(vtpm)
         await vtpm.detach()
         places.detach(paths.vtpm(name))
         if not keep_cdi:

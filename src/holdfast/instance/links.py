@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import os
 import socket
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -22,6 +23,8 @@ from holdfast.protocol import ipc
 from holdfast.protocol.ipc import Message
 
 ANSWER_SECONDS: Final = 30.0
+CONNECT_SECONDS: Final = 3.0  # for the supervisor to start a peer anew
+RECONNECT_SECONDS: Final = 0.05
 Answer = tuple[Message, list[int]]
 A = TypeVar("A", bound=Message)
 LATER: Final = ipc.Done()  # from a handler of what comes unasked: the answer will be told later
@@ -136,13 +139,16 @@ class Peer:
         self, message: Message, expected: type[A], fds: Sequence[int] = ()
     ) -> tuple[A, list[int]]:
         """As Link.ask, connecting first if need be."""
-        if self._link is None or not self._link.open:
+        deadline = time.monotonic() + CONNECT_SECONDS
+        while self._link is None or not self._link.open:
             try:
                 self._link = Link(self._name, channel.connect(self._path))
             except OSError as error:
-                raise HostError(
-                    f"the {self._name} cannot be reached at {self._path}: {error.strerror}"
-                ) from None
+                if time.monotonic() > deadline:
+                    raise HostError(
+                        f"the {self._name} cannot be reached at {self._path}: {error.strerror}"
+                    ) from None
+                await asyncio.sleep(RECONNECT_SECONDS)
         return await self._link.ask(message, expected, fds)
 
     def close(self) -> None:
