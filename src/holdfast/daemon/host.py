@@ -29,6 +29,7 @@ from holdfast.daemon.starting import (
     hook_path,
     measured_run,
     plain_run,
+    provider,
 )
 from holdfast.errors import Conflict, HoldfastError, HostError, InvalidInput, NotFound
 from holdfast.eventlog.cel import encode_json
@@ -39,7 +40,7 @@ from holdfast.frontend.door import Door
 from holdfast.frontend.filter import Profile
 from holdfast.ids import InstanceId, InstanceName, instance_name
 from holdfast.instance.ahead import Ahead
-from holdfast.instance.lifecycle import State
+from holdfast.instance.lifecycle import Event, State, after
 from holdfast.instance.links import Peer
 from holdfast.instance.vtpm import Run, Surroundings, VirtualTpm
 from holdfast.protocol import ipc
@@ -87,6 +88,7 @@ class Host:
 
     async def start(self) -> None:
         """Take up what is there: living runs go on, the rest is put in order."""
+        await asyncio.to_thread(provider)
         held, _ = await self.spawner.ask(lc.ListHeld(), lc.HeldList)
         workers = {entry.instance: entry for entry in held.entries}
         for record in self._registry.all():
@@ -236,6 +238,7 @@ class Host:
         async with vtpm.lock:
             if vtpm.state is State.ACTIVE:
                 raise Conflict(f"{name} is in use by {self._user(vtpm)}: stop it first")
+            after(vtpm.state, Event.DESTROYED)
             await self._detach(vtpm)
             self._registry.remove(vtpm.record.id)
             del self._vtpms[vtpm.record.name]

@@ -12,7 +12,7 @@ import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, Final
@@ -31,6 +31,7 @@ from holdfast.measure.cache import FileTreeCache
 from holdfast.measure.config import CONFIG_MAX, config_facts, hooks_after, parse_config
 from holdfast.measure.events import (
     Measurement,
+    ProviderFacts,
     config_content,
     identity_content,
     image_contents,
@@ -124,7 +125,7 @@ def measured_run(record: Instance, banks: Sequence[Alg], start: Start) -> Run:
     _judge(record, facts.normalised_digest.hex(), images, later)
     policy = hashlib.sha256(json.dumps(record.start_policy, sort_keys=True).encode()).digest()
     measurements = (
-        _provider(policy),
+        provider_content(replace(provider(), policy=policy)),
         config_content(facts),
         *images,
         identity_content(record.id, state.id, record.name, record.run + 1, facts.raw_digest),
@@ -204,11 +205,13 @@ def _tree_cache(path: Path) -> FileTreeCache:
 
 
 @cache
-def _provider(policy: bytes) -> Measurement:
-    """What provides the vTPM: our source, libtpms, Python. Read once for a daemon's life."""
+def provider() -> ProviderFacts:
+    """What provides vTPMs: our source, libtpms, Python, under no policy yet.
+
+    Read once for a daemon's life, at its start, when it is what runs.
+    """
     library = _find_library()
-    facts = provider_facts(Path(holdfast.__file__).parent, library, library.name, policy)
-    return provider_content(facts)
+    return provider_facts(Path(holdfast.__file__).parent, library, library.name, b"")
 
 
 def _find_library() -> Path:

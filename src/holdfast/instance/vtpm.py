@@ -2,7 +2,8 @@
 
 Every change of state goes through `lifecycle.after` and is written down before it is acted on.
 A worker that dies while its container lives is replaced: a TPM Reset with the same measurements,
-counted, with back-off. What cannot be opened or measured becomes FAILED and stays as it is.
+counted, with back-off; if none comes up, it becomes FAILED and stays as it is. What cannot be
+opened or measured at a start stays off, and every start says why.
 
 Not here: measuring (`measure`), evidence (`attest`), who may ask (`daemon`).
 """
