@@ -26,6 +26,7 @@ PROBE_EVERY: Final = 64  # answers between probes once spinning has not paid
 MISSES_MAX: Final = 4  # misses in a row after which it does not pay
 SWEEP_SECONDS: Final = 5.0
 _TURNS: Final = 0xFF  # between two looks at the clock
+TURN_SECONDS: Final = 0.005  # that clients may take before the host is heard again
 BURST_MAX: Final = 32  # commands of one client before the others have their turn
 
 
@@ -36,6 +37,8 @@ class Loop:
         # poll and not epoll: with few descriptors it costs the same, and a client that connects
         # for every command costs nothing to register.
         self._poll = select.poll()
+        self._host = select.poll()  # the host's channels alone
+        self._looked = 0.0  # at them, last
         self._handlers: dict[int, Callable[[int], object]] = {}
         self._urgent: set[int] = set()
         self._listeners: set[int] = set()
@@ -52,9 +55,11 @@ class Loop:
         self._urgent.add(fd)
         self._handlers[fd] = lambda _: handler()
         self._poll.register(fd, select.POLLIN)
+        self._host.register(fd, select.POLLIN)
 
     def unwatch(self, fd: int) -> None:
         self._urgent.discard(fd)
+        self._host.unregister(fd)
         self._forget(fd)
 
     def listen(self, sock: socket.socket, made: Callable[[int], Connection]) -> None:
@@ -81,6 +86,7 @@ class Loop:
         turns = 0
         while self._running:
             events = poll(SWEEP_SECONDS * 1000)
+            self._looked = perf_counter()
             if len(events) > 1:
                 events.sort(key=lambda event: event[0] not in urgent)
             for fd, event in events:
@@ -88,9 +94,20 @@ class Loop:
                 if handler is not None:
                     self._left = BURST_MAX
                     handler(event)
+                    self.hear_host()
             turns += 1
             if not events or turns & _TURNS == 0:
                 self._sweep()
+
+    def hear_host(self) -> None:
+        """Between two commands of clients: serve the host's channels if that was long ago."""
+        now = perf_counter()
+        if now - self._looked > TURN_SECONDS:
+            self._looked = now
+            for fd, event in self._host.poll(0):
+                handler = self._handlers.get(fd)
+                if handler is not None:
+                    handler(event)
 
     def _forget(self, fd: int) -> None:
         del self._handlers[fd]
@@ -157,6 +174,7 @@ class Loop:
         result = SERVED
         while self._left:
             self._left -= 1
+            self.hear_host()
             until = perf_counter() + SPIN_SECONDS
             result = IDLE
             while result == IDLE and perf_counter() < until:

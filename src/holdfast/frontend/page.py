@@ -8,6 +8,7 @@ request in flight (0: none), handle that has /dev/tpm0 open (0: none), last hand
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import mmap
 import os
 import struct
@@ -25,8 +26,11 @@ _EIO: Final = 5
 
 def create() -> int:
     """A new page, all zero, as a descriptor."""
-    fd = os.memfd_create("holdfast-page", os.MFD_CLOEXEC)
+    fd = os.memfd_create("holdfast-page", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     os.ftruncate(fd, SIZE)
+    # Cut short by one process, it would kill the next that looks.
+    seals = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
+    fcntl.fcntl(fd, fcntl.F_ADD_SEALS, seals)
     return fd
 
 

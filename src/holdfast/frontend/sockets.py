@@ -40,13 +40,16 @@ _INFO_MAX: Final = 3072
 class DataConnection:
     """One client's connection for TPM commands."""
 
-    __slots__ = ("_client", "_frames", "_mark", "_serve", "_vtpm", "deadline", "fd", "pending")
+    __slots__ = (
+        "_client", "_frames", "_hear_host", "_mark", "_serve", "_vtpm", "deadline", "fd", "pending",
+    )  # fmt: skip
 
-    def __init__(self, fd: int, vtpm: Vtpm) -> None:
+    def __init__(self, fd: int, vtpm: Vtpm, hear_host: Callable[[], None]) -> None:
         self.fd = fd  # does not block
         self.pending = b""  # of responses the client has not taken yet
         self.deadline = 0.0  # when half a command will have taken too long; 0: no half command
         self._vtpm = vtpm
+        self._hear_host = hear_host
         self._frames: FrameBuffer | None = None  # until a command comes in pieces
         self._client: Client | None = None
         self._mark = 0
@@ -78,6 +81,7 @@ class DataConnection:
         for command in commands:
             if self._send(self._serve(command)) == GONE:
                 return GONE
+            self._hear_host()
         self._frames = frames if frames.partial else None
         self.deadline = monotonic() + HALF_FRAME_SECONDS if frames.partial else 0.0
         return SERVED

@@ -73,6 +73,7 @@ class Link:
             self.close()  # answers come in order: a late one would be taken for another's
             raise HostError(f"the {self._name} does not answer") from None
         if isinstance(answer, ipc.Refused):
+            _close_all(received)
             raise refusal(answer)
         if not isinstance(answer, expected):
             _close_all(received)
@@ -82,28 +83,35 @@ class Link:
     def _readable(self) -> None:
         try:
             data, fds = channel.receive(self._sock)
-            if not data:
-                self.close()
-                return
-            message = ipc.decode(data)
         except (OSError, PeerError):
             self.close()
             return
+        if not self._take(data, fds):
+            _close_all(fds)
+
+    def _take(self, data: bytes, fds: list[int]) -> bool:
+        """Act on one packet; False if nobody took its descriptors."""
+        try:
+            message = ipc.decode(data) if data else None
+        except PeerError:
+            message = None
+        if message is None:
+            self.close()
+            return False
         if self._unasked is not None:
             reply = self._unasked(message)
             if reply is not None:
                 if reply is not LATER:
                     self.tell(reply)
-                return
+                return False
         if not self._waiting:
-            _close_all(fds)
             self.close()  # an answer to nothing: not a peer to go on with
-            return
+            return False
         future = self._waiting.popleft()
-        if future.cancelled():
-            _close_all(fds)
-        else:
-            future.set_result((message, fds))
+        if future.done():
+            return False
+        future.set_result((message, fds))
+        return True
 
     def tell(self, message: Message) -> None:
         """Send what is no question; a peer that is gone does not hear it."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import signal
 import socket
 import sqlite3
 import time
@@ -22,6 +23,9 @@ from holdfast.store.registry import Registry, SealedState
 
 COMMITS_PER_SECOND: Final = 200.0  # durable writes that one vTPM may cause, for long
 COMMITS_BURST: Final = 2000.0
+SEALED_MAX: Final = 256 << 10  # bytes; libtpms' permanent state with its NV memory full is less
+WRAPPED_MAX: Final = 1024
+WORDS_MAX: Final = 512  # characters of a worker's last words that are kept
 A = TypeVar("A", bound=ipc.Message)
 
 
@@ -41,7 +45,8 @@ class WorkerLink:
         self._pidfd = -1
         self._commits = Bucket(COMMITS_PER_SECOND, COMMITS_BURST)
         self.ended = asyncio.Event()
-        self.link = Link("worker", sock, self._unasked)
+        self._committing = False  # a commit waits for its time; a worker of ours sends no second
+        self.link = Link("worker", sock, self._unasked, self._cut_off)
 
     def watch(self, pidfd: int) -> None:
         """Notice the end of this process; takes the descriptor over."""
@@ -51,20 +56,33 @@ class WorkerLink:
     def _unasked(self, message: ipc.Message) -> ipc.Message | None:
         """A commit is answered when it is durable; last words are kept."""
         if isinstance(message, lc.Fault):
-            self.link.last_words = message.what
+            self.link.last_words = _printable(message.what)
             return ipc.Done()  # nobody reads it: the worker is leaving
         if not isinstance(message, lc.Commit):
             return None
         state = SealedState(message.epoch, message.sealed, message.wrapped)
+        if self._committing or len(state.sealed) > SEALED_MAX or len(state.wrapped) > WRAPPED_MAX:
+            self.link.last_words = "it sent commits that no worker of ours sends"
+            self.link.close()
+            return LATER
         delay = self._commits.wait(time.monotonic())
         if delay:
             # The worker, and with it its one container, waits; nobody else does.
+            self._committing = True
             asyncio.get_running_loop().call_later(delay, self._late, state)
             return LATER
         return self._keep(state)
 
+    def _cut_off(self) -> None:
+        """The link is closed, for whatever reason: a worker without it does not go on."""
+        if self._pidfd >= 0:
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+
     def _late(self, state: SealedState) -> None:
-        self.link.tell(self._keep(state))
+        self._committing = False
+        if self.link.open:
+            self.link.tell(self._keep(state))
 
     def _keep(self, state: SealedState) -> ipc.Message:
         try:
@@ -79,6 +97,7 @@ class WorkerLink:
         """The process has ended: exactly once."""
         asyncio.get_running_loop().remove_reader(self._pidfd)
         os.close(self._pidfd)
+        self._pidfd = -1
         self.link.close()
         self.ended.set()
         self._died(self.link.last_words or "it ended")
@@ -132,6 +151,10 @@ async def reattach(
     worker = WorkerLink(instance, registry, channel.from_fd(sock), died)
     worker.watch(pidfd)
     return worker
+
+
+def _printable(text: str) -> str:
+    return "".join(c if c.isprintable() else "?" for c in text[:WORDS_MAX])
 
 
 def _exactly(count: int, fds: list[int]) -> list[int]:

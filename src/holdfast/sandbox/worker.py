@@ -31,7 +31,8 @@ ALLOWED: Final[Mapping[str, Rule]] = {
     **dict.fromkeys(
         (
             "epoll_wait", "epoll_pwait", "epoll_ctl", "epoll_create1", "poll", "ppoll",
-            "recvfrom", "recvmsg", "sendto", "sendmsg", "accept4", "accept",
+            # no sendmsg: a descriptor that was passed in must not be passed on
+            "recvfrom", "recvmsg", "sendto", "accept4", "accept",
             "getsockname", "getsockopt", "setsockopt", "shutdown",
             "read", "readv", "write", "writev", "close", "fstat", "lseek",
         ),

@@ -88,7 +88,7 @@ def serve(directory: Path, plain: PlainTpm, ready: Callable[[], None]) -> None:
     loop = Loop()
     paths = [directory / "tpm.sock", directory / "tpm.sock.ctrl"]
     makers: list[Callable[[int], Connection]] = [
-        lambda fd: DataConnection(fd, vtpm),
+        lambda fd: DataConnection(fd, vtpm, loop.hear_host),
         lambda fd: ControlConnection(fd, engine.established, engine.info),
     ]
     for path, made in zip(paths, makers, strict=True):

@@ -297,7 +297,7 @@ class Worker:
         self._loop.serve_devices(fuse_fd, devices)
         self._loop.listen(
             socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, 0, data_fd),
-            lambda fd: DataConnection(fd, vtpm),
+            lambda fd: DataConnection(fd, vtpm, self._loop.hear_host),
         )
         self._loop.listen(
             socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, 0, control_fd),
