@@ -70,7 +70,7 @@ async def a_vtpm(box: Box, tmp_path: Path) -> AsyncIterator[VirtualTpm]:
     vtpm = VirtualTpm(record, around)
     place = tmp_path / "place"
     await vtpm.manufacture(None)
-    await vtpm.attach(Door(attach.attach(place, "web")))
+    await vtpm.attach(Door(attach.attach(place, "web", 0)))
     try:
         yield vtpm
     finally:

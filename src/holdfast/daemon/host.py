@@ -91,7 +91,10 @@ class Host:
         await asyncio.to_thread(provider)
         held, _ = await self.spawner.ask(lc.ListHeld(), lc.HeldList)
         workers = {entry.instance: entry for entry in held.entries}
-        for record in self._registry.all():
+        records, wrong = self._registry.all()
+        for what in wrong:
+            LOG.error("a row of the registry is no instance, and is left as it is", row=what)
+        for record in records:
             vtpm = VirtualTpm(record, self._around)
             self._vtpms[record.name] = vtpm
             entry = workers.pop(record.id, None)
@@ -148,15 +151,18 @@ class Host:
 
     async def stop(self) -> None:
         """End in order: every vTPM off and sealed, every mount and CDI file gone."""
-        for vtpm in list(self._vtpms.values()):
-            async with vtpm.lock:
-                with contextlib.suppress(HoldfastError, OSError):
-                    await self._end(vtpm)
-                    await self._detach(vtpm)
+        await asyncio.gather(*(self._stop_one(vtpm) for vtpm in self._vtpms.values()))
         await self._ahead.close()
         self.spawner.close()
         self.keeper.close()
         self._registry.close()
+
+    async def _stop_one(self, vtpm: VirtualTpm) -> None:
+        vtpm.give_up()
+        async with vtpm.lock:
+            with contextlib.suppress(HoldfastError, OSError):
+                await self._end(vtpm)
+                await self._detach(vtpm)
 
     # --- finding ---
 
@@ -201,7 +207,7 @@ class Host:
                 # While the worker looks for primes, the place where it will be met is made.
                 making = asyncio.create_task(vtpm.manufacture(parked))
                 attachment = await asyncio.to_thread(
-                    places.attach, self.config.paths.vtpm(name), name
+                    places.attach, self.config.paths.vtpm(name), name, record.owner
                 )
                 try:
                     await making
@@ -359,7 +365,7 @@ class Host:
     async def _attach(self, vtpm: VirtualTpm, attachment: Attachment | None = None) -> None:
         paths, name = self.config.paths, vtpm.record.name
         if attachment is None:
-            attachment = places.attach(paths.vtpm(name), name)
+            attachment = places.attach(paths.vtpm(name), name, vtpm.record.owner)
         await vtpm.attach(Door(attachment))
         self._opened(vtpm, attachment)
         cdi.write_spec(self.cdi_of(vtpm), paths.cdi)

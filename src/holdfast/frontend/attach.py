@@ -43,11 +43,16 @@ class Attachment:
             sock.close()
 
 
-def attach(directory: Path, name: str) -> Attachment:
-    """Make both mounts under `directory`, replacing what an earlier run left there."""
+def attach(directory: Path, name: str, owner: int) -> Attachment:
+    """Make both mounts under `directory`, replacing what an earlier run left there.
+
+    On the host only root and `owner` (a uid) come through to them: whoever does may use the vTPM.
+    """
     detach(directory)
     devices, run = directory / "dev", directory / "run"
-    devices.mkdir(parents=True)
+    directory.mkdir(mode=0o700, parents=True)
+    os.chown(directory, owner, -1)
+    devices.mkdir()
     run.mkdir()
     fuse = mount_fuse(devices, f"holdfast:{name}")
     try:
@@ -77,7 +82,7 @@ def _stream(fd: int) -> socket.socket:
 def _listen(path: Path) -> socket.socket:
     server = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     server.bind(os.fspath(path))
-    path.chmod(0o666)  # whoever sees this mount may use it: the mount is the authority
+    path.chmod(0o666)  # of a container any user: the mount is the authority
     server.listen(BACKLOG)
     return server
 

@@ -35,7 +35,7 @@ from holdfast.store.registry import Instance, KeySet, Registry
 from holdfast.tpm2.algorithms import HASHES_BY_NAME, Alg
 
 RESTART_DELAYS: Final = (0.0, 0.1, 0.5, 2.0, 5.0, 15.0)  # seconds before each replacement in a row
-WORKER_END_SECONDS: Final = 5.0
+WORKER_END_SECONDS: Final = 5.0  # for an orderly end; the longest command takes less
 STEADY_SECONDS: Final = 60.0  # after which a worker's death counts as the first again
 MEASURED_PCRS: Final = range(16)
 HOST_PCRS: Final = (*range(10), 14)  # these speak of the host (DESIGN 5)
@@ -165,7 +165,7 @@ class VirtualTpm:
         try:
             ek_rsa, ek_ecc = await tasks[0], await tasks[1]
             certificates = lc.InstallCertificates(
-                ek_rsa.certificate, ek_ecc.certificate, ek_rsa.chain
+                self.record.profile, ek_rsa.certificate, ek_ecc.certificate, ek_rsa.chain
             )
             await parked.worker.link.ask(certificates, ipc.Done)
             ak = await tasks[2]
@@ -267,16 +267,32 @@ class VirtualTpm:
         """The write-ahead record: what is about to be extended, durable first."""
         directory = self.log_directory
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        path = directory / f"{self.record.run + 1:08d}.cel"
-        with path.open("wb") as file:
-            for record in run.records:
-                file.write(encode_seq(record))
-            file.flush()
-            os.fsync(file.fileno())
+        name = f"{self.record.run + 1:08d}.cel"
+        # Whatever lies in the way is replaced and not followed.
+        place = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        try:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(name, dir_fd=place)
+            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
+            with open(os.open(name, flags, 0o600, dir_fd=place), "wb") as file:
+                for record in run.records:
+                    file.write(encode_seq(record))
+                file.flush()
+                os.fsync(file.fileno())
+            os.fsync(place)
+        finally:
+            os.close(place)
 
     @property
     def log_directory(self) -> Path:
         return self._around.logs / str(self.record.id)
+
+    def give_up(self) -> None:
+        """Replace no worker any more: whoever waits for the lock is going to power off."""
+        self._stopping = True
+
+    def _given_up(self) -> bool:
+        return self._stopping
 
     async def power_off(self) -> None:
         """An orderly end: Shutdown(CLEAR), sealed; the worker gone."""
@@ -286,7 +302,8 @@ class VirtualTpm:
         try:
             if worker is not None and not worker.ended.is_set():
                 with contextlib.suppress(HoldfastError):
-                    await worker.link.ask(lc.PowerOff(), ipc.Done)
+                    ending = worker.link.ask(lc.PowerOff(), ipc.Done)
+                    await asyncio.wait_for(ending, WORKER_END_SECONDS)
                     await asyncio.wait_for(worker.ended.wait(), WORKER_END_SECONDS)
         except TimeoutError:
             pass
@@ -318,6 +335,8 @@ class VirtualTpm:
             self._restarts = [at for at in self._restarts if now - at < STEADY_SECONDS]
             while len(self._restarts) < len(RESTART_DELAYS):
                 await asyncio.sleep(RESTART_DELAYS[len(self._restarts)])
+                if self._given_up():
+                    return
                 self._restarts.append(time.monotonic())
                 self.record = replace(self.record, restarts=self.record.restarts + 1)
                 try:

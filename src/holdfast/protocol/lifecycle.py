@@ -159,8 +159,12 @@ class OpenedCredential(Message, code=143):
 
 @dataclass(frozen=True)
 class InstallCertificates(Message, code=144):
-    """Write them (DER) into NV, shut down and seal. Answered with Commit, then Done."""
+    """Write them (DER) into NV, shut down and seal. Answered with Commit, then Done.
 
+    `profile`: the filter profile under which alone the state will open.
+    """
+
+    profile: str
     ek_rsa: bytes
     ek_ecc: bytes
     chain: tuple[bytes, ...]

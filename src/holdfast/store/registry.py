@@ -15,12 +15,13 @@ import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Final
 from uuid import UUID
 
-from holdfast.errors import Conflict, HostError, IntegrityError, NotFound
-from holdfast.ids import InstanceId, InstanceName
+from holdfast.errors import Conflict, HoldfastError, HostError, IntegrityError, NotFound
+from holdfast.ids import InstanceId, InstanceName, instance_id, instance_name
 
 SCHEMA: Final = 1
 _PAGE: Final = 8192  # bytes; a sealed state mostly fits, so a commit writes one page
@@ -122,6 +123,16 @@ class Registry:
                 f"{path} has schema {version}, this Holdfast knows {SCHEMA}: "
                 "it was written by another version"
             )
+        if self._schema() != _expected_schema():
+            # A trigger, for one, could put old states back by itself.
+            raise IntegrityError(
+                f"{path} holds other tables, indices or triggers than Holdfast makes: somebody "
+                "has changed it; put a copy from before in its place"
+            )
+
+    def _schema(self) -> list[tuple[str, str, str | None]]:
+        rows = self._db.execute("SELECT type, name, sql FROM sqlite_schema ORDER BY type, name")
+        return rows.fetchall()
 
     def _make_room(self) -> None:
         """Give the write-ahead log its size now.
@@ -183,9 +194,16 @@ class Registry:
         finally:
             self._db.execute("PRAGMA synchronous=FULL")
 
-    def all(self) -> list[Instance]:
+    def all(self) -> tuple[list[Instance], list[str]]:
+        """Every instance, and what is wrong with rows that are none: one harms no other."""
         rows = self._db.execute("SELECT id, name, state, record FROM instances ORDER BY name")
-        return [_decode(*row) for row in rows]
+        instances, wrong = [], []
+        for row in rows:
+            try:
+                instances.append(_decode(*row))
+            except (HoldfastError, ValueError, TypeError, KeyError) as error:
+                wrong.append(f"{row[0]!a:.60}: {type(error).__name__}: {error}")
+        return instances, wrong
 
     def remove(self, instance: InstanceId) -> None:
         """Delete an instance with its state and keys; freed pages are overwritten."""
@@ -255,6 +273,15 @@ def _writing() -> Iterator[None]:
         raise HostError(f"the store cannot be written: {error}") from None
 
 
+@cache
+def _expected_schema() -> list[tuple[str, str, str | None]]:
+    """What SQLite says of a database with our tables and nothing else."""
+    with contextlib.closing(sqlite3.connect(":memory:")) as db:
+        db.executescript(_TABLES)
+        rows = db.execute("SELECT type, name, sql FROM sqlite_schema ORDER BY type, name")
+        return rows.fetchall()
+
+
 def _encode(instance: Instance) -> str:
     record = {
         name: value for name, value in vars(instance).items() if name not in ("id", "name", "state")
@@ -263,6 +290,7 @@ def _encode(instance: Instance) -> str:
 
 
 def _decode(instance: str, name: str, state: str, record: str) -> Instance:
+    # Names become paths, so they are looked at again.
     fields = json.loads(record)
     fields["banks"] = tuple(fields["banks"])
-    return Instance(InstanceId(UUID(instance)), InstanceName(name), state, **fields)
+    return Instance(instance_id(instance), instance_name(name), state, **fields)

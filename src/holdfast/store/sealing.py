@@ -3,7 +3,8 @@
 Sealed form: version 1 (1 byte) ‖ salt (32) ‖ nonce (12) ‖ ciphertext and tag. The epoch's key is
 HKDF-SHA256 of the instance's data key with the salt; salt and nonce are fresh randomness, never a
 function of the epoch, so that a restored host image that counts an epoch again repeats neither.
-Associated data is instance id ‖ epoch ‖ kind: a blob opens only as what it is.
+Associated data is instance id (16) ‖ epoch (8) ‖ length (1) and name of the profile ‖ kind: a blob
+opens only as what it is.
 
 Runs in the worker. Not here: the data key's own wrapping (the keeper's).
 """
@@ -11,6 +12,7 @@ Runs in the worker. Not here: the data key's own wrapping (the keeper's).
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from enum import Enum
 from typing import Final
 from uuid import UUID
@@ -36,28 +38,38 @@ class Kind(Enum):
     PERMANENT = b"permanent"
 
 
-def seal(key: bytes, instance: UUID, epoch: int, kind: Kind, state: bytes) -> bytes:
+@dataclass(frozen=True)
+class Owner:
+    """Whose state it is, and under which filter profile it may be run: part of the seal.
+
+    Under another profile the same state would let its container do what the host alone may.
+    """
+
+    instance: UUID
+    profile: str
+
+
+def seal(key: bytes, owner: Owner, epoch: int, kind: Kind, state: bytes) -> bytes:
     """Encrypt `state` under a fresh key derived from the 32-byte data key."""
     salt, nonce = os.urandom(_SALT), os.urandom(_NONCE)
     cipher = AESGCM(_epoch_key(key, salt))
-    associated = _associated(instance, epoch, kind)
+    associated = _associated(owner, epoch, kind)
     return _VERSION + salt + nonce + cipher.encrypt(nonce, state, associated)
 
 
-def unseal(key: bytes, instance: UUID, epoch: int, kind: Kind, sealed: bytes) -> bytes:
-    """Decrypt; IntegrityError unless it is exactly this instance's blob of this epoch."""
+def unseal(key: bytes, owner: Owner, epoch: int, kind: Kind, sealed: bytes) -> bytes:
+    """Decrypt; IntegrityError unless it is exactly this owner's blob of this epoch."""
     if sealed[:1] != _VERSION or len(sealed) < 1 + _SALT + _NONCE + _TAG:
         raise IntegrityError("sealed state is cut short or of an unknown version")
     salt = sealed[1 : 1 + _SALT]
     nonce = sealed[1 + _SALT : 1 + _SALT + _NONCE]
     cipher = AESGCM(_epoch_key(key, salt))
     try:
-        return cipher.decrypt(
-            nonce, sealed[1 + _SALT + _NONCE :], _associated(instance, epoch, kind)
-        )
+        return cipher.decrypt(nonce, sealed[1 + _SALT + _NONCE :], _associated(owner, epoch, kind))
     except InvalidTag:
         raise IntegrityError(
-            "sealed state does not open: it was changed, or is another instance's or epoch's"
+            "sealed state does not open: it was changed, or is another instance's, epoch's or "
+            "profile's"
         ) from None
 
 
@@ -67,5 +79,7 @@ def _epoch_key(key: bytes, salt: bytes) -> bytes:
     return HKDF(SHA256(), KEY_SIZE, salt, _INFO).derive(key)
 
 
-def _associated(instance: UUID, epoch: int, kind: Kind) -> bytes:
-    return instance.bytes + epoch.to_bytes(8, "big") + kind.value
+def _associated(owner: Owner, epoch: int, kind: Kind) -> bytes:
+    profile = owner.profile.encode()
+    head = owner.instance.bytes + epoch.to_bytes(8, "big")
+    return head + len(profile).to_bytes(1, "big") + profile + kind.value

@@ -18,7 +18,7 @@ from holdfast.frontend.vtpm import Vtpm
 from holdfast.linux import channel
 from holdfast.protocol import ipc
 from holdfast.protocol import lifecycle as lc
-from holdfast.store.sealing import KEY_SIZE, Kind, seal, unseal
+from holdfast.store.sealing import KEY_SIZE, Kind, Owner, seal, unseal
 from holdfast.tpm2 import requests as rq
 from holdfast.tpm2.algorithms import HASH_SIZES, Alg
 from holdfast.tpm2.commands import Cc
@@ -26,16 +26,16 @@ from holdfast.tpm2.structures import PcrSelection
 from holdfast.worker.manufacture import forget_platform_auth
 from holdfast.worker.tpm import DurableTpm
 
-_INSTANCE: Final = UUID(int=0)
+_OWNER: Final = Owner(UUID(int=0), "linked")
 
 
 def rehearse(engine: Engine, permanent: bytes) -> None:
     """Live through `permanent`, which is nobody's."""
     key = os.urandom(KEY_SIZE)
-    sealed = seal(key, _INSTANCE, 1, Kind.PERMANENT, permanent)
+    sealed = seal(key, _OWNER, 1, Kind.PERMANENT, permanent)
     message = ipc.decode(lc.PowerOn("linked", 1, sealed, 0, (), ()).encode())
     assert isinstance(message, lc.PowerOn)
-    state = unseal(key, _INSTANCE, 1, Kind.PERMANENT, message.sealed)
+    state = unseal(key, _OWNER, 1, Kind.PERMANENT, message.sealed)
     tpm = DurableTpm(engine, lambda _: True)
     tpm.restore(state)
     rq.response(Cc.Startup, engine.process(rq.startup()))
@@ -48,7 +48,7 @@ def rehearse(engine: Engine, permanent: bytes) -> None:
     client = vtpm.attach()
     vtpm.execute(client, rq.get_random(16))
     vtpm.detach(client)
-    lc.Commit(2, seal(key, _INSTANCE, 2, Kind.PERMANENT, state), b"").encode()
+    lc.Commit(2, seal(key, _OWNER, 2, Kind.PERMANENT, state), b"").encode()
     engine.dump(StateKind.VOLATILE)
     engine.power_off()
     _rehearse_channels()

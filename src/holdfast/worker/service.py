@@ -28,7 +28,7 @@ from holdfast.frontend.vtpm import Vtpm
 from holdfast.linux import channel
 from holdfast.protocol import ipc
 from holdfast.protocol import lifecycle as lc
-from holdfast.store.sealing import Kind, seal, unseal
+from holdfast.store.sealing import Kind, Owner, seal, unseal
 from holdfast.tpm2 import requests as rq
 from holdfast.tpm2.algorithms import HASH_SIZES, Alg
 from holdfast.tpm2.commands import Cc
@@ -56,6 +56,7 @@ class Worker:
     ) -> None:
         self._spawner = spawner
         self._instance = begin.instance
+        self._owner = Owner(begin.instance, "")
         self.daemon = socket.socket(fileno=fds[0])
         self._keys = socket.socket(fileno=fds[1])
         self._page = SharedPage(fds[2])
@@ -138,7 +139,7 @@ class Worker:
         """
         self._have_key()
         epoch = self._epoch + 1
-        sealed = seal(self._data_key, self._instance, epoch, Kind.PERMANENT, permanent)
+        sealed = seal(self._data_key, self._owner, epoch, Kind.PERMANENT, permanent)
         request = lc.Commit(epoch, sealed, self._wrapped).encode()
         deadline = time.monotonic() + DAEMON_WAIT
         while True:
@@ -226,6 +227,7 @@ class Worker:
 
     def _install_certificates(self, message: lc.InstallCertificates) -> ipc.Message:
         execute = self._engine.process
+        self._owner = Owner(self._instance, message.profile)
         manufacture.install_certificates(execute, message.ek_rsa, message.ek_ecc, message.chain)
         return self._shut_down(execute)
 
@@ -242,7 +244,8 @@ class Worker:
         """TPM Reset, the host's measurements, a platformAuth that nobody knows; then durable."""
         self._have_key()
         self._epoch = message.epoch
-        state = unseal(self._data_key, self._instance, self._epoch, Kind.PERMANENT, message.sealed)
+        self._owner = Owner(self._instance, message.profile)
+        state = unseal(self._data_key, self._owner, self._epoch, Kind.PERMANENT, message.sealed)
         execute = self._engine.process
         self._tpm.restore(state)
         locality = message.startup_locality
