@@ -15,6 +15,9 @@ from holdfast.errors import DecodeError
 
 DEPTH_MAX: Final = 8  # our deepest value, a leaf, has two levels
 ENCODED_MAX: Final = 32 << 20
+_TAG: Final = 6
+_STRINGS: Final = (2, 3)
+_ARGUMENT: Final = {24: 1, 25: 2, 26: 4, 27: 8}  # bytes of the argument after the head
 
 
 def encode(value: object) -> bytes:
@@ -27,6 +30,7 @@ def decode(data: bytes, what: str) -> Any:
     """The value of which `data` is the one encoding; DecodeError, naming `what` was read."""
     if len(data) > ENCODED_MAX:
         raise DecodeError(what, f"{len(data)} bytes, at most {ENCODED_MAX}")
+    _refuse_tags(data, what)
     try:
         value = cbor2.loads(
             data,
@@ -59,6 +63,24 @@ def decode_map(data: bytes, fields: Mapping[str, type], what: str) -> dict[str, 
         if kind is int and not 0 <= value[name] < 1 << 64:
             raise DecodeError(what, f"{name} is not between 0 and 2^64 - 1")
     return value
+
+
+def _refuse_tags(data: bytes, what: str) -> None:
+    """DecodeError at the first tag (major type 6): by tags 28 and 29 a value may hold itself.
+
+    Walks over heads alone, once; where they make no sense, the decoder will say so.
+    """
+    at, end = 0, len(data)
+    while at < end:
+        major, info = data[at] >> 5, data[at] & 0x1F
+        at += 1
+        if major == _TAG:
+            raise DecodeError(what, "holds a tag")
+        size = _ARGUMENT.get(info, 0)
+        argument = int.from_bytes(data[at : at + size], "big") if size else info
+        at += size
+        if major in _STRINGS:
+            at += argument
 
 
 def _check(value: object, what: str) -> None:

@@ -239,6 +239,8 @@ class Registry:
         ).fetchone()
         if row is None:
             raise NotFound(f"there is no state of {instance}")
+        if row[0] < 1:
+            raise IntegrityError(f"the state of {instance} has epoch {row[0]}, which cannot be")
         return SealedState(*row)
 
     # --- keys ---
