@@ -22,7 +22,7 @@ from holdfast.frontend.cdi import (
     write_spec,
 )
 from holdfast.ids import instance_name
-from holdfast.measure.config import hooks_after
+from holdfast.measure.config import Hook, hooks_after
 
 HOST = Path("/run/holdfast/web")
 HOOK = Path("/usr/libexec/holdfast-hook")
@@ -110,7 +110,8 @@ def test_a_bundle_gets_what_cdi_gives_and_our_hook_last() -> None:
         "path": str(HOOK),
         "args": ["holdfast-hook", "createRuntime", "--vtpm", "web"],
     }
-    assert hooks_after(config, str(HOOK)) == ()
+    ours = Hook("createRuntime", str(HOOK), ("holdfast-hook", "createRuntime", "--vtpm", "web"))
+    assert hooks_after(config, ours) == ()
     assert len(config["hooks"]["poststop"]) == 1
 
 

@@ -20,12 +20,12 @@ from uuid import uuid4
 
 import structlog
 
-from holdfast.client import DEFAULT_SOCKET, ENVIRONMENT
 from holdfast.daemon.config import Config
 from holdfast.daemon.starting import (
     HostLog,
     Start,
     check_policy,
+    hook_environment,
     hook_path,
     measured_run,
     plain_run,
@@ -374,9 +374,10 @@ class Host:
         """The CDI specification of a vTPM's device."""
         name, paths = vtpm.record.name, self.config.paths
         spec = cdi.cdi_spec(name, paths.vtpm(name), hook_path())
-        if paths.api != DEFAULT_SOCKET:  # a runtime gives its hooks no environment of ours
+        environment = hook_environment(self.config)
+        if environment:
             for hook in spec["devices"][0]["containerEdits"]["hooks"]:
-                hook["env"] = [f"{ENVIRONMENT}={paths.api}"]
+                hook["env"] = list(environment)
         return spec
 
     async def _detach(self, vtpm: VirtualTpm, *, keep_cdi: bool = False) -> None:

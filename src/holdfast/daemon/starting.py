@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import stat
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import holdfast
+from holdfast.client import DEFAULT_SOCKET, ENVIRONMENT
 from holdfast.daemon.config import Config
 from holdfast.errors import Conflict, DecodeError, HostError, InvalidInput
 from holdfast.eventlog import tcg2
@@ -26,9 +28,11 @@ from holdfast.eventlog.ima import not_measured_record
 from holdfast.eventlog.records import Record, make_record
 from holdfast.eventlog.replay import PcrValues, first_difference, pcr_values
 from holdfast.eventlog.tcg2 import Tcg2Log
+from holdfast.frontend import cdi
+from holdfast.ids import InstanceName
 from holdfast.instance.vtpm import HOST_PCRS, Run, host_extends
 from holdfast.measure.cache import FileTreeCache
-from holdfast.measure.config import CONFIG_MAX, config_facts, hooks_after, parse_config
+from holdfast.measure.config import CONFIG_MAX, Hook, config_facts, hooks_after, parse_config
 from holdfast.measure.events import (
     Measurement,
     ProviderFacts,
@@ -107,11 +111,10 @@ def measured_run(record: Instance, banks: Sequence[Alg], start: Start) -> Run:
     state = start.state
     process = os.open(f"/proc/{state.pid}", os.O_RDONLY | os.O_DIRECTORY)
     try:
-        with (Path(state.bundle) / "config.json").open("rb") as file:
-            text = file.read(CONFIG_MAX + 1)
+        text = _read_regular(Path(state.bundle) / "config.json", CONFIG_MAX + 1)
         facts = config_facts(text, state.id)
-        hook = os.fspath(hook_path())
-        later = [h.path for h in hooks_after(parse_config(text), hook) if h.path != hook]
+        ours = our_hook(record.name, start.config)
+        later = [hook.path for hook in hooks_after(parse_config(text), ours)]
         image = image_facts(
             process,
             rootfs_path(state.bundle, facts.rootfs),
@@ -192,6 +195,26 @@ def _judge(
             f"the start policy of {record.name} does not allow this image "
             f"(layers {', '.join(layers)})"
         )
+
+
+def our_hook(name: InstanceName, config: Config) -> Hook:
+    """Our createRuntime hook, exactly as a vTPM's CDI device has it."""
+    args = (cdi.HOOK_NAME, cdi.HOOK_STAGES[0], "--vtpm", name)
+    return Hook(cdi.HOOK_STAGES[0], os.fspath(hook_path()), args, hook_environment(config))
+
+
+def hook_environment(config: Config) -> tuple[str, ...]:
+    """What our hooks need to be told: a runtime gives them no environment of ours."""
+    api = config.paths.api
+    return () if api == DEFAULT_SOCKET else (f"{ENVIRONMENT}={api}",)
+
+
+def _read_regular(path: Path, size: int) -> bytes:
+    """Up to `size` bytes of a file that is one: another kind might keep us waiting."""
+    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise InvalidInput(f"{path} is not a regular file")
+        return file.read(size)
 
 
 def hook_path() -> Path:

@@ -116,6 +116,7 @@ class Hook:
     stage: str
     path: str
     args: tuple[str, ...]
+    env: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -216,23 +217,32 @@ def hooks(config: Json) -> tuple[Hook, ...]:
     for stage in STAGES:
         for hook in _objects(lists, stage, "hooks"):
             _check_keys(hook, _KNOWN_HOOK, "a hook")
-            args = hook.get("args") or []
-            if not isinstance(args, list) or not all(isinstance(arg, str) for arg in args):
-                raise DecodeError(_WHAT, "a hook's args are not a list of strings")
-            found.append(Hook(stage, _text(hook, "path", "hook"), tuple(args)))
+            args, env = (_hook_strings(hook, name) for name in ("args", "env"))
+            found.append(Hook(stage, _text(hook, "path", "hook"), args, env))
     return tuple(found)
 
 
-def hooks_after(config: Json, our_hook_path: str) -> tuple[Hook, ...]:
+def _hook_strings(hook: Json, name: str) -> tuple[str, ...]:
+    value = hook.get(name) or []
+    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+        raise DecodeError(_WHAT, f"a hook's {name} are not a list of strings")
+    return tuple(value)
+
+
+def hooks_after(config: Json, ours: Hook) -> tuple[Hook, ...]:
     """Every hook that runs between the first run of ours and user code; NotFound without ours.
 
-    A second run of ours is among them: it too comes after what was measured.
+    Ours is so with its arguments and environment: with others it does something else. A second run
+    of ours is among those after it: it too comes after what was measured.
     """
     ordered = hooks(config)
     for index, hook in enumerate(ordered):
-        if hook.path == our_hook_path:
+        if hook == ours:
             return ordered[index + 1 :]
-    raise NotFound(f"no hook of the configuration is {our_hook_path!a}")
+    raise NotFound(
+        f"no {ours.stage} hook of the configuration is exactly {ours.path!a} with the arguments "
+        f"{list(ours.args)} and the environment {list(ours.env)}: take it as holdfast cdi shows it"
+    )
 
 
 def _normalise(config: Json, container_id: str) -> bytes:
