@@ -486,3 +486,35 @@ def test_layers_given_relative_to_the_storage_and_with_awkward_names_are_found(
         digests.append(layer_digest(fd, MemoryTreeCache()).hex())
         os.close(fd)
     assert done.stdout == f"{digests} empty\n"
+
+
+@pytest.mark.parametrize("shown", ["link", "file", "nothing", "whiteout", "directory"])
+def test_a_directory_in_place_of_something_else_is_no_mount_point(
+    tmp_path: Path, shown: str
+) -> None:
+    """Where a mount's destination lies below it, in the writable layer of an earlier run."""
+    lower, upper_layer = tmp_path / "lower", tmp_path / "upper"
+    lower.mkdir()
+    (upper_layer / "var/run").mkdir(parents=True)
+    for directory in (upper_layer, upper_layer / "var", upper_layer / "var/run"):
+        directory.chmod(0o755)
+    (lower / "var").mkdir(mode=0o755)
+    lower.chmod(0o755)
+    place = lower / "var/run"
+    match shown:
+        case "link":
+            place.symlink_to("/run")
+        case "file":
+            place.write_text("policy")
+        case "whiteout":
+            os.mknod(place, stat.S_IFCHR, os.makedev(0, 0))
+        case "directory":
+            place.mkdir(mode=0o755)
+    provision = Provision(frozenset({b"var/run/secrets/token"}))
+    opened = [open_tree(path) for path in (upper_layer, lower)]
+    try:
+        digest = upper_digest(opened[0], opened[1:], provision)
+    finally:
+        for fd in opened:
+            os.close(fd)
+    assert (digest == EMPTY) == (shown not in ("link", "file"))

@@ -24,7 +24,7 @@ _PARENT_MODE: Final = 0o755
 _SPECIAL_BITS: Final = 0o7000
 _OPAQUE: Final = frozenset({(b"trusted.overlay.opaque", b"y"), (b"user.overlay.opaque", b"y")})
 
-# The directory that the layers below show at a path, if any.
+# What the layers below show at a path, if anything; what is no directory only by its kind.
 Below = Callable[[bytes], Entry | None]
 
 
@@ -56,7 +56,7 @@ def without_provision(
 def _provided(entry: Entry, provision: Provision, parents: set[bytes], below: Below | None) -> bool:
     """Whether an entry, with nothing left in it, is one the runtime makes."""
     if below and entry.kind == DIRECTORY and (shown := below(entry.path)):
-        return _copied_up(entry, shown, provision)
+        return shown.kind == DIRECTORY and _copied_up(entry, shown, provision)
     # podman makes a missing working directory as root of the host, in a user namespace too.
     owners = ((0, 0), (provision.uids.host(0), provision.gids.host(0)))
     if entry.link or (entry.uid, entry.gid) not in owners:

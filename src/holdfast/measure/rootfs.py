@@ -14,6 +14,7 @@ from __future__ import annotations
 import errno
 import os
 import re
+import stat
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -28,6 +29,8 @@ from holdfast.measure.config import ConfigFacts, Provision
 from holdfast.measure.fresh import without_provision
 from holdfast.measure.mountinfo import TABLE_MAX, Mount, parse_mountinfo, parse_overlay
 from holdfast.measure.tree import (
+    FILE,
+    SYMLINK,
     Entry,
     directory_entry,
     open_tree,
@@ -128,7 +131,7 @@ def upper_digest(upper: int, lower: list[int], provision: Provision) -> Literal[
     """
 
     def below(path: bytes) -> Entry | None:
-        return _directory_below(lower, path)
+        return _shown_below(lower, path)
 
     entries = without_provision(read_tree(upper).entries, provision, below)
     return tree_digest(entries) if entries else EMPTY
@@ -218,20 +221,40 @@ def _open_layer(root: int, path: bytes, mount: Mount) -> int:
     raise HostError(f"the layer {path!a} of the root file system is not to be found")
 
 
-def _directory_below(lower: list[int], path: bytes) -> Entry | None:
-    """The directory that an overlay of the layers `lower`, bottom first, shows at `path`."""
+def _shown_below(lower: list[int], path: bytes) -> Entry | None:
+    """What an overlay of the layers `lower`, bottom first, shows at `path` or on the way to it.
+
+    None for nothing; what is no directory as an entry of its kind and nothing more.
+    """
     for layer in reversed(lower):
         try:
             with _opened(layer, path) as fd:
                 return directory_entry(fd, path)
         except OSError as error:
             if error.errno in _IN_THE_WAY:
-                return None
+                return _in_the_way(layer, path)
             if error.errno != errno.ENOENT:
                 raise
         if _hides(layer, path):
             return None
     return None
+
+
+def _in_the_way(layer: int, path: bytes) -> Entry | None:
+    """The first thing on the way to `path` that is no directory; None for a whiteout."""
+    parts = path.split(b"/")
+    for count in range(1, len(parts) + 1):
+        fd = open_child(layer, b"/".join(parts[:count]), os.O_PATH | os.O_NOFOLLOW)
+        try:
+            status = os.fstat(fd)
+        finally:
+            os.close(fd)
+        if stat.S_ISCHR(status.st_mode) and status.st_rdev == 0:
+            return None
+        if not stat.S_ISDIR(status.st_mode):
+            kind = SYMLINK if stat.S_ISLNK(status.st_mode) else FILE
+            return Entry(path, kind, 0, 0, 0)
+    raise HostError(f"the layer changed at {path!a} while it was being measured")
 
 
 def _hides(layer: int, path: bytes) -> bool:
