@@ -162,7 +162,7 @@ class Host:
         self.log = self.log or tcg2.encode(small_log())
         site = self.site
         self.ca_certificate = certificates.host_ca(
-            site.name, self.name, self.ca.public, site.root, site.key, site.made
+            site.name, self.name, self.ca.public, self.ak.public, site.root, site.key, site.made
         )
         if not self.ak_certificate:
             ek = Public.decode(self.ek) if self.ek else EK_P256

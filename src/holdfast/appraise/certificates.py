@@ -27,7 +27,7 @@ from cryptography.utils import CryptographyDeprecationWarning
 from cryptography.x509.oid import ExtensionOID, NameOID, ObjectIdentifier
 
 from holdfast.errors import IntegrityError, InvalidInput
-from holdfast.evidence import OID_ACTIVATED_EK
+from holdfast.evidence import OID_ACTIVATED_EK, OID_HOST_AK
 from holdfast.evidence.bundle import Companions
 from holdfast.ids import InstanceId, InstanceName, instance_id, instance_name
 from holdfast.tpm2.keys import public_key
@@ -39,6 +39,7 @@ EKU_EK: Final = ObjectIdentifier("2.23.133.8.1")
 EKU_AK: Final = ObjectIdentifier("2.23.133.8.3")
 OID_VIRTUAL: Final = ObjectIdentifier("2.23.133.6.4")  # virtualPlatformAttestationService
 _ACTIVATED_EK: Final = ObjectIdentifier(OID_ACTIVATED_EK)
+_HOST_AK: Final = ObjectIdentifier(OID_HOST_AK)
 _CONSTRAINED: Final = (x509.DirectoryName, x509.DNSName, x509.IPAddress)
 _UNDERSTOOD: Final = frozenset(
     {
@@ -111,6 +112,8 @@ def check_identity(
     issuing = _load("the issuing CA's certificate", companions.ca_certificate)
     _check_issued(issuing, root, now)
     constraints = _check_ca(issuing)
+    if _name_held(issuing, _HOST_AK) != host_ak.name:
+        raise IntegrityError(f"{issuing.what}: is not of the host whose AK has quoted")
     ak = Public.decode(companions.ak)
     ek_rsa, ek_ecc = Public.decode(companions.ek_rsa), Public.decode(companions.ek_ecc)
     subjects = set()
@@ -131,7 +134,7 @@ def check_identity(
     instance, name = _named(subjects.pop())
     return Identity(
         root.fingerprint, _site(root), host_ak, ak, ek_rsa, ek_ecc, instance, name,
-        _activated_ek(host),
+        _name_held(host, _ACTIVATED_EK),
     )  # fmt: skip
 
 
@@ -166,7 +169,7 @@ def check_host_ek(
             if anchor.subject == certificate.x509.issuer:
                 certificate.x509.verify_directly_issued_by(anchor)
                 return anchor.subject.rfc4514_string()
-    issuer = certificate.x509.issuer.rfc4514_string()
+        issuer = certificate.x509.issuer.rfc4514_string()
     raise IntegrityError(f"{what}: its issuer {issuer} is not among the policy's EK roots")
 
 
@@ -363,15 +366,15 @@ def _site(root: _Certificate) -> str:
     return str(names[0].value) if names else ""
 
 
-def _activated_ek(host: _Certificate) -> bytes | None:
-    """The EK's Name in an OCTET STRING of at most 66 bytes, so with a length of one byte."""
-    with _about(host.what):
-        extensions = host.x509.extensions
+def _name_held(certificate: _Certificate, oid: ObjectIdentifier) -> bytes | None:
+    """A key's Name in an OCTET STRING of at most 66 bytes, so with a length of one byte."""
+    with _about(certificate.what):
+        extensions = certificate.x509.extensions
     for extension in extensions:
-        if extension.oid == _ACTIVATED_EK:
+        if extension.oid == oid:
             assert isinstance(extension.value, x509.UnrecognizedExtension)
             data = extension.value.value
             if len(data) < 4 or data[0] != 4 or data[1] != len(data) - 2 or data[1] > 66:
-                raise IntegrityError(f"{host.what}: its extension for the EK is malformed")
+                raise IntegrityError(f"{certificate.what}: its extension for a key is malformed")
             return data[2:]
     return None

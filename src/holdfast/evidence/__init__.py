@@ -18,3 +18,5 @@ from typing import Final
 # credential was activated. The issuer puts it there; without it no EK certificate says anything
 # about this AK's TPM. (ITU-T X.667: an arc of our own, from a random UUID.)
 OID_ACTIVATED_EK: Final = "2.25.313474860978635988100217944922830782818"
+# In an issuing CA's certificate: the Name of the AK of the host it is of, as an OCTET STRING.
+OID_HOST_AK: Final = "2.25.52907855989375833159590951243373929653"

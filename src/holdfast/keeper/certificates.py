@@ -29,7 +29,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.x509.oid import NameOID, ObjectIdentifier
 
-from holdfast.evidence import OID_ACTIVATED_EK
+from holdfast.evidence import OID_ACTIVATED_EK, OID_HOST_AK
 from holdfast.tpm2.keys import public_key
 from holdfast.tpm2.structures import Public
 
@@ -118,9 +118,13 @@ def site_root(site: str, key: CaKey, now: datetime.datetime) -> bytes:
 
 
 def host_ca(
-    site: str, host: str, ca: Public, root: bytes, root_key: CaKey, now: datetime.datetime
-) -> bytes:
-    """The host's issuing CA (DER): it certifies vTPMs of this site and nothing else."""
+    site: str, host: str, ca: Public, ak: Public, root: bytes, root_key: CaKey,
+    now: datetime.datetime,
+) -> bytes:  # fmt: skip
+    """The host's issuing CA (DER): it certifies vTPMs of this site and nothing else.
+
+    It names the AK of its host, so that no other host can show one of its vTPMs as its own.
+    """
     issuer = x509.load_der_x509_certificate(root)
     public = public_key(ca)
     site_names = x509.Name([x509.NameAttribute(NameOID.ORGANIZATION_NAME, site)])
@@ -137,6 +141,7 @@ def host_ca(
         .add_extension(within, critical=True)
         .add_extension(x509.SubjectKeyIdentifier.from_public_key(public), critical=False)
         .add_extension(_authority(issuer), critical=False)
+        .add_extension(_holding(OID_HOST_AK, ak.name), critical=False)
     )  # fmt: skip
     return _der(builder.sign(root_key, hashes.SHA256()))
 
@@ -151,9 +156,13 @@ def host_ak(
         _named(site, f"Holdfast host AK of {host}"),
         issuer.subject, public_key(ak), now, issuer.not_valid_after_utc,
     )  # fmt: skip
-    activated = x509.UnrecognizedExtension(ObjectIdentifier(OID_ACTIVATED_EK), _octets(ek.name))
+    activated = _holding(OID_ACTIVATED_EK, ek.name)
     builder = _attestation(builder, issuer).add_extension(activated, critical=False)
     return _der(builder.sign(root_key, hashes.SHA256()))
+
+
+def _holding(oid: str, name: bytes) -> x509.UnrecognizedExtension:
+    return x509.UnrecognizedExtension(ObjectIdentifier(oid), _octets(name))
 
 
 def vtpm_ek(

@@ -148,7 +148,7 @@ def _make(context: Context, site: Site, undo: contextlib.ExitStack) -> tuple[Vau
         root_key=root_blob, ca_key=ca_blob, ak=ak_blob, approvals=(approval,),
         ek_public=ek.encode(), ek_certificate=endorsement.read_certificate(context),
         ak_certificate=certificates.host_ak(site.name, host, ak, ek, root, root_key, now),
-        ca_certificate=certificates.host_ca(site.name, host, ca, root, root_key, now),
+        ca_certificate=certificates.host_ca(site.name, host, ca, ak, root, root_key, now),
         ca_attest=ca_attest, ca_signature=ca_signature, root_certificate=root,
     )  # fmt: skip
     pem = root_key.private_bytes(
