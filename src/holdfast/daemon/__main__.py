@@ -20,11 +20,16 @@ from holdfast.attest.collector import Collector
 from holdfast.daemon import config
 from holdfast.daemon.api import Api
 from holdfast.daemon.host import Host
+from holdfast.daemon.listening import listen
 from holdfast.errors import HoldfastError
 from holdfast.instance.vtpm import VirtualTpm
 from holdfast.linux import process
 
 EVIDENCE_SECONDS = 5.0  # an idle connection of a container's is closed after this
+EVIDENCE_CONNECTIONS = 8  # of one user in one container
+USER_CONNECTIONS = 16  # to the API, of one user who is not root
+ROOT_CONNECTIONS = 512
+API_BACKLOG = 128
 
 
 async def serve(settings: config.Config, ready_fd: int | None) -> None:
@@ -33,14 +38,15 @@ async def serve(settings: config.Config, ready_fd: int | None) -> None:
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    runners: dict[str, web.AppRunner] = {}
+    evidence: dict[str, tuple[asyncio.Server, web.AppRunner]] = {}
     tasks: set[asyncio.Task[None]] = set()
     api: Api | None = None
 
     async def close_evidence(vtpm: VirtualTpm) -> None:
-        previous = runners.pop(vtpm.record.name, None)
+        previous = evidence.pop(vtpm.record.name, None)
         if previous is not None:
-            await previous.cleanup()
+            previous[0].close()
+            await previous[1].cleanup()
 
     async def open_evidence(vtpm: VirtualTpm, sock: socket.socket) -> None:
         assert api is not None
@@ -49,8 +55,8 @@ async def serve(settings: config.Config, ready_fd: int | None) -> None:
             api.own_application(vtpm), keepalive_timeout=EVIDENCE_SECONDS, access_log=None
         )
         await runner.setup()
-        await web.SockSite(runner, sock).start()
-        runners[vtpm.record.name] = runner
+        server = await listen(runner, sock, lambda _: EVIDENCE_CONNECTIONS)
+        evidence[vtpm.record.name] = server, runner
 
     def begin(work: Coroutine[None, None, None]) -> None:
         task = loop.create_task(work)
@@ -68,15 +74,18 @@ async def serve(settings: config.Config, ready_fd: int | None) -> None:
     await runner.setup()
     path = settings.paths.api
     path.unlink(missing_ok=True)
-    site = web.UnixSite(runner, os.fspath(path))
-    await site.start()
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    sock.bind(os.fspath(path))
     path.chmod(0o666)  # who may do what is decided by credentials, call by call
+    sock.listen(API_BACKLOG)
+    server = await listen(runner, sock, lambda uid: USER_CONNECTIONS if uid else ROOT_CONNECTIONS)
     if ready_fd is not None:
         os.close(ready_fd)
     await stop.wait()
+    server.close()
     await runner.cleanup()
-    for each in runners.values():
-        await each.cleanup()
+    for vtpm in host.all():
+        await close_evidence(vtpm)
     await host.stop()
     path.unlink(missing_ok=True)
 
@@ -88,6 +97,7 @@ def main(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     process.set_pdeathsig(signal.SIGTERM)
     process.set_dumpable(False)
+    process.raise_open_files()
     process.set_name("holdfast-daemon")
     structlog.configure(
         processors=[

@@ -9,12 +9,14 @@ only that container's own evidence.
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
 import structlog
 from aiohttp import web
+from aiohttp.http_exceptions import PayloadEncodingError
 from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
 
 from holdfast import __version__
@@ -35,6 +37,7 @@ from holdfast.errors import (
     NotFound,
 )
 from holdfast.eventlog.cel import decode_seq, to_json
+from holdfast.instance.bucket import Bucket
 from holdfast.instance.vtpm import VirtualTpm
 from holdfast.linux.channel import peer
 from holdfast.protocol.oci_state import parse_state
@@ -53,6 +56,25 @@ _STATUS: Final[Mapping[type[HoldfastError], int]] = {
     IntegrityError: 500,
     HostError: 503,
 }
+_CREATE: Final[Mapping[str, type]] = {
+    "name": str,
+    "profile": str,
+    "owner": int,
+    "banks": list,
+    "unsafe_unlinked": bool,
+    "start_policy": dict,
+}
+_EVIDENCE: Final[Mapping[str, type]] = {"nonce": str, "audience": str, "user_data": str}
+_HOOK: Final[Mapping[str, type]] = {"vtpm": str, "state": dict}
+_KINDS: Final[Mapping[type, str]] = {
+    str: "text",
+    int: "a whole number",
+    float: "a fraction",
+    list: "a list",
+    bool: "true or false",
+    dict: "an object",
+}
+_UNEXPECTED: Final = Bucket(rate=1.0, burst=20.0)  # tracebacks in the log
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
@@ -98,9 +120,14 @@ async def problems(request: web.Request, handler: Handler) -> web.StreamResponse
         return _problem(error)
     except web.HTTPException:
         raise
-    except Exception:  # noqa: BLE001 - the edge of a request: log, answer, go on
-        structlog.get_logger().exception("request failed", path=request.path)
-        return _problem(HostError("an unexpected error; the daemon's log has it"))
+    except (ConnectionError, PayloadEncodingError):
+        return _problem(InvalidInput("the request ended before its body did"))
+    except Exception as error:  # noqa: BLE001 - the edge of a request: log, answer, go on
+        # A caller who finds a way here must not fill the log with it.
+        if _UNEXPECTED.allow(time.monotonic()):
+            structlog.get_logger().exception("request failed", path=request.path)
+        name = type(error).__name__
+        return _problem(HostError(f"an unexpected {name}; the daemon's log has it"))
 
 
 class Api:
@@ -190,10 +217,7 @@ class Api:
         who = caller(request)
         who.must_be_root("creating a vTPM")
         wanted = await _body(request)
-        _known(
-            wanted,
-            {"name", "profile", "owner", "banks", "unsafe_unlinked", "start_policy"},
-        )
+        _typed(wanted, _CREATE)
         vtpm = await self._host.create(wanted, who.uid)
         self._audit(who, "create", vtpm.record.name)
         return web.json_response(self._details(vtpm), status=201)
@@ -241,11 +265,9 @@ class Api:
         return response
 
     async def _collect(self, vtpm: VirtualTpm, body: dict[str, Any]) -> web.Response:
-        _known(body, {"nonce", "audience", "user_data"})
+        _typed(body, _EVIDENCE)
         nonce = _hex(body, "nonce")
         audience = body.get("audience") or DEFAULT_AUDIENCE
-        if not isinstance(audience, str):
-            raise InvalidInput("audience is text")
         evidence = await self._collector.collect(vtpm, nonce, audience, _hex(body, "user_data"))
         return web.Response(body=evidence, content_type="application/json")
 
@@ -255,8 +277,8 @@ class Api:
         who = caller(request)
         who.must_be_root("a runtime's hook")
         body = await _body(request)
-        _known(body, {"vtpm", "state"})
-        name = str(body.get("vtpm", ""))
+        _typed(body, _HOOK)
+        name = body.get("vtpm", "")
         state = parse_state(json.dumps(body.get("state")).encode())
         stage = request.match_info["stage"]
         if stage == "createRuntime":
@@ -326,21 +348,25 @@ def _log_of(vtpm: VirtualTpm) -> dict[str, Any]:
 async def _body(request: web.Request) -> dict[str, Any]:
     try:
         value = await request.json()
-    except ValueError:
+    except (ValueError, RecursionError):
         raise InvalidInput("the request's body is not JSON") from None
     if not isinstance(value, dict):
         raise InvalidInput("the request's body is not a JSON object")
     return value
 
 
-def _known(body: dict[str, Any], names: set[str]) -> None:
-    unknown = sorted(set(body) - names)
-    if unknown:
-        raise InvalidInput(f"{unknown[0]!a} is not known here")
+def _typed(body: dict[str, Any], members: Mapping[str, type]) -> None:
+    """InvalidInput for a member that is not known, or not of its type."""
+    for name, value in body.items():
+        kind = members.get(name)
+        if kind is None:
+            raise InvalidInput(f"{name[:64]!a} is not known here")
+        if value is not None and type(value) is not kind:
+            raise InvalidInput(f"{name} is {_KINDS[kind]}, not {_KINDS.get(type(value), 'that')}")
 
 
 def _hex(body: dict[str, Any], name: str) -> bytes:
     try:
-        return bytes.fromhex(body.get(name, ""))
-    except (TypeError, ValueError):
+        return bytes.fromhex(body.get(name) or "")
+    except ValueError:
         raise InvalidInput(f"{name} is not hexadecimal") from None

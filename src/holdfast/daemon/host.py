@@ -51,6 +51,7 @@ from holdfast.tpm2.algorithms import HASHES_BY_NAME, Alg
 LOG = structlog.get_logger()
 DEFAULT_BANKS: Final = ("sha256", "sha384")
 INSTANCES_MAX: Final = 10_000
+UID_MAX: Final = (1 << 32) - 1  # which is nobody's: (uid_t)-1
 Opened = Callable[[VirtualTpm, Attachment], None]
 Closed = Callable[[VirtualTpm], None]
 
@@ -180,25 +181,28 @@ class Host:
 
     async def create(self, wanted: dict[str, Any], owner: int) -> VirtualTpm:
         """Make a vTPM; InvalidInput or Conflict say what is wrong with what was asked."""
-        name = instance_name(str(wanted.get("name", "")))
-        profile = _profile(wanted.get("profile", Profile.LINKED.value))
-        unlinked = bool(wanted.get("unsafe_unlinked", False))
+        name = instance_name(wanted.get("name") or "")
+        profile = _profile(wanted.get("profile") or Profile.LINKED.value)
+        unlinked = wanted.get("unsafe_unlinked") is True
         banks = self._banks(wanted.get("banks"), profile, unlinked)
         check_policy(wanted.get("start_policy") or {})
+        owned_by = _owner(wanted.get("owner"), owner)
+        if name in self._vtpms:
+            raise Conflict(f"there is a vTPM named {name} already")
+        if len(self._vtpms) >= INSTANCES_MAX:
+            raise Conflict(f"there are {INSTANCES_MAX} vTPMs, no more fit")
         parked = self._ahead.take(tuple(HASHES_BY_NAME[bank] for bank in banks))
         record = Instance(
             id=InstanceId(parked.instance if parked else uuid4()),
             name=name,
             state=State.DEFINED.value,
             profile=profile.value,
-            owner=int(wanted.get("owner", owner)),
+            owner=owned_by,
             banks=banks,
             created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             unlinked=unlinked,
             start_policy=wanted.get("start_policy") or {},
         )
-        if len(self._vtpms) >= INSTANCES_MAX:
-            raise Conflict(f"there are {INSTANCES_MAX} vTPMs, no more fit")
         vtpm = VirtualTpm(record, self._around)
         self._registry.add(record)
         self._vtpms[name] = vtpm
@@ -206,9 +210,14 @@ class Host:
             async with vtpm.lock:
                 # While the worker looks for primes, the place where it will be met is made.
                 making = asyncio.create_task(vtpm.manufacture(parked))
-                attachment = await asyncio.to_thread(
-                    places.attach, self.config.paths.vtpm(name), name, record.owner
-                )
+                try:
+                    attachment = await asyncio.to_thread(
+                        places.attach, self.config.paths.vtpm(name), name, record.owner
+                    )
+                except BaseException:
+                    making.cancel()
+                    await asyncio.gather(making, return_exceptions=True)
+                    raise
                 try:
                     await making
                 except BaseException:
@@ -227,7 +236,7 @@ class Host:
     def _banks(self, asked: Any, profile: Profile, unlinked: bool) -> tuple[str, ...]:
         """Banks that the host's log has; another would stay empty and satisfy any policy."""
         if asked is not None and (
-            not isinstance(asked, list) or not asked or not set(asked) <= set(HASHES_BY_NAME)
+            not asked or not all(isinstance(bank, str) and bank in HASHES_BY_NAME for bank in asked)
         ):
             raise InvalidInput(f"banks are some of {', '.join(HASHES_BY_NAME)}")
         banks = tuple(asked) if asked else DEFAULT_BANKS
@@ -419,6 +428,14 @@ class Host:
                 value["records"], vtpm.banks,
             )  # fmt: skip
         return run, int(value["init_started"])
+
+
+def _owner(wanted: int | None, caller: int) -> int:
+    if wanted is None:
+        return caller
+    if not 0 <= wanted < UID_MAX:
+        raise InvalidInput(f"an owner is a user's number below {UID_MAX}, not {wanted}")
+    return wanted
 
 
 def _profile(text: Any) -> Profile:

@@ -68,6 +68,12 @@ def drop_capabilities() -> None:
         raise OSError(number, f"capset: {os.strerror(number)}")
 
 
+def raise_open_files() -> None:
+    """As many open files as we may have."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
 def lock_memory() -> None:
     """Keep our pages out of swap: those there are, and later ones where RLIMIT_MEMLOCK has no end.
 
