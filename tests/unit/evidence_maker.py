@@ -324,7 +324,7 @@ def make(given: Given) -> Evidence:
         "audience": given.audience,
         "user_data": hashlib.sha256(given.user_data).digest(),
         "instance": InstanceId(vtpm.id),
-        "ek_name": vtpm.ek_rsa.name,
+        "ek_name": vtpm.ek.public.name,
         "ak_name": vtpm.ak.public.name,
         "quote": quote_digest(quote.attest, quote.signature),
         "ledger": ledger_digest(pcrs),

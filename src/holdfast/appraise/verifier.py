@@ -253,7 +253,7 @@ def _check_leaf(leaf: Leaf, evidence: Evidence, identity: Identity, challenge: C
         raise IntegrityError("it is bound to other user data")
     if leaf.instance != identity.instance:
         raise IntegrityError(f"it is about instance {leaf.instance}, not {identity.instance}")
-    if leaf.ak_name != identity.ak.name or leaf.ek_name != identity.ek_rsa.name:
+    if leaf.ak_name != identity.ak.name or leaf.ek_name != identity.ek_ecc.name:
         raise IntegrityError("it is about other keys than those certified")
     if leaf.quote != quote_digest(evidence.vtpm.attest, evidence.vtpm.signature):
         raise IntegrityError("it is about another quote")

@@ -87,7 +87,7 @@ class Collector:
             audience=audience,
             user_data=hashlib.sha256(user_data).digest(),
             instance=vtpm.record.id,
-            ek_name=Public.decode(keys.ek_rsa).name,
+            ek_name=Public.decode(keys.ek_ecc).name,
             ak_name=Public.decode(keys.ak).name,
             quote=quote_digest(quoted.attest, quoted.signature),
             ledger=ledger_digest(ledger),

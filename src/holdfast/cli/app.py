@@ -71,6 +71,15 @@ def init(
         "Holdfast site"
     ),
     pcrs: Annotated[str, typer.Option(help="Host PCRs that make up the boot state.")] = "0,2,4,7",
+    owner_auth: Annotated[
+        Path | None, typer.Option(help="File with the host TPM's owner authorization value.")
+    ] = None,
+    crl: Annotated[
+        str, typer.Option(help="Where the issuing CA's revocation list will be, for certificates.")
+    ] = "",
+    print_recovery_key: Annotated[
+        bool, typer.Option("--print-recovery-key", help="Print it too, in hex, once.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Set this host up, once: keys in its TPM, a site root CA, a recovery key that leaves it.
@@ -88,6 +97,9 @@ def init(
             "--site", site, "--uid", str(uid), "--gid", str(gid),
         ]  # fmt: skip
         command += ["--stand-in"] if settings["stand_in"] else []
+        command += ["--owner-auth", str(owner_auth)] if owner_auth else []
+        command += ["--crl", crl] if crl else []
+        command += ["--print-recovery-key"] if print_recovery_key else []
         with progress("making keys in the host TPM"):
             made = _keeper(command)
 
@@ -97,6 +109,8 @@ def init(
             output.line(f"site root key (encrypted):  {value['site_root_key']}")
             output.line(f"site root certificate:      {value['site_root_certificate']}")
             output.line(f"host AK name:               {value['host_ak_name']}")
+            if print_recovery_key:
+                output.line(f"recovery key (secret):      {value['recovery_key_hex']}")
             output.line("Move the encrypted files off this host. Then: holdfast serve")
 
         show(made, as_json, human)
@@ -114,8 +128,8 @@ def serve(config: ConfigFile = None) -> None:
 
 @app.command()
 def status(as_json: Json = False) -> None:
-    """Show how the host is."""
-    _examine("/v1/status", as_json)
+    """Show what of the host wants attention, and how many vTPMs there are."""
+    _examine("/v1/status", as_json, brief=True)
 
 
 @app.command()
@@ -124,12 +138,14 @@ def doctor(as_json: Json = False) -> None:
     _examine("/v1/doctor", as_json)
 
 
-def _examine(path: str, as_json: bool) -> None:
+def _examine(path: str, as_json: bool, *, brief: bool = False) -> None:
     with failures():
         value = Client().call("GET", path)
 
         def human(value: dict[str, Any]) -> None:
             for finding in value["findings"]:
+                if brief and finding["level"] == "ok":
+                    continue
                 mark = _STATE_MARKS[finding["level"]]
                 output.line(f"{finding['what']}: {finding['says']}", mark)
             counts = ", ".join(f"{count} {state}" for state, count in value["vtpms"].items())

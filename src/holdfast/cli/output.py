@@ -15,6 +15,7 @@ from typing import Any, Final, NoReturn
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from holdfast.errors import (
     Conflict,
@@ -55,7 +56,7 @@ def failures() -> Iterator[None]:
 
 def fail(error: HoldfastError) -> NoReturn:
     """Say what is wrong, and end with its code."""
-    ERR.print(f"[red]holdfast:[/red] {_plain(str(error))}")
+    ERR.print(_plain(str(error), "[red]holdfast:[/red]"))
     code = next((c for kind, c in EXIT_CODES.items() if isinstance(error, kind)), 1)
     sys.exit(code)
 
@@ -80,7 +81,7 @@ def table(columns: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
 
 def line(text: str, mark: str = "") -> None:
     """One line, after an optional coloured mark."""
-    OUT.print(f"{mark} {_plain(text)}" if mark else _plain(text))
+    OUT.print(_plain(text, mark))
 
 
 @contextmanager
@@ -93,7 +94,8 @@ def progress(what: str) -> Iterator[None]:
         yield
 
 
-def _plain(text: str) -> str:
-    """Text without markup and without control characters: names may come from anywhere."""
+def _plain(text: str, mark: str = "") -> Text:
+    """Text that is no markup and has no control characters, for names may come from anywhere;
+    after a `mark` of ours, which is markup."""
     clean = "".join(char if char.isprintable() else "\ufffd" for char in text)
-    return clean.replace("[", "\\[")
+    return Text.assemble(Text.from_markup(f"{mark} "), clean) if mark else Text(clean)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
@@ -14,9 +15,10 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, load_pem_private_key
 
 from holdfast import __version__
+from holdfast.appraise import progress as progress_text
 from holdfast.appraise.learn import learn_policy
 from holdfast.appraise.policy import Policy, Trust, parse_policy
-from holdfast.appraise.result import AttestedContainer, ear_claims, sign_ear
+from holdfast.appraise.result import AttestedContainer, Progress, ear_claims, sign_ear
 from holdfast.appraise.verifier import appraise
 from holdfast.cli import output
 from holdfast.cli.output import failures, show
@@ -41,6 +43,10 @@ def verify(
     ear_key: Annotated[
         Path | None, typer.Option(help="P-256 private key (PEM): print the result as a signed EAR.")
     ] = None,
+    progress: Annotated[
+        Path | None,
+        typer.Option(help="File of this vTPM's: what was seen before must not go back."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Appraise evidence, offline: accepted, with what was established; or the first thing wrong."""
@@ -49,7 +55,7 @@ def verify(
         try:
             attested = appraise(
                 _read(evidence), made, _hex(nonce, "nonce"), audience,
-                _hex(user_data, "user data"), datetime.now(UTC),
+                _hex(user_data, "user data"), datetime.now(UTC), earlier=_earlier(progress),
             )  # fmt: skip
         except AppraisalError as error:
             if as_json:
@@ -57,6 +63,8 @@ def verify(
                 raise typer.Exit(7) from None
             output.line(f"at step {error.step}: {error.why}", "[red]refused[/red]")
             raise typer.Exit(7) from None
+        if progress is not None:
+            _keep(progress, attested.progress)
         if ear_key is not None:
             claims = ear_claims(attested, f"holdfast {__version__}")
             sys.stdout.write(sign_ear(claims, _key(ear_key)) + "\n")
@@ -96,6 +104,22 @@ def create_policy(
             sys.stdout.write(text)
         else:
             out.write_text(text)
+
+
+def _earlier(path: Path | None) -> Progress | None:
+    """What an appraisal before has left; None if there was none. Damage is never taken for that."""
+    if path is None or not path.exists():
+        return None
+    return progress_text.decode(_read(path).decode(errors="replace"))
+
+
+def _keep(path: Path, progress: Progress) -> None:
+    fresh = path.with_name(f".{path.name}.new")
+    with open(os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
+        file.write(progress_text.encode(progress))
+        file.flush()
+        os.fsync(file.fileno())
+    fresh.replace(path)
 
 
 def _result(attested: AttestedContainer) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import json
 import os
 import signal
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -51,6 +52,7 @@ from holdfast.tpm2.algorithms import HASHES_BY_NAME, Alg
 LOG = structlog.get_logger()
 DEFAULT_BANKS: Final = ("sha256", "sha384")
 INSTANCES_MAX: Final = 10_000
+MEASURING_MAX: Final = 4  # containers at once
 UID_MAX: Final = (1 << 32) - 1  # which is nobody's: (uid_t)-1
 Opened = Callable[[VirtualTpm, Attachment], None]
 Closed = Callable[[VirtualTpm], None]
@@ -83,7 +85,8 @@ class Host:
         self._ahead = Ahead(
             self.spawner, self.keeper, self._registry, banks, config.workers.manufactured
         )
-        self._create = asyncio.Lock()
+        # Threads of their own: a container that is slow to measure holds up no other work.
+        self._measuring = ThreadPoolExecutor(MEASURING_MAX, "measure")
 
     # --- start and end of the daemon ---
 
@@ -154,6 +157,7 @@ class Host:
         """End in order: every vTPM off and sealed, every mount and CDI file gone."""
         await asyncio.gather(*(self._stop_one(vtpm) for vtpm in self._vtpms.values()))
         await self._ahead.close()
+        self._measuring.shutdown(wait=False, cancel_futures=True)
         self.spawner.close()
         self.keeper.close()
         self._registry.close()
@@ -272,7 +276,10 @@ class Host:
                     raise HostError(f"{name} cannot be linked to this host: {wrong}")
             pidfd = os.pidfd_open(start.state.pid)
             try:
-                run = await asyncio.to_thread(measured_run, vtpm.record, vtpm.banks, start)
+                loop = asyncio.get_running_loop()
+                run = await loop.run_in_executor(
+                    self._measuring, measured_run, vtpm.record, vtpm.banks, start
+                )
                 await self._power_on(vtpm, run, _start_time(start.state.pid))
             except BaseException:
                 os.close(pidfd)

@@ -1,0 +1,68 @@
+"""`holdfast verify` at the command line, and what it keeps between two appraisals."""
+
+from __future__ import annotations
+
+import datetime
+from pathlib import Path
+
+import pytest
+from click.testing import Result
+from typer.testing import CliRunner
+
+from holdfast.appraise import progress
+from holdfast.cli.app import app
+
+from .evidence_maker import AUDIENCE, NONCE, USER_DATA, Given, Host, Site, Vtpm, make, policy_text
+
+NOW = datetime.datetime.now(datetime.UTC)
+HOST = Host(Site(made=NOW - datetime.timedelta(days=2)))
+WEB = Vtpm(HOST, made=NOW - datetime.timedelta(days=1))
+
+
+@pytest.fixture
+def policy(tmp_path: Path) -> Path:
+    path = tmp_path / "policy.toml"
+    path.write_text(policy_text(HOST))
+    return path
+
+
+def verify(policy: Path, given: Given, *more: str) -> Result:
+    evidence = policy.with_name("evidence.json")
+    evidence.write_bytes(make(given).encode_json())
+    return CliRunner().invoke(app, [
+        "verify", str(evidence), "--policy", str(policy), "--nonce", NONCE.hex(),
+        "--audience", AUDIENCE, "--user-data", USER_DATA.hex(), *more,
+    ])  # fmt: skip
+
+
+def test_what_was_seen_is_kept_and_must_not_go_back(policy: Path) -> None:
+    file = policy.with_name("web.progress")
+    keep = ("--progress", str(file))
+    assert verify(policy, Given(WEB), *keep).exit_code == 0
+    first = progress.decode(file.read_text())
+    assert (first.epoch, first.run) == (11, 3)
+    assert file.stat().st_mode & 0o777 == 0o600
+    assert verify(policy, Given(WEB, leaf={"epoch": 12}), *keep).exit_code == 0
+    later = file.read_text()
+    assert progress.decode(later).epoch == 12
+    back = verify(policy, Given(WEB), *keep)
+    assert back.exit_code == 7
+    assert "epoch" in back.output
+    assert file.read_text() == later
+
+
+def test_damage_is_not_taken_for_a_first_time(policy: Path) -> None:
+    file = policy.with_name("web.progress")
+    for damage in ("", "{", "not JSON"):
+        file.write_text(damage)
+        refused = verify(policy, Given(WEB), "--progress", str(file))
+        assert refused.exit_code == 7
+        assert "progress" in refused.output
+        assert file.read_text() == damage
+
+
+def test_nothing_is_kept_of_what_is_refused(policy: Path) -> None:
+    file = policy.with_name("web.progress")
+    other = Given(WEB, nonce=bytes(32))
+    assert verify(policy, other, "--progress", str(file)).exit_code == 7
+    assert not file.exists()
