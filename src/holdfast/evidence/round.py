@@ -77,9 +77,9 @@ class Leaf:
     `audience` is the verifier's own name for itself, `user_data` the SHA-256 of what is bound to
     the evidence, `quote` that of TPMS_ATTEST ‖ TPMT_SIGNATURE, `ledger` the ledger digest,
     `ek_name` the Name of the ECC EK, which was enrolled with the AK. `host_log_index` counts the
-    extending events (all but EV_NO_ACTION) of the host's log that this vTPM has followed; `epoch`, `run`, `clear_count`,
-    `lineage` are the daemon's counters. `members` gives the SHA-256 of the collection's other
-    members by label.
+    extending events (all but EV_NO_ACTION) of the host's log that this vTPM has followed; `epoch`,
+    `run`, `clear_count`, `lineage` are the daemon's counters. `members` gives the SHA-256 of the
+    collection's other members by label.
     """
 
     nonce: bytes
