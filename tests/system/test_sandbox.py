@@ -59,12 +59,19 @@ def _close(blank: Blank) -> None:
         blank.channel.close()
 
 
+def _pass_on() -> None:
+    left, right = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with left, right:
+        socket.send_fds(left, [b"x"], [right.fileno()])
+
+
 @pytest.mark.parametrize(
     ("what", "probe"),
     [
         ("open a file", lambda: os.open("/", os.O_RDONLY)),
         ("make a socket", lambda: socket.socket(socket.AF_INET)),
         ("make a Unix socket", lambda: socket.socket(socket.AF_UNIX)),
+        ("pass a descriptor on", _pass_on),
         ("execute a program", lambda: os.execv("/bin/true", ["true"])),
         ("fork", os.fork),
         ("trace", lambda: LIBC.ptrace(16, 1, 0, 0)),
