@@ -74,11 +74,13 @@ async def a_vtpm(box: Box, tmp_path: Path) -> AsyncIterator[VirtualTpm]:
     try:
         yield vtpm
     finally:
-        if vtpm.state is State.ACTIVE:
-            await vtpm.power_off()
-        await vtpm.settle()
-        await vtpm.detach()
-        attach.detach(place)
+        try:
+            if vtpm.state is State.ACTIVE:
+                await vtpm.power_off()
+            await vtpm.settle()
+            await vtpm.detach()
+        finally:
+            attach.detach(place)
         around.spawner.close()
         around.keeper.close()
         registry.close()

@@ -8,10 +8,11 @@ from __future__ import annotations
 import json
 import os
 import pwd
+import signal
 import subprocess
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Final
+from typing import Annotated, Any, Final, cast
 from urllib.parse import quote
 
 import typer
@@ -23,6 +24,7 @@ from holdfast.cli.tpm import run_command
 from holdfast.client import Client
 from holdfast.errors import Forbidden, HostError, InvalidInput
 from holdfast.frontend.bundle import with_vtpm
+from holdfast.ids import instance_name
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -38,6 +40,8 @@ policy_app.command("create")(verifying.create_policy)
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Name = Annotated[str, typer.Argument(help="The vTPM's name.")]
 ConfigFile = Annotated[Path | None, typer.Option("--config", help="Configuration file (TOML).")]
+_JSON_MAX: Final = 16 << 20  # bytes in a file of JSON
+_UID_DIGITS: Final = 10
 _STATE_MARKS: Final = {
     "ok": "[green]ok[/green]",
     "note": "[cyan]note[/cyan]",
@@ -46,15 +50,40 @@ _STATE_MARKS: Final = {
 }
 
 
+# Typer has a click of its own, and exports of this error only the heir.
+_UsageError: Final = cast(type[Exception], typer.BadParameter.__base__)
+
+
 def run() -> None:
-    """Run the command line."""
-    app(prog_name="holdfast")
+    """Run the command line: whatever is wrong is one line, and the exit code tells its kind."""
+    output.prepare()
+    code = 0
+    try:
+        with failures():
+            code = app(prog_name="holdfast", standalone_mode=False) or 0
+    except SystemExit as ended:
+        code = ended.code if isinstance(ended.code, int) else 1
+    except _UsageError as error:
+        code = _misused(error)
+    output.leave(code)
+
+
+def _misused(error: Any) -> int:
+    """Say what of the command line is wrong; with nothing on it, help."""
+    text, context = str(error.format_message()), error.ctx
+    if type(error).__name__ == "NoArgsIsHelpError":
+        error.show()
+    else:
+        command = context.command_path if context else "holdfast"
+        output.say(f"{text.rstrip('.')}: see {command} --help")
+    return 2
 
 
 @app.command()
 def version(as_json: Json = False) -> None:
     """Show the version."""
-    show({"version": __version__}, as_json, lambda v: output.line(f"holdfast {v['version']}"))
+    with failures():
+        show({"version": __version__}, as_json, lambda v: output.line(f"holdfast {v['version']}"))
 
 
 # --- the host ---
@@ -72,7 +101,8 @@ def init(
     ),
     pcrs: Annotated[str, typer.Option(help="Host PCRs that make up the boot state.")] = "0,2,4,7",
     owner_auth: Annotated[
-        Path | None, typer.Option(help="File with the host TPM's owner authorization value.")
+        Path | None,
+        typer.Option(help="File with the host TPM's owner authorization value; - asks for it."),
     ] = None,
     crl: Annotated[
         str, typer.Option(help="Where the issuing CA's revocation list will be, for certificates.")
@@ -90,15 +120,15 @@ def init(
     with failures():
         _root("init")
         settings = _settings(config)
-        uid, gid = _keeper_user(settings["keeper_user"])
+        uid, gid = _keeper_user(settings["keeper_user"], make=True)
         command = [
-            "provision", "--dir", settings["keeper"], "--tcti", settings["tcti"],
-            "--recovery-recipient", recovery_recipient, "--out", str(out), "--pcrs", pcrs,
-            "--site", site, "--uid", str(uid), "--gid", str(gid),
+            "provision", f"--dir={settings['keeper']}", f"--tcti={settings['tcti']}",
+            f"--recovery-recipient={recovery_recipient}", f"--out={out}", f"--pcrs={pcrs}",
+            f"--site={site}", f"--uid={uid}", f"--gid={gid}",
         ]  # fmt: skip
         command += ["--stand-in"] if settings["stand_in"] else []
-        command += ["--owner-auth", str(owner_auth)] if owner_auth else []
-        command += ["--crl", crl] if crl else []
+        command += [f"--owner-auth={owner_auth}"] if owner_auth else []
+        command += [f"--crl={crl}"] if crl else []
         command += ["--print-recovery-key"] if print_recovery_key else []
         with progress("making keys in the host TPM"):
             made = _keeper(command)
@@ -121,6 +151,7 @@ def serve(config: ConfigFile = None) -> None:
     """Run Holdfast in the foreground: keeper, spawner and daemon."""
     with failures():
         _root("serve")
+        _settings(config)  # what is wrong with it is said here, as by all other commands
         command = [sys.executable, "-P", "-m", "holdfast.daemon.supervisor"]
         command += ["--config", str(config)] if config else []
         os.execv(sys.executable, command)  # noqa: S606 - our own interpreter, our own module
@@ -128,32 +159,45 @@ def serve(config: ConfigFile = None) -> None:
 
 @app.command()
 def status(as_json: Json = False) -> None:
-    """Show what of the host wants attention, and how many vTPMs there are."""
-    _examine("/v1/status", as_json, brief=True)
+    """Show host, keeper, spawner, and how many vTPMs are in which state."""
+    with failures():
+        value = Client().call("GET", "/v1/status")
+
+        def human(value: dict[str, Any]) -> None:
+            for part in ("host", "keeper", "spawner"):
+                found = value[part]
+                output.line(f"{part}: {found['says']}", _STATE_MARKS[found["level"]])
+            output.line(f"vTPMs: {_counted(value['vtpms'])}")
+            if value["more"]:
+                output.line(f"holdfast doctor has more: {', '.join(value['more'])}")
+
+        show(value, as_json, human)
+        _verdict(value)
 
 
 @app.command()
 def doctor(as_json: Json = False) -> None:
     """Look for what this host lacks, and say it in plain words."""
-    _examine("/v1/doctor", as_json)
-
-
-def _examine(path: str, as_json: bool, *, brief: bool = False) -> None:
     with failures():
-        value = Client().call("GET", path)
+        value = Client().call("GET", "/v1/doctor")
 
         def human(value: dict[str, Any]) -> None:
             for finding in value["findings"]:
-                if brief and finding["level"] == "ok":
-                    continue
                 mark = _STATE_MARKS[finding["level"]]
                 output.line(f"{finding['what']}: {finding['says']}", mark)
-            counts = ", ".join(f"{count} {state}" for state, count in value["vtpms"].items())
-            output.line(f"vTPMs: {counts or 'none'}")
+            output.line(f"vTPMs: {_counted(value['vtpms'])}")
 
         show(value, as_json, human)
-        if value["verdict"] == "problem":
-            raise typer.Exit(6)
+        _verdict(value)
+
+
+def _counted(states: dict[str, int]) -> str:
+    return ", ".join(f"{count} {state}" for state, count in states.items()) or "none"
+
+
+def _verdict(value: dict[str, Any]) -> None:
+    if value["verdict"] == "problem":
+        raise typer.Exit(6)
 
 
 # --- vTPMs ---
@@ -356,9 +400,9 @@ def authorize(
         settings = _settings(config)
         uid, gid = _keeper_user(settings["keeper_user"])
         command = [
-            "authorize", "--dir", settings["keeper"], "--tcti", settings["tcti"],
-            "--identity", str(identity), "--recovery-file", str(recovery_file),
-            "--uid", str(uid), "--gid", str(gid),
+            "authorize", f"--dir={settings['keeper']}", f"--tcti={settings['tcti']}",
+            f"--identity={identity}", f"--recovery-file={recovery_file}",
+            f"--uid={uid}", f"--gid={gid}",
         ]  # fmt: skip
         made = _keeper([*command, "--retire"] if retire else command)
         show(made, as_json, lambda v: output.line(f"approved, version {v['version']}"))
@@ -373,40 +417,61 @@ def _root(what: str) -> None:
 
 
 def _quoted(name: str) -> str:
-    """A name in a path; what is no name is left for the daemon to refuse."""
-    return quote(name, safe="")
+    """A name in a path; InvalidInput for what is no name."""
+    return quote(instance_name(name), safe="")
 
 
 def _uid(owner: str) -> int:
-    if owner.isdigit():
+    if owner.isascii() and owner.isdigit() and len(owner) <= _UID_DIGITS:
         return int(owner)
     try:
         return pwd.getpwnam(owner).pw_uid
-    except KeyError:
+    except (KeyError, ValueError):
         raise InvalidInput(f"there is no user {owner!a}") from None
 
 
 def _json_file(path: Path) -> Any:
+    with path.open("rb") as file:
+        data = file.read(_JSON_MAX + 1)
+    if len(data) > _JSON_MAX:
+        raise InvalidInput(f"{path} has more than {_JSON_MAX} bytes")
     try:
-        return json.loads(path.read_text())
+        return json.loads(data)
+    except UnicodeDecodeError:
+        raise InvalidInput(f"{path} is not JSON: it is not UTF-8") from None
     except ValueError as error:
         raise InvalidInput(f"{path} is not JSON: {error}") from None
+    except RecursionError:
+        raise InvalidInput(f"{path} is not JSON of ours: it nests too deeply") from None
 
 
 def _module(arguments: list[str]) -> Any:
     """Run one of our modules and read the JSON it prints; its error becomes ours."""
     command = [sys.executable, "-P", "-m", *arguments]
-    done = subprocess.run(command, stdout=subprocess.PIPE, check=False)
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+        printed = _printed(process)
     try:
-        value = json.loads(done.stdout)
+        value = json.loads(printed)
     except ValueError:
-        raise HostError(f"{arguments[0]} ended with status {done.returncode}") from None
-    if done.returncode:
+        raise HostError(f"{arguments[0]} ended with status {process.returncode}") from None
+    if process.returncode:
         kind = getattr(errors, value["error"], HostError)
-        if kind not in (errors.InvalidInput, errors.Conflict, errors.NotFound):
+        if kind not in (InvalidInput, Forbidden, errors.Conflict, errors.NotFound):
             kind = HostError
         raise kind(value["why"])
     return value
+
+
+def _printed(process: subprocess.Popen[bytes]) -> bytes:
+    """All it prints. Interrupted, it is told so and waited for: it takes back what it has made."""
+    assert process.stdout is not None
+    try:
+        return process.stdout.read()
+    except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        process.send_signal(signal.SIGINT)  # a terminal has told it too; it heeds the first
+        process.communicate()
+        raise
 
 
 def _keeper(arguments: list[str]) -> dict[str, Any]:
@@ -422,11 +487,13 @@ def _settings(config: Path | None) -> dict[str, Any]:
     return value
 
 
-def _keeper_user(name: str) -> tuple[int, int]:
-    """The keeper's own user; made if there is none."""
+def _keeper_user(name: str, *, make: bool = False) -> tuple[int, int]:
+    """The keeper's own user; with `make` it is made if there is none."""
     try:
         entry = pwd.getpwnam(name)
     except KeyError:
+        if not make:
+            raise HostError(f"there is no user {name}: run holdfast init") from None
         command = ["useradd", "--system", "--no-create-home", "--shell", "/usr/sbin/nologin", name]
         if subprocess.run(command, check=False).returncode:
             raise HostError(f"the user {name} could not be made") from None

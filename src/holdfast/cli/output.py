@@ -1,16 +1,21 @@
 """Words, tables, colours and exit codes: what the program's edge adds to facts.
 
-Exit codes: 0 done; 1 something else failed; 2 the command line is wrong; 3 there is no such thing;
-4 not now: in use, or in another state; 5 not allowed; 6 the host lacks or refuses something;
-7 integrity: evidence, state or a log is not what it should be.
+Exit codes: 0 done; 1 something else failed; 2 the command line or a file is wrong; 3 there is no
+such thing; 4 not now: in use, or in another state; 5 not allowed; 6 the host lacks or refuses
+something; 7 integrity: evidence, state or a log is not what it should be; 130 interrupted.
+
+An error is one line on standard error. Standard output may be closed, full, or read by nobody.
 """
 
 from __future__ import annotations
 
+import errno
+import io
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, Final, NoReturn
 
 from rich.console import Console
@@ -28,6 +33,7 @@ from holdfast.errors import (
     NotFound,
 )
 
+_WIDE: Final = 10_000
 OUT: Final = Console(highlight=False)
 ERR: Final = Console(stderr=True, highlight=False)
 EXIT_CODES: Final[Mapping[type[HoldfastError], int]] = {
@@ -41,6 +47,35 @@ EXIT_CODES: Final[Mapping[type[HoldfastError], int]] = {
 }
 
 
+def prepare() -> None:
+    """Have somewhere to write, whoever started us, and never fail for a character."""
+    if sys.stdout is None:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - for as long as we run
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
+def leave(code: int) -> NoReturn:
+    """End with `code` once the output is written; if it cannot be, say so and end with another."""
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        _discard_output()
+        if code == 0 and not isinstance(error, BrokenPipeError):
+            fail(HostError(f"standard output: {error.strerror}"))
+        sys.exit(code or 1)  # nobody reads: nothing is to be said either
+    sys.exit(code)
+
+
+def _discard_output() -> None:
+    """What could not be written is dropped; the interpreter would try once more at its end."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, sys.stdout.fileno())
+    os.close(nowhere)
+
+
 @contextmanager
 def failures() -> Iterator[None]:
     """Turn an error of ours into a line on standard error and its exit code."""
@@ -48,17 +83,35 @@ def failures() -> Iterator[None]:
         yield
     except HoldfastError as error:
         fail(error)
-    except PermissionError as error:
-        fail(Forbidden(f"{error.filename}: {error.strerror}"))
+    except BrokenPipeError:
+        raise  # whoever read our output went away; the client makes its own a HostError
     except OSError as error:
-        fail(HostError(f"{error.filename or 'the system'}: {error.strerror}"))
+        fail(of_the_system(error))
+
+
+def of_the_system(error: OSError) -> HoldfastError:
+    """What a failure of the operating system is to whoever named the file."""
+    text = f"{error.filename or 'standard output'}: {error.strerror or error}"
+    if isinstance(error, PermissionError):
+        return Forbidden(text)
+    if isinstance(error, (FileNotFoundError, IsADirectoryError, NotADirectoryError)):
+        return InvalidInput(text)
+    if error.errno in (errno.ELOOP, errno.ENAMETOOLONG):
+        return InvalidInput(text)
+    return HostError(text)
 
 
 def fail(error: HoldfastError) -> NoReturn:
     """Say what is wrong, and end with its code."""
-    ERR.print(_plain(str(error), "[red]holdfast:[/red]"))
+    say(str(error))
     code = next((c for kind, c in EXIT_CODES.items() if isinstance(error, kind)), 1)
     sys.exit(code)
+
+
+def say(text: str) -> None:
+    """One line on standard error, however long and whatever is in it."""
+    with suppress(OSError):  # nowhere is left to say that
+        ERR.print(_plain(" ".join(text.split()), "[red]holdfast:[/red]"), soft_wrap=True)
 
 
 def show(value: Any, as_json: bool, human: Callable[[Any], None]) -> None:
@@ -76,12 +129,14 @@ def table(columns: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
         made.add_column(column, no_wrap=True)
     for row in rows:
         made.add_row(*map(_plain, row))
+    if not OUT.is_terminal:
+        OUT.width = _WIDE  # nothing is cut off for a program
     OUT.print(made)
 
 
 def line(text: str, mark: str = "") -> None:
     """One line, after an optional coloured mark."""
-    OUT.print(_plain(text, mark))
+    OUT.print(_plain(text, mark), soft_wrap=True)
 
 
 @contextmanager

@@ -218,18 +218,15 @@ class Host:
                     attachment = await asyncio.to_thread(
                         places.attach, self.config.paths.vtpm(name), name, record.owner
                     )
+                    await self._attach(vtpm, attachment)
+                    await making
                 except BaseException:
                     making.cancel()
                     await asyncio.gather(making, return_exceptions=True)
                     raise
-                try:
-                    await making
-                except BaseException:
-                    attachment.close()
-                    raise
-                await self._attach(vtpm, attachment)
         except BaseException:
-            places.detach(self.config.paths.vtpm(name))
+            with contextlib.suppress(HoldfastError):
+                await self._detach(vtpm)
             del self._vtpms[name]
             self._registry.remove(record.id)
             raise
@@ -399,10 +396,12 @@ class Host:
     async def _detach(self, vtpm: VirtualTpm, *, keep_cdi: bool = False) -> None:
         paths, name = self.config.paths, vtpm.record.name
         self._closed(vtpm)
-        await vtpm.detach()
-        places.detach(paths.vtpm(name))
-        if not keep_cdi:
-            cdi.remove_spec(name, paths.cdi)
+        try:
+            await vtpm.detach()
+        finally:
+            places.detach(paths.vtpm(name))
+            if not keep_cdi:
+                cdi.remove_spec(name, paths.cdi)
 
     # --- what a run was started with, for the next daemon ---
 

@@ -57,6 +57,7 @@ class HostLog:
 
     def __init__(self, path: Path) -> None:
         self._path = path
+        self._parsed: tuple[bytes, Tcg2Log] | None = None
 
     def read(self) -> tuple[bytes, Tcg2Log]:
         """The log's bytes and events; HostError if there is none."""
@@ -67,10 +68,13 @@ class HostLog:
                 f"the host's event log {self._path} cannot be read ({error.strerror}): linked "
                 "vTPMs need it; host.event_log names another place"
             ) from None
-        try:
-            return data, tcg2.parse(data)
-        except DecodeError as error:
-            raise HostError(f"the host's event log {self._path} is none: {error.why}") from None
+        parsed = self._parsed  # by any thread: one value, replaced as a whole
+        if parsed is None or parsed[0] != data:
+            try:
+                parsed = self._parsed = data, tcg2.parse(data)
+            except DecodeError as error:
+                raise HostError(f"the host's event log {self._path} is none: {error.why}") from None
+        return parsed
 
     def bank_names(self) -> tuple[str, ...]:
         return tuple(HASH_NAMES[alg] for alg in self.read()[1].algorithms)

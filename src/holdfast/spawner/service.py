@@ -34,7 +34,7 @@ from holdfast.protocol import lifecycle as lc
 from holdfast.spawner.pool import GROUP, Blank, Pool, ended, ending
 
 PEERS_MAX: Final = 8
-QUIET_SECONDS: Final = 0.045
+QUIET_SECONDS: Final = 0.02
 LATE_SECONDS: Final = 0.25  # without quiet, after which a blank worker is made regardless
 KEEPER_SECONDS: Final = 10.0
 FAILURES_MAX: Final = 5  # blank workers in a row, after which the supervisor takes a turn
@@ -48,6 +48,7 @@ class Entry:
     page_fd: int
     held: tuple[int, ...] = ()  # /dev/fuse, data listener, control listener
     worker: Blank | None = None
+    serving: bool = False  # whether that worker has what is held
 
 
 class Spawner:
@@ -192,7 +193,10 @@ class Spawner:
         self._reap(message.instance)
         entry = self._entries.get(message.instance)
         if entry is not None and entry.worker is not None:
-            raise Conflict("its worker lives")
+            if entry.serving or entry.held:
+                raise Conflict("its worker lives")
+            entry.held = fds
+            return ipc.Done(), ()
         if entry is not None:
             self._let_go(message.instance)
         self._entries[message.instance] = Entry(create_page(), fds)
@@ -254,10 +258,12 @@ class Spawner:
                 raise
             entry = self._entries.setdefault(instance, entry or Entry(create_page()))
             entry.worker = blank
-            if entry.held:
-                _ask_again(entry.held[0])
-            begin = lc.Begin(instance, bool(entry.held)).encode()
-            ends = (*fds, key_worker.fileno(), entry.page_fd, *entry.held)
+            held = entry.held if message.serving else ()  # one that makes a TPM serves nobody
+            entry.serving = message.serving
+            if held:
+                _ask_again(held[0])
+            begin = lc.Begin(instance, bool(held)).encode()
+            ends = (*fds, key_worker.fileno(), entry.page_fd, *held)
             channel.send(blank.channel, begin, ends)
         self._selector.register(blank.pidfd, selectors.EVENT_READ, lambda: self._reap(instance))
         return lc.Spawned(blank.pid), (os.dup(blank.pidfd),)
@@ -375,6 +381,7 @@ class Spawner:
                 {
                     "instance": str(instance),
                     "page": entry.page_fd,
+                    "serving": entry.serving,
                     "held": list(entry.held),
                     "worker": worker,
                 }
@@ -394,7 +401,7 @@ class Spawner:
             os.set_inheritable(fd, False)
         for item in state["entries"]:
             instance = UUID(item["instance"])
-            entry = Entry(item["page"], tuple(item["held"]))
+            entry = Entry(item["page"], tuple(item["held"]), serving=item["serving"])
             if item["worker"]:
                 worker = item["worker"]
                 entry.worker = Blank(
