@@ -60,11 +60,13 @@ class Box:
     def log(self) -> str:
         return (self.directory / "log").read_text()
 
-    def run(self, action: str, *arguments: str, ok: bool = True) -> dict[str, Any]:
+    def run(
+        self, action: str, *arguments: str, ok: bool = True, given: bytes = b""
+    ) -> dict[str, Any]:
         """`python -m holdfast.keeper`; what it prints, as JSON."""
         command = [*PYTHON, "holdfast.keeper", action, "--dir", str(self.keeper)]
         command += ["--tcti", self.swtpm.tcti, "--json", *arguments]
-        done = subprocess.run(command, capture_output=True, check=False)
+        done = subprocess.run(command, input=given, capture_output=True, check=False)
         assert (done.returncode == 0) is ok, done
         result: dict[str, Any] = json.loads(done.stdout)
         return result

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import stat
 import subprocess
 from pathlib import Path
@@ -14,7 +15,9 @@ import pytest
 from holdfast.errors import HostError, IntegrityError, InvalidInput, NotFound
 from holdfast.hwtpm.policy import RecoverySigner
 from holdfast.hwtpm.transport import Transport
+from holdfast.hwtpm.version import VersionIndex
 from holdfast.keeper import recovery, vault
+from holdfast.keeper.__main__ import main
 from holdfast.keeper.provision import CERTIFY_TAG
 from holdfast.tpm2.keys import verify
 from holdfast.tpm2.structures import Attest, CertifyInfo, Public, Signature
@@ -23,6 +26,13 @@ from .box import Box
 
 RECOVERY = "recovery.age"
 ROOT_KEY = "site-root-ca.key.age"
+
+
+def forget(box: Box) -> None:
+    """As before it was provisioned."""
+    shutil.rmtree(box.keeper)
+    shutil.rmtree(box.out)
+    box.swtpm.tool("tpm2_nvundefine", "0x1804846")
 
 
 def opened(box: Box) -> bool:
@@ -135,6 +145,66 @@ def test_recovery_key_is_printed_only_when_asked_for(box: Box) -> None:
     )  # fmt: skip
     key = pyrage.decrypt((box.out / RECOVERY).read_bytes(), [box.identity])
     assert answer["recovery_key_hex"] == key.hex()
+
+
+@pytest.mark.parametrize("way", ["file", "standard input"])
+def test_owner_authorization_comes_from_a_file_or_standard_input(box: Box, way: str) -> None:
+    forget(box)
+    box.swtpm.tool("tpm2_changeauth", "-c", "owner", "owner's secret")
+    to = ("--recovery-recipient", str(box.identity.to_public()), "--out", str(box.out))
+    assert "owner hierarchy" in box.run("provision", *to, ok=False)["why"]
+    secret = box.directory / "secret"
+    secret.write_text("owner's secret\n")
+    if way == "file":
+        box.run("provision", *to, "--owner-auth", str(secret))
+    else:
+        box.run("provision", *to, "--owner-auth", "-", given=secret.read_bytes())
+    assert opened(box)
+
+
+def test_owner_authorization_that_is_too_long_is_refused(box: Box) -> None:
+    forget(box)
+    to = ("--recovery-recipient", str(box.identity.to_public()), "--out", str(box.out))
+    answer = box.run("provision", *to, "--owner-auth", "-", given=b"x" * 33, ok=False)
+    assert (answer["error"], "at most 32 bytes" in answer["why"]) == ("InvalidInput", True)
+
+
+def test_interrupted_provisioning_leaves_nothing_behind(
+    box: Box, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """At its last step; and once more while it takes back, which changes nothing."""
+    forget(box)
+
+    def interrupt(*_: object) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+
+    undefine = VersionIndex.undefine
+
+    def again(index: VersionIndex) -> None:
+        interrupt()
+        undefine(index)
+
+    monkeypatch.setattr(vault.Vault, "save", interrupt)
+    monkeypatch.setattr(VersionIndex, "undefine", again)
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        status = main([
+            "provision", "--dir", str(box.keeper), "--tcti", box.swtpm.tcti, "--out", str(box.out),
+            "--recovery-recipient", str(box.identity.to_public()),
+        ])  # fmt: skip
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    assert (status, capsys.readouterr().out) == (130, "")
+    assert list(box.out.iterdir()) == []
+    assert box.swtpm.tool("tpm2_getcap", "handles-nv-index").strip() == ""
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff\xfe", b"AGE-SECRET-KEY-1NONSENSE"])
+def test_an_identity_that_is_none_is_named(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "identity").write_bytes(content)
+    (tmp_path / "recovery.age").write_bytes(b"age")
+    with pytest.raises(InvalidInput, match="identity"):
+        recovery.read_encrypted(tmp_path / "recovery.age", tmp_path / "identity")
 
 
 def test_recipient_may_be_an_ssh_key_in_a_file(tmp_path: Path) -> None:

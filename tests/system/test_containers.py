@@ -6,21 +6,26 @@ podman, runc and tpm2-tools are those of the distribution, the images the demo's
 from __future__ import annotations
 
 import contextlib
+import datetime
 import json
 import os
 import shutil
 import socket
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from holdfast.errors import Forbidden, HoldfastError, InvalidInput, NotFound
+from holdfast.appraise.policy import parse_policy
+from holdfast.appraise.verifier import appraise
+from holdfast.errors import AppraisalError, Forbidden, HoldfastError, InvalidInput, NotFound
 from holdfast.evidence.bundle import Evidence
 from holdfast.evidence.round import Leaf
 from holdfast.frontend.bundle import with_vtpm
+from tests.cli.nobody import as_nobody
 
 from .serve import (
     IMAGE,
@@ -489,3 +494,120 @@ def test_evidence_of_a_run_is_accepted_and_with_another_nonce_refused(
         )
         assert done.returncode in (2, 7)
         assert "accepted" not in done.stdout
+
+
+@pytest.fixture(scope="module")
+def sample(host: Serve) -> dict[str, Path]:
+    """Evidence of a container's linked vTPM, by real TPMs throughout, and its policy."""
+    directory = host.directory / "sample"  # where others may read
+    directory.mkdir(mode=0o755)
+    files = {name: directory / name for name in ("evidence.json", "policy.toml")}
+    with with_policy(host, {}) as name, container(name):
+        asked = ("--nonce", NONCE, "--audience", "a verifier", "--user-data", "c0ffee")
+        done = host.cli("attest", name, *asked, "--out", str(files["evidence.json"]))
+        assert done.returncode == 0, done.stderr
+        made = host.cli(
+            "policy", "create", str(files["evidence.json"]), *asked,
+            "--out", str(files["policy.toml"]),
+            "--site-root", str(host.directory / "out" / "site-root-ca.pem"),
+            "--software-host-tpm", host.made["host_ak_name"],
+        )  # fmt: skip
+        assert made.returncode == 0, made.stderr
+    return files
+
+
+class Judge:
+    """Appraises the sample's evidence, or what was made of it."""
+
+    def __init__(self, sample: dict[str, Path]) -> None:
+        self.json = sample["evidence.json"].read_bytes().strip()
+        self.cbor = Evidence.decode(self.json).encode_cbor()  # the other form of the same
+        self._policy = parse_policy(sample["policy.toml"].read_text())
+        self._now = datetime.datetime.now(datetime.UTC)
+
+    def step(self, data: bytes, nonce: str = NONCE, user_data: str = "c0ffee") -> str:
+        """The step that refuses it; empty if it is accepted."""
+        challenge = (bytes.fromhex(nonce), "a verifier", bytes.fromhex(user_data))
+        given = (*challenge, self._now)
+        try:
+            appraise(data, self._policy, *given)
+        except AppraisalError as error:
+            return error.step
+        return ""
+
+    def accepted(self, data: bytes, bits: int) -> list[int]:
+        """Places at which one changed bit, of the lowest `bits` in turn, is not noticed."""
+        mutable, places = bytearray(data), []
+        for place in range(len(data)):
+            mask = 1 << place % bits
+            mutable[place] ^= mask
+            if not self.step(bytes(mutable)):
+                places.append(place)
+            mutable[place] ^= mask
+        return places
+
+
+def test_any_one_byte_of_real_evidence_that_is_changed_is_noticed(
+    sample: dict[str, Path],
+) -> None:
+    """There is nothing in it that is not signed: no place may survive."""
+    judge = Judge(sample)
+    assert len(judge.json) > 15_000
+    assert judge.step(judge.json) == judge.step(judge.cbor) == ""
+    # Bits 6 and 7 leave the alphabet, which is refused early. test_appraise_flips does more of
+    # this, with evidence that was made up.
+    assert judge.accepted(judge.json, 6) == []
+
+
+def test_real_evidence_is_for_its_challenge_alone_and_whole(sample: dict[str, Path]) -> None:
+    judge = Judge(sample)
+    assert judge.step(judge.json, nonce="00" * 16) != ""
+    assert judge.step(judge.json, user_data="c0ffed") != ""
+    for data in (judge.json, judge.cbor):
+        for wrong in (data[:-1], data + b"\0", data + data, b"", data[1:]):
+            assert judge.step(wrong) != ""
+
+
+OFFLINE = """\
+import sys
+sys.argv = ["holdfast", *sys.argv[1:]]
+from holdfast.cli import main
+try:
+    main()
+except SystemExit as end:
+    status = end.code or 0
+maps = open("/proc/self/maps").read()
+for library in ("libtss2", "libtpms", "libseccomp"):
+    assert library not in maps, library
+for module in ("tpm2_pytss", "aiohttp", "holdfast.hwtpm", "holdfast.engine", "holdfast.daemon"):
+    assert module not in sys.modules, module
+interfaces = open("/proc/self/net/dev").read().split("\\n")[2:]
+assert not [line for line in interfaces if line and not line.strip().startswith("lo:")]
+sys.exit(status)
+"""
+
+
+def test_anybody_verifies_offline_with_neither_daemon_nor_tpm_nor_its_libraries(
+    host: Serve, sample: dict[str, Path]
+) -> None:
+    """As another user, in a network with nothing in it."""
+    asked = ("--nonce", NONCE, "--audience", "a verifier", "--user-data", "c0ffee")
+
+    def verify(evidence: Path) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-c", OFFLINE, "verify", str(evidence), *asked]
+        command += ["--policy", str(sample["policy.toml"]), "--json"]
+        return subprocess.run(
+            ["unshare", "--net", *as_nobody(*command)], cwd="/", capture_output=True, text=True,
+            env={"PATH": os.environ["PATH"], "HOLDFAST_SOCKET": "/nobody", "HOME": "/nowhere"},
+            timeout=60, check=False,
+        )  # fmt: skip
+
+    done = verify(sample["evidence.json"])
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert json.loads(done.stdout)["accepted"] is True
+    data = sample["evidence.json"].read_bytes()
+    wrong = host.directory / "sample" / "wrong.json"
+    wrong.write_bytes(data.replace(b"A", b"B", 1))
+    done = verify(wrong)
+    assert done.returncode == 7, done.stdout + done.stderr
+    assert json.loads(done.stdout)["accepted"] is False

@@ -37,7 +37,7 @@ from .conftest import Box
 from .serve import connect, exchange, rc, receive, until
 from .test_vtpm_life import a_vtpm, make_run
 
-FRAMES = 100_000 if os.environ.get("HOLDFAST_SOAK") == "1" else 10_000
+FRAMES = 1_000_000 if os.environ.get("HOLDFAST_SOAK") == "1" else 100_000
 SECONDS = 10.0
 GET_RANDOM = bytes.fromhex("80010000000c0000017b0008")
 RANDOM_SIZE = 20  # of its response
@@ -277,6 +277,29 @@ def test_the_65th_client_waits_until_one_of_64_goes(running: Running) -> None:
     running.serves()
 
 
+def busy(pid: int) -> float:
+    """Seconds of CPU that a process has used."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def test_who_waits_beyond_the_limit_makes_nobody_spin(running: Running) -> None:
+    """A pending connection that nobody accepts keeps a level-triggered listener readable."""
+    clients = [running.connect() for _ in range(66)]
+    try:
+        for client in clients:
+            client.sendall(GET_RANDOM)
+        for client in clients[:64]:
+            assert len(receive(client)) == RANDOM_SIZE
+        before = busy(running.pid())
+        assert quiet(clients[65], 1.0)
+        assert busy(running.pid()) - before < 0.3
+    finally:
+        for client in clients:
+            client.close()
+    running.serves()
+
+
 def test_64_silent_clients_do_not_close_the_device(running: Running) -> None:
     clients = [running.connect() for _ in range(64)]
     fd = os.open(running.device(), os.O_RDWR)
@@ -362,6 +385,7 @@ def changed(chance: random.Random, command: bytes) -> bytes:
     return bytes(data)
 
 
+@pytest.mark.timeout(1800)
 def test_no_random_frame_changes_a_measured_pcr_or_ends_the_worker(
     box: Box, tmp_path: Path
 ) -> None:
@@ -477,6 +501,19 @@ def test_tpmrm0_has_many_openers_each_with_its_own_answer(running: Running) -> N
         assert os.read(one, 4096) != os.read(two, 4096)
 
 
+def test_poll_says_at_once_that_the_device_is_ready(running: Running) -> None:
+    """FUSE_POLL is answered ENOSYS: the kernel then asks no more, and no poll is in flight."""
+    with opened(running.device()) as fd:
+        for _ in range(3):
+            ready = select.poll()
+            ready.register(fd, select.POLLIN | select.POLLOUT)
+            assert ready.poll(0) == [(fd, select.POLLIN | select.POLLOUT)]
+        os.write(fd, GET_RANDOM)
+        assert select.select([fd], [fd], [], 0) == ([fd], [fd], [])
+        assert len(os.read(fd, 4096)) == RANDOM_SIZE
+    running.serves()
+
+
 def test_the_device_does_not_seek(running: Running) -> None:
     with opened(running.device()) as fd:
         fails(errno.ESPIPE, os.lseek, fd, 0, os.SEEK_SET)
@@ -504,6 +541,108 @@ def test_a_client_killed_between_command_and_answer_leaves_the_device_free(
             assert os.read(fd, 4096) == b""
             os.write(fd, GET_RANDOM)
             assert len(os.read(fd, 4096)) == RANDOM_SIZE
+
+
+# --- clients' objects ----------------------------------------------------------------------------
+
+
+def on_device(fd: int, command: bytes) -> bytes:
+    os.write(fd, command)
+    return os.read(fd, 4096)
+
+
+def listed(response: bytes) -> list[int]:
+    """Handles of a GetCapability response."""
+    assert rc(response) == 0
+    return [int.from_bytes(response[at : at + 4], "big") for at in range(19, len(response), 4)]
+
+
+TRANSIENT = rq.get_capability(Cap.HANDLES, 0x80000000, 64)
+LOADED_SESSIONS = rq.get_capability(Cap.HANDLES, 0x02000000, 64)
+
+
+def test_no_opener_of_the_device_sees_or_uses_what_another_made(running: Running) -> None:
+    with opened(running.device()) as one, opened(running.device()) as other:
+        made = on_device(one, rq.create_primary(Rh.OWNER, EK_P256))
+        assert rc(made) == 0
+        handle = int.from_bytes(made[10:14], "big")
+        assert listed(on_device(one, TRANSIENT)) == [handle]
+        assert listed(on_device(other, TRANSIENT)) == []
+        for guess in (handle, 0x80000000, 0x80000001, 0x80000002):
+            assert rc(on_device(other, rq.read_public(guess))) == Rc.REFERENCE_H0
+            assert rc(on_device(other, rq.flush_context(guess))) == Rc.HANDLE_P1
+        session = on_device(one, rq.start_policy_session())[10:14]
+        assert len(listed(on_device(one, LOADED_SESSIONS))) == 1
+        assert listed(on_device(other, LOADED_SESSIONS)) == []
+        used = rq.command(Cc.PolicyRestart, (int.from_bytes(session, "big"),))
+        assert rc(on_device(other, used)) == Rc.REFERENCE_H0
+        with running.connect() as sock:
+            exchange(sock, GET_RANDOM)
+            assert listed(exchange(sock, TRANSIENT)) == []
+            assert rc(exchange(sock, used)) == Rc.REFERENCE_H0
+        assert rc(on_device(one, rq.read_public(handle))) == 0
+
+
+@pytest.mark.parametrize("way", ["device", "socket"])
+def test_what_a_client_leaves_behind_is_flushed(running: Running, way: str) -> None:
+    """A TPM has 64 sessions and three slots: a hundred clients that clean up nothing fill both."""
+    leave = (rq.create_primary(Rh.OWNER, EK_P256), *(rq.start_policy_session(),) * 2)
+    for _ in range(100):
+        if way == "device":
+            with opened(running.device()) as fd:
+                codes = [rc(on_device(fd, command)) for command in leave]
+        else:
+            with running.connect() as sock:
+                codes = [rc(exchange(sock, command)) for command in leave]
+        assert codes == [0, 0, 0]
+
+
+def test_one_client_loads_more_than_the_tpm_has_slots_for(running: Running) -> None:
+    with opened(running.device()) as fd:
+        made = [on_device(fd, rq.create_primary(Rh.OWNER, EK_P256)) for _ in range(8)]
+        assert [rc(answer) for answer in made] == [0] * 8
+        handles = [int.from_bytes(answer[10:14], "big") for answer in made]
+        assert listed(on_device(fd, TRANSIENT)) == sorted(handles)
+        for handle in handles * 2:
+            assert rc(on_device(fd, rq.read_public(handle))) == 0
+
+
+def test_the_swtpm_tcti_of_tpm2_tss_works_over_the_socket(running: Running, tmp_path: Path) -> None:
+    """It connects anew for every command, and asks the control socket for its localities."""
+    tcti = f"swtpm:path={running.place / 'run' / 'tpm.sock'}"
+    environment = {**os.environ, "TPM2TOOLS_TCTI": tcti}
+    for command in (
+        ("tpm2_getrandom", "--hex", "8"),
+        ("tpm2_createprimary", "-Q", "-C", "o", "-G", "ecc", "-c", "p"),
+        ("tpm2_create", "-Q", "-C", "p", "-u", "u", "-r", "r", "-c", "k"),
+        ("tpm2_startauthsession", "--policy-session", "-S", "s"),
+        ("tpm2_policypcr", "-Q", "-S", "s", "-l", "sha256:13"),
+        ("tpm2_flushcontext", "s"),
+        ("tpm2_sign", "-Q", "-c", "k", "-g", "sha256", "-o", "sig", "p"),
+    ):
+        done = subprocess.run(
+            command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=20,
+            check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, (command, done.stderr)
+
+
+def test_a_worker_that_serves_is_in_its_box(running: Running) -> None:
+    proc = Path(f"/proc/{running.pid()}")
+    status = dict(
+        line.split(":\t", 1) for line in (proc / "status").read_text().splitlines() if ":\t" in line
+    )
+    assert (status["Seccomp"], status["NoNewPrivs"]) == ("2", "1")
+    assert all(int(status[f"Cap{kind}"], 16) == 0 for kind in ("Inh", "Prm", "Eff", "Bnd", "Amb"))
+    maps = (proc / "maps").read_text()
+    assert "libtpms" in maps
+    assert not [line for line in maps.splitlines() if "wx" in line.split()[1]]
+    assert os.listdir(proc / "root") == []
+    for name in ("user", "pid", "net", "mnt", "ipc"):
+        assert os.readlink(proc / "ns" / name) != os.readlink(f"/proc/self/ns/{name}")
+    assert len(list((proc / "task").iterdir())) == 1
+    kinds = {os.readlink(fd).partition(":")[0] for fd in (proc / "fd").iterdir()}
+    assert kinds <= {"/null", "socket", "/dev/fuse", "/memfd"}
 
 
 # --- control commands ----------------------------------------------------------------------------

@@ -24,13 +24,15 @@ from holdfast.tpm2 import requests as rq
 from holdfast.tpm2.commands import Cc
 from holdfast.worker import manufacture
 
+from .one_pool import one_pool
+
 Probe = Callable[[], object]
 LIBC = ctypes.CDLL(None, use_errno=True)
 
 
 @pytest.fixture(scope="module")
 def pool() -> Pool:
-    return Pool(0)
+    return one_pool()
 
 
 def ending(pool: Pool, probe: Probe) -> str:

@@ -18,17 +18,18 @@ from holdfast.tpm2.structures import ClockInfo
 
 CLOCK = ClockInfo(1, 2, 3, True)
 PROGRESS = Progress(
-    InstanceId(UUID(int=1 << 127, version=4)), 0, 5, 6, CLOCK, b"\0\x0b" * 17, CLOCK
+    InstanceId(UUID(int=1 << 127, version=4)), 0, 5, 6, CLOCK, b"\0\x0b" * 17, CLOCK, 9, bytes(32)
 )
 NUMBERS = st.integers(min_value=0, max_value=2**64 - 1)
 CLOCKS = st.builds(ClockInfo, NUMBERS, NUMBERS, NUMBERS, st.booleans())
 
 
-@given(NUMBERS, NUMBERS, NUMBERS, CLOCKS, st.binary(max_size=66), CLOCKS)
+@given(NUMBERS, NUMBERS, NUMBERS, CLOCKS, st.binary(max_size=66), CLOCKS, NUMBERS)
 def test_it_is_read_as_it_was_written(
-    lineage: int, epoch: int, run: int, vtpm: ClockInfo, name: bytes, host: ClockInfo
+    lineage: int, epoch: int, run: int, vtpm: ClockInfo, name: bytes, host: ClockInfo, events: int
 ) -> None:
-    progress = Progress(PROGRESS.instance, lineage, epoch, run, vtpm, name, host)
+    instance, head = PROGRESS.instance, bytes(range(32))
+    progress = Progress(instance, lineage, epoch, run, vtpm, name, host, events, head)
     assert decode(encode(progress)) == progress
 
 

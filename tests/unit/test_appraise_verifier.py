@@ -8,6 +8,7 @@ from uuid import UUID
 
 import pytest
 
+from holdfast.appraise import logs
 from holdfast.appraise.learn import learn_policy
 from holdfast.appraise.policy import parse_policy
 from holdfast.appraise.result import HARDWARE, SOFTWARE, Progress
@@ -401,6 +402,19 @@ def test_a_tpm_that_went_back_is_refused(side: str, field: str) -> None:
     clock = getattr(before, side)
     ahead = replace(before, **{side: replace(clock, **{field: getattr(clock, field) + 1})})
     refused("progress", "went back", Given(WEB), earlier=ahead)
+
+
+def test_a_log_that_lost_or_changed_an_event_within_a_run_is_refused() -> None:
+    before = judge(Given(WEB)).progress
+    assert before.log_events == len(WEB.records())
+    longer = replace(before, log_events=before.log_events + 1)
+    refused("progress", "in the same run", Given(WEB), earlier=longer)
+    other = replace(before, log_head=bytes(32))
+    refused("progress", "events are not those of before", Given(WEB), earlier=other)
+    shorter = WEB.records()[: before.log_events - 1]
+    grown = replace(before, log_events=len(shorter), log_head=logs.head(shorter))
+    assert judge(Given(WEB), earlier=grown)
+    assert judge(Given(WEB), earlier=replace(other, run=before.run - 1))  # another run, another log
 
 
 def test_another_hosts_clock_is_not_compared() -> None:

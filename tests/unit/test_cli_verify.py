@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import datetime
+import errno
+import fcntl
+import os
+import threading
 from pathlib import Path
 
 import pytest
@@ -59,6 +63,63 @@ def test_damage_is_not_taken_for_a_first_time(policy: Path) -> None:
         assert refused.exit_code == 7
         assert "progress" in refused.output
         assert file.read_text() == damage
+
+
+def test_what_is_kept_replaces_the_file_a_link_leads_to_and_is_its_owners_alone(
+    policy: Path,
+) -> None:
+    kept = policy.with_name("kept")
+    kept.mkdir()
+    link = policy.with_name("link")
+    link.symlink_to("kept/web.progress")
+    assert verify(policy, Given(WEB), "--progress", str(link)).exit_code == 0
+    file = kept / "web.progress"
+    file.chmod(0o644)
+    before = file.stat().st_ino
+    assert verify(policy, Given(WEB, leaf={"epoch": 12}), "--progress", str(link)).exit_code == 0
+    assert link.is_symlink()
+    assert file.stat().st_ino != before  # never written in place
+    assert file.stat().st_mode & 0o777 == 0o600
+    assert [path.name for path in kept.iterdir()] == ["web.progress"]
+
+
+def test_what_cannot_be_kept_is_not_accepted(policy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = policy.with_name("web.progress")
+    keep = ("--progress", str(file))
+    assert verify(policy, Given(WEB), *keep).exit_code == 0
+    before, names = file.read_text(), sorted(policy.parent.iterdir())
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(file))
+
+    monkeypatch.setattr(os, "replace", full)
+    refused = verify(policy, Given(WEB, leaf={"epoch": 12}), *keep)
+    assert refused.exit_code == 6
+    assert "accepted" not in refused.output
+    assert "No space left" in refused.output
+    assert file.read_text() == before
+    assert sorted(policy.parent.iterdir()) == names
+
+
+def test_of_two_appraisals_at_once_the_later_one_waits(policy: Path) -> None:
+    """Else the earlier could write last, and what the later one saw would be forgotten."""
+    file = policy.with_name("web.progress")
+    lock = os.open(policy.parent, os.O_RDONLY)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    done: list[int] = []
+
+    def late() -> None:
+        done.append(verify(policy, Given(WEB), "--progress", str(file)).exit_code)
+
+    thread = threading.Thread(target=late)
+    thread.start()
+    thread.join(1.0)
+    assert thread.is_alive()
+    assert not file.exists()
+    os.close(lock)
+    thread.join(30)
+    assert done == [0]
+    assert progress.decode(file.read_text()).epoch == 11
 
 
 def test_nothing_is_kept_of_what_is_refused(policy: Path) -> None:

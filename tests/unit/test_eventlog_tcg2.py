@@ -35,7 +35,9 @@ def oracle_version() -> tuple[int, ...]:
 
 # Before, it extends EV_NO_ACTION and knows no StartupLocality (tpm2-tools #3224, #3146).
 needs_newer_oracle = pytest.mark.skipif(
-    oracle_version() < (5, 6), reason=f"tpm2-tools {oracle_version()} replays no StartupLocality"
+    oracle_version() < (5, 6),
+    reason=f"tpm2-tools {'.'.join(map(str, oracle_version()))} replays no StartupLocality: this "
+    "runs with 5.6 and newer; libtpms is asked in tests/engine/test_startup_locality.py",
 )
 
 

@@ -9,6 +9,7 @@ Not here: what events mean (`contents`), what they should be (`reference`).
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Sequence
 from typing import Final
 
@@ -19,6 +20,7 @@ from holdfast.eventlog.records import PCR_OF, Record, verify_record
 from holdfast.eventlog.replay import PcrValues, composite, extend, initial, replay
 from holdfast.eventlog.tcg2 import Tcg2Event, Tcg2Log
 from holdfast.tpm2.algorithms import Alg
+from holdfast.tpm2.wire import sized, u16, u32, u64
 
 HOST_PCRS: Final = (*range(10), 14)  # those of a vTPM that speak of the host's boot (DESIGN 5)
 # (PCR, digests by bank, what to call it)
@@ -90,6 +92,16 @@ def vtpm_start(
 def container_steps(records: Iterable[Record]) -> tuple[Step, ...]:
     """The container's events."""
     return tuple((r.pcr, dict(r.digests), event_name(r)) for r in records)
+
+
+def head(records: Iterable[Record]) -> bytes:
+    """SHA-256 of numbers, PCRs and digests: what a log that has grown still begins with."""
+    hashed = hashlib.sha256()
+    for record in records:
+        hashed.update(u64(record.recnum) + u32(record.pcr) + u16(len(record.digests)))
+        for alg, digest in sorted(record.digests.items()):
+            hashed.update(u16(alg) + sized(digest))
+    return hashed.digest()
 
 
 def check_replay(

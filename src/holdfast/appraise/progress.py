@@ -25,6 +25,8 @@ _MEMBERS: Final = {
     "vtpm_clock": dict,
     "host_ak_name": str,
     "host_clock": dict,
+    "log_events": int,
+    "log_head": str,
 }
 
 
@@ -39,6 +41,8 @@ def encode(progress: Progress) -> str:
         "vtpm_clock": _from_clock(progress.vtpm_clock),
         "host_ak_name": progress.host_ak_name.hex(),
         "host_clock": _from_clock(progress.host_clock),
+        "log_events": progress.log_events,
+        "log_head": progress.log_head.hex(),
     }
     return json.dumps(value, indent=2) + "\n"
 
@@ -54,12 +58,13 @@ def decode(text: str) -> Progress:
         raise DecodeError(_WHAT, f"has version {value['version']}, not {_VERSION}")
     try:
         instance = instance_id(value["instance"])
-        name = bytes.fromhex(value["host_ak_name"])
+        name, head = bytes.fromhex(value["host_ak_name"]), bytes.fromhex(value["log_head"])
     except (InvalidInput, ValueError) as error:
         raise DecodeError(_WHAT, str(error)) from None
     return Progress(
         instance, value["lineage"], value["epoch"], value["run"],
         _to_clock(value["vtpm_clock"]), name, _to_clock(value["host_clock"]),
+        value["log_events"], head,
     )  # fmt: skip
 
 

@@ -44,7 +44,7 @@ class Progress:
     """Where a vTPM and its host have got to: keep it, and give it to the next appraisal.
 
     `lineage` changes when an instance becomes another of the same name; the counters of TPMs are
-    those of their quotes.
+    those of their quotes; `log_head` is over the run's first `log_events` events (`logs.head`).
     """
 
     instance: InstanceId
@@ -54,6 +54,8 @@ class Progress:
     vtpm_clock: ClockInfo
     host_ak_name: bytes
     host_clock: ClockInfo
+    log_events: int
+    log_head: bytes
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,8 @@ class AttestedContainer:
     established: tuple[str, ...]
     limits: tuple[str, ...]
     notes: tuple[str, ...]
+    log_events: int
+    log_head: bytes
     made_by: InitVar[object] = None
 
     def __post_init__(self, made_by: object) -> None:
@@ -106,7 +110,7 @@ class AttestedContainer:
         leaf = self.leaf
         return Progress(
             self.instance, leaf.lineage, leaf.epoch, leaf.run, self.clock,
-            self.host.ak_name, self.host.clock,
+            self.host.ak_name, self.host.clock, self.log_events, self.log_head,
         )  # fmt: skip
 
     def summary(self) -> tuple[str, ...]:

@@ -337,9 +337,20 @@ def _check_progress(found: Structure, earlier: Progress) -> None:
     ):
         if now < before:
             raise IntegrityError(f"{what} went from {before} back to {now}")
+    if (leaf.lineage, leaf.run) == (earlier.lineage, earlier.run):
+        _check_growth(found.records, earlier)
     _check_clock("the vTPM's", found.vtpm.attest.clock_info, earlier.vtpm_clock)
     if found.identity.host_ak.name == earlier.host_ak_name:
         _check_clock("the host TPM's", found.host.attest.clock_info, earlier.host_clock)
+
+
+def _check_growth(records: tuple[Record, ...], earlier: Progress) -> None:
+    """Within a run the log only grows: a worker that was replaced replays all of it."""
+    seen = earlier.log_events
+    if len(records) < seen:
+        raise IntegrityError(f"its log has {len(records)} events, and had {seen} in the same run")
+    if logs.head(records[:seen]) != earlier.log_head:
+        raise IntegrityError(f"its log's first {seen} events are not those of before in this run")
 
 
 def _check_clock(whose: str, now: ClockInfo, before: ClockInfo) -> None:
@@ -387,6 +398,8 @@ def _attested(found: Structure, policy: Policy, now: datetime.datetime) -> Attes
         established=_established(found, policy),
         limits=_limits(found, policy),
         notes=found.evidence.companions.statement.notes,
+        log_events=len(found.records),
+        log_head=logs.head(found.records),
         made_by=_VERIFIER,
     )  # fmt: skip
 

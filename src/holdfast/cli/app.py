@@ -436,7 +436,7 @@ def _json_file(path: Path) -> Any:
     if len(data) > _JSON_MAX:
         raise InvalidInput(f"{path} has more than {_JSON_MAX} bytes")
     try:
-        return json.loads(data)
+        return json.loads(data.decode())  # of bytes, Python would take UTF-16 as well
     except UnicodeDecodeError:
         raise InvalidInput(f"{path} is not JSON: it is not UTF-8") from None
     except ValueError as error:
@@ -448,13 +448,17 @@ def _json_file(path: Path) -> Any:
 def _module(arguments: list[str]) -> Any:
     """Run one of our modules and read the JSON it prints; its error becomes ours."""
     command = [sys.executable, "-P", "-m", *arguments]
-    with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
-        printed = _printed(process)
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdout=pipe, stderr=pipe) as process:
+        printed, said = _printed(process)
     try:
         value = json.loads(printed)
     except ValueError:
-        raise HostError(f"{arguments[0]} ended with status {process.returncode}") from None
+        last = said.decode(errors="replace").strip().rpartition("\n")[2]
+        raise HostError(f"{arguments[0]} ended with {process.returncode}: {last}") from None
     if process.returncode:
+        if value.get("errno"):
+            raise OSError(value["errno"], os.strerror(value["errno"]), value["file"])
         kind = getattr(errors, value["error"], HostError)
         if kind not in (InvalidInput, Forbidden, errors.Conflict, errors.NotFound):
             kind = HostError
@@ -462,11 +466,10 @@ def _module(arguments: list[str]) -> Any:
     return value
 
 
-def _printed(process: subprocess.Popen[bytes]) -> bytes:
+def _printed(process: subprocess.Popen[bytes]) -> tuple[bytes, bytes]:
     """All it prints. Interrupted, it is told so and waited for: it takes back what it has made."""
-    assert process.stdout is not None
     try:
-        return process.stdout.read()
+        return process.communicate()
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         process.send_signal(signal.SIGINT)  # a terminal has told it too; it heeds the first

@@ -34,6 +34,9 @@ from holdfast.errors import (
 )
 
 _WIDE: Final = 10_000
+_ITS_PATH: Final = (  # the path is wrong, not the host
+    errno.ENOENT, errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ELOOP, errno.ENAMETOOLONG,
+)  # fmt: skip
 OUT: Final = Console(highlight=False)
 ERR: Final = Console(stderr=True, highlight=False)
 EXIT_CODES: Final[Mapping[type[HoldfastError], int]] = {
@@ -94,11 +97,7 @@ def of_the_system(error: OSError) -> HoldfastError:
     text = f"{error.filename or 'standard output'}: {error.strerror or error}"
     if isinstance(error, PermissionError):
         return Forbidden(text)
-    if isinstance(error, (FileNotFoundError, IsADirectoryError, NotADirectoryError)):
-        return InvalidInput(text)
-    if error.errno in (errno.ELOOP, errno.ENAMETOOLONG):
-        return InvalidInput(text)
-    return HostError(text)
+    return InvalidInput(text) if error.errno in _ITS_PATH else HostError(text)
 
 
 def fail(error: HoldfastError) -> NoReturn:

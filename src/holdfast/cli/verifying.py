@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any, Final
 
 import typer
 from cryptography import x509
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, load_pem_private_key
 
@@ -22,7 +28,7 @@ from holdfast.appraise.result import AttestedContainer, Progress, ear_claims, si
 from holdfast.appraise.verifier import appraise
 from holdfast.cli import output
 from holdfast.cli.output import failures, show
-from holdfast.errors import AppraisalError, InvalidInput
+from holdfast.errors import AppraisalError, DecodeError, InvalidInput
 
 AUDIENCE: Final = "holdfast"  # who does not say who they are: the daemon's default as well
 _FILE_MAX: Final = 32 << 20
@@ -51,23 +57,27 @@ def verify(
 ) -> None:
     """Appraise evidence, offline: accepted, with what was established; or the first thing wrong."""
     with failures():
-        made = _policy(policy)
+        key = _key(ear_key) if ear_key is not None else None
+        given = (
+            _read(evidence), _policy(policy), _hex(nonce, "nonce"), audience,
+            _hex(user_data, "user data"), datetime.now(UTC),
+        )  # fmt: skip
         try:
-            attested = appraise(
-                _read(evidence), made, _hex(nonce, "nonce"), audience,
-                _hex(user_data, "user data"), datetime.now(UTC), earlier=_earlier(progress),
-            )  # fmt: skip
+            if progress is None:
+                attested = appraise(*given)
+            else:
+                with _kept(progress) as file:
+                    attested = appraise(*given, earlier=file.earlier)
+                    file.keep(attested.progress)
         except AppraisalError as error:
             if as_json:
                 show({"accepted": False, "step": error.step, "why": error.why}, True, _nothing)
                 raise typer.Exit(7) from None
             output.line(f"at step {error.step}: {error.why}", "[red]refused[/red]")
             raise typer.Exit(7) from None
-        if progress is not None:
-            _keep(progress, attested.progress)
-        if ear_key is not None:
+        if key is not None:
             claims = ear_claims(attested, f"holdfast {__version__}")
-            sys.stdout.write(sign_ear(claims, _key(ear_key)) + "\n")
+            sys.stdout.write(sign_ear(claims, key) + "\n")
             return
         show(_result(attested), as_json, lambda _: _tell(attested))
 
@@ -89,11 +99,11 @@ def create_policy(
 ) -> None:
     """Make a policy from the evidence of a known-good run."""
     with failures():
-        root = x509.load_pem_x509_certificate(_read(site_root))
+        root = _certificate(site_root)
         fingerprint = hashlib.sha256(root.public_bytes(Encoding.DER)).digest()
         trust = Trust(
             frozenset({fingerprint}),
-            tuple(x509.load_pem_x509_certificate(_read(path)) for path in ek_root or ()),
+            tuple(_certificate(path) for path in ek_root or ()),
             frozenset(_hex(name, "a host AK's name") for name in software_host_tpm or ()),
         )
         text = learn_policy(
@@ -106,20 +116,51 @@ def create_policy(
             out.write_text(text)
 
 
-def _earlier(path: Path | None) -> Progress | None:
-    """What an appraisal before has left; None if there was none. Damage is never taken for that."""
-    if path is None or not path.exists():
-        return None
-    return progress_text.decode(_read(path).decode(errors="replace"))
+@dataclass
+class _Progress:
+    """What an appraisal before has left in a file; None if there was none."""
+
+    path: Path
+    directory: int
+    earlier: Progress | None
+
+    def keep(self, progress: Progress) -> None:
+        """Replace the file, durably and as a whole, by one that is its owner's alone."""
+        fd, fresh = tempfile.mkstemp(prefix=f".{self.path.name}.", dir=self.path.parent)
+        try:
+            with open(fd, "w") as file:
+                file.write(progress_text.encode(progress))
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(fresh, self.path)
+        except BaseException:
+            os.unlink(fresh)
+            raise
+        os.fsync(self.directory)
 
 
-def _keep(path: Path, progress: Progress) -> None:
-    fresh = path.with_name(f".{path.name}.new")
-    with open(os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
-        file.write(progress_text.encode(progress))
-        file.flush()
-        os.fsync(file.fileno())
-    fresh.replace(path)
+@contextmanager
+def _kept(path: Path) -> Iterator[_Progress]:
+    """The progress in a file, for one appraisal at a time. Damage is never taken for a first time.
+
+    What is locked is the directory, as the file itself is replaced.
+    """
+    path = Path(os.path.realpath(path))
+    directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(directory, fcntl.LOCK_EX)
+        try:
+            earlier = progress_text.decode(_read(path).decode(errors="replace"))
+        except FileNotFoundError:
+            earlier = None
+        except DecodeError as error:
+            raise DecodeError(
+                f"the progress file {path}",
+                f"{error.why}; put back a good copy: without it nothing shows what went back",
+            ) from None
+        yield _Progress(path, directory, earlier)
+    finally:
+        os.close(directory)
 
 
 def _result(attested: AttestedContainer) -> dict[str, Any]:
@@ -146,8 +187,40 @@ def _nothing(_: object) -> None:
 
 def _policy(path: Path) -> Policy:
     """A policy, and the certificates that lie beside it."""
-    files = {beside.name: _read(beside) for beside in path.parent.glob("*.pem")}
-    return parse_policy(_read(path).decode(errors="replace"), files)
+    try:
+        text = _read(path).decode()
+    except UnicodeDecodeError:
+        raise InvalidInput(f"{path} is no policy: it is not UTF-8") from None
+    try:
+        return parse_policy(text, _Beside(path.parent))
+    except InvalidInput as error:
+        raise InvalidInput(f"{path}: {error}") from None
+
+
+class _Beside(Mapping[str, bytes]):
+    """The PEM files of a directory, read when they are asked for."""
+
+    def __init__(self, directory: Path) -> None:
+        self._names = sorted(path.name for path in directory.glob("*.pem"))
+        self._directory = directory
+
+    def __getitem__(self, name: str) -> bytes:
+        if name not in self._names:
+            raise KeyError(name)
+        return _read(self._directory / name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+def _certificate(path: Path) -> x509.Certificate:
+    try:
+        return x509.load_pem_x509_certificate(_read(path))
+    except ValueError:
+        raise InvalidInput(f"{path} is not a certificate in PEM") from None
 
 
 def _read(path: Path) -> bytes:
@@ -168,8 +241,8 @@ def _hex(text: str, what: str) -> bytes:
 def _key(path: Path) -> ec.EllipticCurvePrivateKey:
     try:
         key = load_pem_private_key(_read(path), None)
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, UnsupportedAlgorithm):
         raise InvalidInput(f"{path} is not a private key in PEM, without a password") from None
-    if not isinstance(key, ec.EllipticCurvePrivateKey):
+    if not isinstance(key, ec.EllipticCurvePrivateKey) or not isinstance(key.curve, ec.SECP256R1):
         raise InvalidInput(f"{path} is not a P-256 key")
     return key

@@ -42,20 +42,25 @@ class Client:
         data = None if body is None else json.dumps(body).encode()
         headers = {"Content-Type": "application/json"} if data is not None else {}
         try:
+            self._connection.connect()
+        except OSError as error:
+            self._connection.close()
+            why = error.strerror or error
+            raise HostError(
+                f"no daemon answers at {self._path} ({why}): is holdfast serve running?"
+            ) from None
+        try:
             self._connection.request(method, path, data, headers)
             response = self._connection.getresponse()
             answer = response.read(ANSWER_MAX)
-        except (FileNotFoundError, ConnectionRefusedError, PermissionError) as error:
-            raise HostError(
-                f"no daemon answers at {self._path} ({error.strerror}): is holdfast serve running?"
-            ) from None
         except (OSError, http.client.HTTPException) as error:
-            self._connection.close()
             raise HostError(f"the daemon at {self._path} went away: {error}") from None
+        finally:
+            self._connection.close()  # the daemon closes what is idle, and counts what is open
         try:
             value = json.loads(answer)
-        except ValueError:
-            raise HostError(f"the daemon at {self._path} answered no JSON") from None
+        except (ValueError, RecursionError):
+            raise HostError(f"{self._path} answered no JSON: is that holdfast's socket?") from None
         if response.status >= 400:
             raise _error(value)
         return value

@@ -20,15 +20,17 @@ from holdfast.attest.collector import Collector
 from holdfast.daemon import config
 from holdfast.daemon.api import Api
 from holdfast.daemon.host import Host
-from holdfast.daemon.listening import listen
+from holdfast.daemon.listening import Room, listen
 from holdfast.errors import HoldfastError
 from holdfast.instance.vtpm import VirtualTpm
 from holdfast.linux import process
 
-EVIDENCE_SECONDS = 5.0  # an idle connection of a container's is closed after this
-EVIDENCE_CONNECTIONS = 8  # of one user in one container
-USER_CONNECTIONS = 16  # to the API, of one user who is not root
-ROOT_CONNECTIONS = 512
+# A connection is closed that brings no whole request head for so long.
+EVIDENCE_SECONDS = 5.0
+API_SECONDS = 10.0
+# A container is one tenant, however many users it has; it has a user 0 as well.
+EVIDENCE_ROOM = Room(root=8, user=8, others=8)
+API_ROOM = Room(root=512, user=16, others=256)
 API_BACKLOG = 128
 
 
@@ -55,7 +57,7 @@ async def serve(settings: config.Config, ready_fd: int | None) -> None:
             api.own_application(vtpm), keepalive_timeout=EVIDENCE_SECONDS, access_log=None
         )
         await runner.setup()
-        server = await listen(runner, sock, lambda _: EVIDENCE_CONNECTIONS)
+        server = await listen(runner, sock, EVIDENCE_ROOM)
         evidence[vtpm.record.name] = server, runner
 
     def begin(work: Coroutine[None, None, None]) -> None:
@@ -70,7 +72,7 @@ async def serve(settings: config.Config, ready_fd: int | None) -> None:
     )
     api = Api(host, Collector(host.keeper))
     await host.start()
-    runner = web.AppRunner(api.application(), access_log=None)
+    runner = web.AppRunner(api.application(), keepalive_timeout=API_SECONDS, access_log=None)
     await runner.setup()
     path = settings.paths.api
     path.unlink(missing_ok=True)
@@ -78,7 +80,7 @@ async def serve(settings: config.Config, ready_fd: int | None) -> None:
     sock.bind(os.fspath(path))
     path.chmod(0o666)  # who may do what is decided by credentials, call by call
     sock.listen(API_BACKLOG)
-    server = await listen(runner, sock, lambda uid: USER_CONNECTIONS if uid else ROOT_CONNECTIONS)
+    server = await listen(runner, sock, API_ROOM)
     if ready_fd is not None:
         os.close(ready_fd)
     await stop.wait()
@@ -108,7 +110,9 @@ def main(arguments: list[str]) -> int:
         ],
         logger_factory=structlog.WriteLoggerFactory(sys.stderr),
     )
-    logging.getLogger("aiohttp").setLevel(logging.ERROR)
+    # It would log a traceback for each request that is no HTTP: anyone could fill the log so.
+    # What fails in our own code is logged, and rationed, where it is answered (`api.problems`).
+    logging.getLogger("aiohttp").setLevel(logging.CRITICAL)
     try:
         with contextlib.suppress(KeyboardInterrupt):
             asyncio.run(serve(config.load(options.config), options.ready_fd))

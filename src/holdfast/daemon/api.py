@@ -8,6 +8,7 @@ only that container's own evidence.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import time
 from collections.abc import Awaitable, Callable, Mapping
@@ -21,7 +22,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
 
 from holdfast import __version__
 from holdfast.attest.collector import Collector
-from holdfast.daemon.doctor import examine
+from holdfast.daemon.doctor import examine, overview
 from holdfast.daemon.host import Host
 from holdfast.daemon.starting import Start
 from holdfast.errors import (
@@ -41,9 +42,13 @@ from holdfast.instance.bucket import Bucket
 from holdfast.instance.vtpm import VirtualTpm
 from holdfast.linux.channel import peer
 from holdfast.protocol.oci_state import parse_state
+from holdfast.tpm2.algorithms import HASHES_BY_NAME
 
 AUDIT: Final = structlog.get_logger("audit")
 BODY_MAX: Final = 1 << 20
+BODY_SECONDS: Final = 10.0
+PATH_SHOWN: Final = 128
+OWNER_MAX: Final = (1 << 32) - 2  # the last number is nobody's: (uid_t)-1
 DEFAULT_AUDIENCE: Final = "holdfast"  # of verifiers that did not say who they are
 _STATUS: Final[Mapping[type[HoldfastError], int]] = {
     InvalidInput: 400,
@@ -74,6 +79,7 @@ _KINDS: Final[Mapping[type, str]] = {
     bool: "true or false",
     dict: "an object",
 }
+_REFUSALS: Final = Bucket(rate=10.0, burst=200.0)  # lines in the log
 _UNEXPECTED: Final = Bucket(rate=1.0, burst=20.0)  # tracebacks in the log
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -100,8 +106,19 @@ def caller(request: web.Request) -> Caller:
     return Caller(who.pid, who.uid)
 
 
-def _problem(error: HoldfastError) -> web.Response:
-    status = next((code for kind, code in _STATUS.items() if isinstance(error, kind)), 500)
+def _refusal(error: web.HTTPException, request: web.Request) -> web.Response:
+    """What aiohttp itself refuses, as a problem: no such path, not by this method, too large."""
+    if isinstance(error, web.HTTPNotFound):
+        return _problem(NotFound(f"there is no {request.path[:PATH_SHOWN]!a} here"), error.status)
+    if isinstance(error, web.HTTPRequestEntityTooLarge):
+        return _problem(InvalidInput(f"a body has at most {BODY_MAX} bytes"), error.status)
+    return _problem(InvalidInput(f"{request.method[:16]!a} here: {error.reason}"), error.status)
+
+
+def _problem(error: HoldfastError, status: int = 0) -> web.Response:
+    status = status or next(
+        (code for kind, code in _STATUS.items() if isinstance(error, kind)), 500
+    )
     body = {
         "type": f"urn:holdfast:error:{type(error).__name__}",
         "title": type(error).__name__,
@@ -117,17 +134,28 @@ async def problems(request: web.Request, handler: Handler) -> web.StreamResponse
     try:
         return await handler(request)
     except HoldfastError as error:
+        _note_refusal(request, error)
         return _problem(error)
-    except web.HTTPException:
-        raise
-    except (ConnectionError, PayloadEncodingError):
-        return _problem(InvalidInput("the request ended before its body did"))
+    except web.HTTPException as error:
+        if error.status < 400:
+            raise
+        return _refusal(error, request)
+    except (ConnectionError, PayloadEncodingError, web.RequestPayloadError):
+        return _problem(InvalidInput("the request's body is cut off, or not in its encoding"))
     except Exception as error:  # noqa: BLE001 - the edge of a request: log, answer, go on
         # A caller who finds a way here must not fill the log with it.
         if _UNEXPECTED.allow(time.monotonic()):
             structlog.get_logger().exception("request failed", path=request.path)
         name = type(error).__name__
         return _problem(HostError(f"an unexpected {name}; the daemon's log has it"))
+
+
+def _note_refusal(request: web.Request, error: HoldfastError) -> None:
+    """Who wanted to change what, and may not; rationed, as a refusal costs its caller nothing."""
+    if request.method not in ("GET", "HEAD") and _REFUSALS.allow(time.monotonic()):
+        who = caller(request)
+        path = request.raw_path[:PATH_SHOWN]
+        AUDIT.warning("refused", uid=who.uid, pid=who.pid, path=path, error=type(error).__name__)
 
 
 class Api:
@@ -200,7 +228,7 @@ class Api:
 
     async def _status(self, request: web.Request) -> web.Response:
         caller(request).must_be_root("status")
-        return web.json_response(await examine(self._host))
+        return web.json_response(await overview(self._host))
 
     async def _doctor(self, request: web.Request) -> web.Response:
         caller(request).must_be_root("doctor")
@@ -218,6 +246,7 @@ class Api:
         who.must_be_root("creating a vTPM")
         wanted = await _body(request)
         _typed(wanted, _CREATE)
+        _bounded(wanted)
         vtpm = await self._host.create(wanted, who.uid)
         self._audit(who, "create", vtpm.record.name)
         return web.json_response(self._details(vtpm), status=201)
@@ -347,9 +376,14 @@ def _log_of(vtpm: VirtualTpm) -> dict[str, Any]:
 
 async def _body(request: web.Request) -> dict[str, Any]:
     try:
-        value = await request.json()
+        async with asyncio.timeout(BODY_SECONDS):
+            data = await request.read()
+    except TimeoutError:
+        raise InvalidInput(f"the request's body did not arrive in {BODY_SECONDS} s") from None
+    try:
+        value = json.loads(data.decode())  # of bytes, Python would take UTF-16 as well
     except (ValueError, RecursionError):
-        raise InvalidInput("the request's body is not JSON") from None
+        raise InvalidInput("the request's body is not JSON in UTF-8") from None
     if not isinstance(value, dict):
         raise InvalidInput("the request's body is not a JSON object")
     return value
@@ -363,6 +397,19 @@ def _typed(body: dict[str, Any], members: Mapping[str, type]) -> None:
             raise InvalidInput(f"{name[:64]!a} is not known here")
         if value is not None and type(value) is not kind:
             raise InvalidInput(f"{name} is {_KINDS[kind]}, not {_KINDS.get(type(value), 'that')}")
+
+
+def _bounded(wanted: dict[str, Any]) -> None:
+    """InvalidInput for an owner who is no user, and for banks that are none, or named twice."""
+    owner, banks = wanted.get("owner"), wanted.get("banks")
+    if owner is not None and not 0 <= owner <= OWNER_MAX:
+        raise InvalidInput(f"an owner is a user's number from 0 to {OWNER_MAX}")
+    if banks is None:
+        return
+    if not banks or not all(isinstance(bank, str) and bank in HASHES_BY_NAME for bank in banks):
+        raise InvalidInput(f"banks are some of {', '.join(HASHES_BY_NAME)}")
+    if len(set(banks)) != len(banks):
+        raise InvalidInput("banks names one of them twice")
 
 
 def _hex(body: dict[str, Any], name: str) -> bytes:

@@ -9,34 +9,54 @@ from __future__ import annotations
 import os
 import tomllib
 from pathlib import Path
-from typing import Final
+from typing import Annotated, Final
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic_core import PydanticCustomError
 
 from holdfast.errors import InvalidInput
 
 DEFAULT_FILE: Final = Path("/etc/holdfast/holdfast.toml")
 ENVIRONMENT: Final = "HOLDFAST_CONFIG"
+_WORDS: Final = {
+    "extra_forbidden": "there is no such key",
+    "model_type": "is a section, written [NAME]",
+    "string_type": "is text",
+    "path_type": "is text",
+    "bool_type": "is true or false",
+    "int_type": "is a whole number",
+}
+
+
+def _absolute(path: Path) -> Path:
+    """A relative one would mean another place for each process that reads it."""
+    if not path.is_absolute():
+        raise PydanticCustomError("relative", "is a path that begins with /")
+    return path
+
+
+Place = Annotated[Path, Field(strict=False), AfterValidator(_absolute)]  # TOML has no paths
+Some = Annotated[int, Field(ge=0, le=256)]
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
 class Host(_Section):
     """The host's TPM and its event log."""
 
     tcti: str = "device:/dev/tpmrm0"
-    event_log: Path = Path("/sys/kernel/security/tpm0/binary_bios_measurements")
+    event_log: Place = Path("/sys/kernel/security/tpm0/binary_bios_measurements")
     stand_in: bool = False
 
 
 class Paths(_Section):
     """Where things are."""
 
-    state: Path = Path("/var/lib/holdfast")
-    run: Path = Path("/run/holdfast")
-    cdi: Path = Path("/run/cdi")
+    state: Place = Path("/var/lib/holdfast")
+    run: Place = Path("/run/holdfast")
+    cdi: Place = Path("/run/cdi")
 
     @property
     def api(self) -> Path:
@@ -57,8 +77,8 @@ class Paths(_Section):
 class Workers(_Section):
     """Blank workers kept ready, and vTPMs manufactured ahead."""
 
-    blank: int = 3
-    manufactured: int = 0
+    blank: Some = 3
+    manufactured: Some = 0
 
 
 class Keeper(_Section):
@@ -85,6 +105,10 @@ def load(path: Path | None) -> Config:
         if path is None and ENVIRONMENT not in os.environ:
             return Config()
         raise InvalidInput(f"there is no configuration at {file}") from None
+    except OSError as error:
+        raise InvalidInput(f"the configuration {file}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise InvalidInput(f"{file} is not TOML: it is not UTF-8") from None
     try:
         return Config.model_validate(tomllib.loads(text))
     except tomllib.TOMLDecodeError as error:
@@ -92,4 +116,4 @@ def load(path: Path | None) -> Config:
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(map(str, first["loc"]))
-        raise InvalidInput(f"{file}: {key}: {first['msg']}") from None
+        raise InvalidInput(f"{file}: {key}: {_WORDS.get(first['type'], first['msg'])}") from None

@@ -1,10 +1,10 @@
-"""`doctor` and `status`: what this host has and lacks, in words an administrator can act on."""
+"""`doctor`, and `status` in short: what this host has and lacks, in words to act on."""
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from holdfast.errors import HoldfastError
 from holdfast.linux import cgroup
@@ -13,6 +13,16 @@ from holdfast.protocol import lifecycle as lc
 
 if TYPE_CHECKING:
     from holdfast.daemon.host import Host
+
+
+CPUINFO: Final = Path("/proc/cpuinfo")
+_LEVELS: Final = ("problem", "warning", "note", "ok")  # the worst first
+# What `status` says of each part: these findings.
+_PARTS: Final = {
+    "host": ("host TPM", "virtual host", "host event log"),
+    "keeper": ("keeper",),
+    "spawner": ("spawner",),
+}
 
 
 @dataclass(frozen=True)
@@ -34,6 +44,29 @@ async def examine(host: Host) -> dict[str, Any]:
         (level for level in ("problem", "warning") if any(f.level == level for f in findings)), "ok"
     )
     return {"verdict": worst, "findings": [asdict(f) for f in findings], "vtpms": counts}
+
+
+async def overview(host: Host) -> dict[str, Any]:
+    """The short view: host, keeper, spawner, vTPMs by state; and what else `examine` minds."""
+    return brief(await examine(host))
+
+
+def brief(seen: dict[str, Any]) -> dict[str, Any]:
+    """`overview` of what `examine` has returned."""
+    value: dict[str, Any] = {"verdict": seen["verdict"]}
+    told = set()
+    for part, names in _PARTS.items():
+        about = [finding for finding in seen["findings"] if finding["what"] in names]
+        worst = min((f["level"] for f in about), key=_LEVELS.index, default="note")
+        says = [f["says"] for f in about if f["level"] != "ok"] or [f["says"] for f in about[:1]]
+        value[part] = {"level": worst, "says": "; ".join(says) or "not known without the keeper"}
+        told |= set(names)
+    value["more"] = [
+        f"{f['what']} ({f['level']})"
+        for f in seen["findings"]
+        if f["what"] not in told and f["level"] in ("problem", "warning")
+    ]
+    return {**value, "vtpms": seen["vtpms"]}
 
 
 async def _keeper(host: Host) -> list[Finding]:
@@ -93,6 +126,14 @@ async def _spawner(host: Host) -> list[Finding]:
 
 def _kernel() -> list[Finding]:
     findings = []
+    if is_virtual(CPUINFO.read_text()):
+        findings.append(
+            Finding(
+                "virtual host", "note",
+                "this host is a virtual machine: a snapshot of it that includes its TPM, put back, "
+                "cannot be detected",
+            )
+        )  # fmt: skip
     limits = cgroup.available()
     missing = sorted({"memory", "pids", "cpu"} - set(limits))
     if missing:
@@ -108,3 +149,10 @@ def _kernel() -> list[Finding]:
             Finding("swap", "note", "swap is on; the keeper's memory is locked, workers' is not")
         )
     return findings
+
+
+def is_virtual(cpuinfo: str) -> bool:
+    """Whether the processor says that a hypervisor is below (x86 alone says so)."""
+    return any(
+        "hypervisor" in line.split() for line in cpuinfo.splitlines() if line.startswith("flags")
+    )

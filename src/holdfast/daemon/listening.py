@@ -1,7 +1,8 @@
-"""HTTP on a Unix socket, for as many connections of one user as agreed and no more.
+"""HTTP on a Unix socket, for as many connections as agreed and no more.
 
 A connection costs the daemon a descriptor, and whoever may connect could take them all. One too
-many is closed at once: its client sees the end of the stream.
+many is closed at once: its client sees the end of the stream. One user can be many (subordinate
+user ids; every user of a container), so that all together are counted too.
 """
 
 from __future__ import annotations
@@ -9,46 +10,75 @@ from __future__ import annotations
 import asyncio
 import socket
 from collections import Counter
-from collections.abc import Callable
+from dataclasses import dataclass
 
 from aiohttp import web
 
 from holdfast.linux.channel import peer
 
-Most = Callable[[int], int]  # how many connections a user (uid) may have at once
+
+@dataclass(frozen=True)
+class Room:
+    """How many connections there may be at once: `root`'s, another user's, all others' together."""
+
+    root: int
+    user: int
+    others: int
 
 
-async def listen(runner: web.AppRunner, sock: socket.socket, most: Most) -> asyncio.Server:
+class Present:
+    """The connections there are."""
+
+    def __init__(self, room: Room) -> None:
+        self._room = room
+        self._by_user: Counter[int] = Counter()
+
+    def enter(self, uid: int) -> bool:
+        """Count one of `uid`; False if there is no room for it."""
+        root = self._by_user[0]
+        if uid == 0:
+            fits = root < self._room.root
+        else:
+            others = self._by_user.total() - root
+            fits = self._by_user[uid] < self._room.user and others < self._room.others
+        if fits:
+            self._by_user[uid] += 1
+        return fits
+
+    def go(self, uid: int) -> None:
+        self._by_user[uid] -= 1
+        self._by_user = +self._by_user  # who has none takes no memory
+
+
+async def listen(runner: web.AppRunner, sock: socket.socket, room: Room) -> asyncio.Server:
     """Serve `runner`'s application on a listening socket; the returned server owns it."""
     server = runner.server
     assert server is not None, "a runner is set up before it listens"
-    present: Counter[int] = Counter()
+    present = Present(room)
     return await asyncio.get_running_loop().create_unix_server(
-        lambda: _Counted(server(), present, most), sock=sock
+        lambda: _Counted(server(), present), sock=sock
     )
 
 
 class _Counted(asyncio.Protocol):
     """One connection: counted, then handed to aiohttp's handler."""
 
-    def __init__(self, inner: asyncio.Protocol, present: Counter[int], most: Most) -> None:
+    def __init__(self, inner: asyncio.Protocol, present: Present) -> None:
         self._inner = inner
         self._present = present
-        self._most = most
         self._uid = -1
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         uid = peer(transport.get_extra_info("socket")).uid
-        if self._present[uid] >= self._most(uid):
+        if not self._present.enter(uid):
             transport.close()
             return
         self._uid = uid
-        self._present[uid] += 1
         self._inner.connection_made(transport)
 
     def connection_lost(self, exc: Exception | None) -> None:
         if self._uid >= 0:
-            self._present[self._uid] -= 1
+            self._present.go(self._uid)
             self._inner.connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:

@@ -1,12 +1,15 @@
 """`python -m holdfast.keeper`: provision and authorize for the CLI, serve for the supervisor.
 
-provision and authorize print one JSON object: what was done, or {"error", "why"} with exit code 1.
+provision and authorize print one JSON object: what was done, or {"error", "why"} with exit code 1,
+and where the system refused something {"errno", "file"} too.
+Interrupted, they take back what they have made and print nothing.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import getpass
 import json
 import os
 import resource
@@ -24,6 +27,7 @@ from holdfast.keeper.service import PEERS_MAX, Keeper, log
 from holdfast.linux import channel, process
 from holdfast.sandbox import keeper as sandbox
 
+INTERRUPTED: Final = 130
 AUTH_MAX: Final = 32  # bytes in an owner authorization value
 VALUES_MAX: Final = 65_536  # bytes in a file of PCR values
 _OTHER_DESCRIPTORS: Final = 64
@@ -35,14 +39,26 @@ def main(arguments: list[str]) -> int:
     try:
         if options.action == "serve":
             return _serve(options)
+        signal.signal(signal.SIGINT, _interrupted)
         result = actions[options.action](options)
         if options.uid:
             _give_away(options.dir, options.uid, options.gid)
+    except KeyboardInterrupt:
+        return INTERRUPTED
     except (HoldfastError, OSError) as error:
-        print(json.dumps({"error": type(error).__name__, "why": str(error)}))
+        told: dict[str, Any] = {"error": type(error).__name__, "why": str(error)}
+        if isinstance(error, OSError) and error.errno:
+            told |= {"errno": error.errno, "file": error.filename}
+        print(json.dumps(told, default=str))
         return 1
     print(json.dumps(result))
     return 0
+
+
+def _interrupted(*_: object) -> None:
+    """Once: whoever interrupts again does not interrupt the taking back."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    raise KeyboardInterrupt
 
 
 def _provision(options: argparse.Namespace) -> dict[str, Any]:
@@ -109,10 +125,18 @@ def _numbers(text: str) -> tuple[int, ...]:
 
 
 def _auth(path: Path | None) -> bytes:
-    """An authorization value from a file, so that it is in no argument list."""
+    """An authorization value from a file, so that it is in no argument list; - is standard input,
+    where a terminal asks without showing it."""
     if path is None:
         return b""
-    value = path.read_bytes().rstrip(b"\n")
+    if str(path) != "-":
+        with path.open("rb") as file:
+            value = file.read(AUTH_MAX + 2)
+    elif sys.stdin.isatty():
+        value = getpass.getpass("Owner authorization of the host TPM: ").encode()
+    else:
+        value = sys.stdin.buffer.read(AUTH_MAX + 2)
+    value = value.rstrip(b"\n")
     if len(value) > AUTH_MAX:
         raise InvalidInput(f"an authorization value has at most {AUTH_MAX} bytes")
     return value
@@ -153,7 +177,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     made.add_argument("--pcrs", default=",".join(map(str, DEFAULT_PCRS)))
     made.add_argument("--site", "--site-name", default="Holdfast site")
     made.add_argument("--crl", default="", help="URI of the host CA's revocation list")
-    made.add_argument("--owner-auth", type=Path, help="file with the owner's authorization value")
+    made.add_argument("--owner-auth", type=Path, help="file with the owner's value, or -")
     made.add_argument("--stand-in", action="store_true")
     made.add_argument("--print-recovery-key", action="store_true")
     allowed = actions.add_parser("authorize", parents=[common])

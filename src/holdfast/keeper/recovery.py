@@ -63,7 +63,10 @@ def sync(directory: Path) -> None:
 
 def read_encrypted(path: Path, identity: Path) -> bytes:
     """Decrypt a file with the age or ssh private key in `identity`."""
-    text = identity.read_text()
+    try:
+        text = identity.read_text()
+    except UnicodeDecodeError:
+        raise InvalidInput(f"{identity} is not an age or ssh private key") from None
     keys = [line.strip() for line in text.splitlines() if line.startswith("AGE-SECRET-KEY-")]
     try:
         if keys:
