@@ -104,7 +104,7 @@ AS_ROOT = [
     (("serve", "--config", "count.toml"), 2, r"count.toml: workers.blank: .*greater than or"),
     (("serve", "--config", "path.toml"), 2, r"path.toml: paths.state: is a path that begins"),
     ((*AUTHORIZE, "--config", "good.toml"), 3, "this host is not initialised: run holdfast init"),
-    ((*AUTHORIZE, "--config", "user.toml"), 6, "no user hf-nobody-there: run holdfast init"),
+    ((*AUTHORIZE, "--config", "user.toml"), 6, "no user hf:nobody: run holdfast init"),
     (
         ("init", "--recovery-recipient", "bin", "--out", "out", "--config", "good.toml"),
         2, "nor a file with one",
@@ -152,7 +152,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     paths = f'[paths]\nstate = "{tmp_path}/state"\nrun = "{tmp_path}/run"\n'
     tcti = f'[host]\ntcti = "swtpm:path={tmp_path}/no-tpm.sock"\nstand_in = true\n'
     files["good.toml"] = f'{tcti}{paths}[keeper]\nuser = "root"\n'.encode()
-    files["user.toml"] = f'{tcti}{paths}[keeper]\nuser = "hf-nobody-there"\n'.encode()
+    files["user.toml"] = f'{tcti}{paths}[keeper]\nuser = "hf:nobody"\n'.encode()
     for name, content in files.items():
         (tmp_path / name).write_bytes(content)
     (tmp_path / "directory").mkdir()

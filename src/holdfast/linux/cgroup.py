@@ -17,7 +17,7 @@ class Limits:
     """What one worker may use: bytes of memory, processes, CPU weight (v2 scale, 1-10000)."""
 
     memory: int = 96 << 20
-    processes: int = 2
+    processes: int = 1
     cpu_weight: int = 100
 
 
@@ -87,7 +87,12 @@ def remove(groups: tuple[Path, ...]) -> None:
 
 
 def sweep(prefix: str) -> None:
-    """Remove every empty group whose name begins with `prefix`."""
+    """Remove empty groups, named `prefix` and a pid, of spawners that have ended and of ours.
+
+    Those of another that lives may be empty because a process is about to enter them.
+    """
     for hierarchy in _hierarchies():
         for group in hierarchy.glob(f"{prefix}*"):
-            remove((group,))
+            owner = group.name.removeprefix(prefix).partition("-")[0]
+            if owner == str(os.getpid()) or not Path("/proc", owner).exists():
+                remove((group,))

@@ -19,12 +19,13 @@ from pathlib import Path
 from typing import Final, NoReturn
 
 from holdfast.engine.libtpms import KNOWN_BAD, Engine, Entropy, StateKind
-from holdfast.errors import HostError
+from holdfast.errors import HoldfastError, HostError
 from holdfast.linux import cgroup, channel
 from holdfast.linux.memory import forbid_writable_code
 from holdfast.linux.namespaces import ALL, fork_into, map_single_user
 from holdfast.protocol import ipc
 from holdfast.sandbox.worker import WorkerSandbox
+from holdfast.spawner.trial import live_through
 from holdfast.tpm2 import requests as rq
 from holdfast.tpm2.commands import Cc
 from holdfast.worker.manufacture import make_ecc_keys, make_rsa_key
@@ -129,15 +130,39 @@ class Pool:
             self._await_ready(blank)
         finally:
             blank.discard()
+        blank = self.make()
+        try:
+            self._try(blank)
+        finally:
+            blank.discard()
 
-    def take(self) -> Blank:
-        """A ready worker; one is waited for if none is."""
+    def _try(self, blank: Blank) -> None:
+        """Have it serve and end; HostError says how else it ended."""
+        try:
+            live_through(blank.channel, blank.pidfd, self._dummy)
+            why = ""
+        except (OSError, HoldfastError) as error:
+            why = str(error)
+        ready = select.poll()
+        ready.register(blank.pidfd, select.POLLIN)
+        if not ready.poll(READY_SECONDS * 1000):
+            raise HostError(f"a worker did not end: {why}")
+        _, status = os.waitpid(blank.pid, 0)
+        if status or why:
+            raise HostError(f"a worker did not live its trial life: {ending(status)}: {why}")
+
+    def take(self, early: Callable[[Blank], None]) -> Blank:
+        """A ready worker; one is waited for if none is, and `early` told if it was on its way."""
         while self._ready:
             blank = self._ready.popleft()
             if not ended(blank.pidfd):
                 return blank
             blank.discard()
-        blank = self._coming.popleft() if self._coming else self._begin(self._live)
+        if self._coming:
+            blank = self._coming.popleft()
+            early(blank)
+        else:
+            blank = self._begin(self._live)
         _hurry(blank)
         return self._arrive(blank)
 

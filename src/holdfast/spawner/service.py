@@ -90,7 +90,8 @@ class Spawner:
             # Where it does not get quiet, it is begun all the same.
             events = self._selector.select(QUIET_SECONDS if wants_more else None)
             for key, _ in events:
-                key.data()
+                if self._selector.get_map().get(key.fd) is key:  # an earlier one may have ended it
+                    key.data()
             now = time.monotonic()
             if not wants_more:
                 wants_more, wanted_since = True, now
@@ -118,6 +119,9 @@ class Spawner:
                 raise
         else:
             self._failures = 0
+
+    def _unwatch(self, blank: Blank) -> None:
+        self._selector.unregister(blank.channel)
 
     def stop(self) -> None:
         self._running = False
@@ -244,9 +248,7 @@ class Spawner:
             raise Conflict("its worker lives")
         if message.serving and (entry is None or not entry.held):
             raise NotFound("nothing is held for this instance")
-        blank = self._pool.take()
-        with contextlib.suppress(KeyError):  # one that had not arrived
-            self._selector.unregister(blank.channel)
+        blank = self._pool.take(self._unwatch)
         key_worker, key_keeper = channel.pair()
         with key_worker, key_keeper:
             # Asked on the worker's behalf, so that the key is there before it is needed.
