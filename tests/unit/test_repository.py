@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from holdfast.cli import INTERRUPTED
 from holdfast.cli.output import EXIT_CODES
 from holdfast.errors import HoldfastError
 from holdfast.protocol import control
@@ -18,7 +19,7 @@ CLI = (ROOT / "docs" / "cli.md").read_text()
 def test_the_page_has_the_exit_codes_there_are() -> None:
     section = CLI.partition("## Exit codes")[2].partition("\n## ")[0]
     documented = {int(code) for code in re.findall(r"^\| (\d+) \|", section, re.MULTILINE)}
-    assert documented == {0, 1, *EXIT_CODES.values()}
+    assert documented == {0, 1, *EXIT_CODES.values(), INTERRUPTED}
     assert all(issubclass(kind, HoldfastError) for kind in EXIT_CODES)
 
 
