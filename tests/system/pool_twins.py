@@ -14,6 +14,8 @@ from typing import NoReturn
 
 from holdfast.engine.libtpms import Engine, Entropy, StateKind
 from holdfast.linux import channel
+from holdfast.linux.namespaces import Clone
+from holdfast.spawner.mother import Mother
 from holdfast.spawner.pool import Pool
 from holdfast.tpm2 import requests as rq
 from holdfast.tpm2.commands import Cc
@@ -56,16 +58,27 @@ class Original:
         return " ".join(said)
 
 
-def by_pool() -> None:
-    pool = Pool(0)
-    original = Original(pool._engine)
+class Twin(Mother):
+    """A mother whose workers are her own children: as process 1, she cannot have siblings."""
 
-    def then(sock: socket.socket) -> NoReturn:
-        channel.send(sock, f"{os.getpid()} {original.words()}".encode())
+    def __init__(self) -> None:
+        super().__init__(kin=Clone(0))
+        self.version = self.known_bad = ""
+        self._original = Original(self.engine)
+        self.life = self.say
+
+    def renew(self) -> None:
+        """She stays."""
+
+    def say(self, sock: socket.socket, _engine: Engine) -> NoReturn:
+        channel.send(sock, f"{os.getpid()} {self._original.words()}".encode())
         os._exit(0)
 
+
+def by_pool() -> None:
+    pool = Pool(0, Twin())
     for _ in range(COUNT):
-        blank = pool.fork(then)
+        blank = pool.make()
         print(os.getpid(), channel.receive(blank.channel)[0].decode(), flush=True)
         blank.discard()
 

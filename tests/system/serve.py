@@ -184,7 +184,7 @@ class Serve:
     # --- its processes ---
 
     def children(self) -> dict[str, int]:
-        """keeper, spawner, daemon: pids of those that live."""
+        """keeper, spawner, daemon, and the workers' mother: pids of those that live."""
         assert self.process is not None
         found = {}
         for pid in children(self.process.pid):
@@ -192,7 +192,10 @@ class Serve:
                 if f"holdfast.{name}" in arguments(pid):
                     found[name] = pid
         if "spawner" in found:
-            self._workers |= {found["spawner"], *children(found["spawner"])}
+            its = children(found["spawner"])
+            self._workers |= {found["spawner"], *its}
+            mothers = [pid for pid in its if "holdfast.spawner.mother" in arguments(pid)]
+            found |= {"mother": mothers[0]} if mothers else {}
         return found
 
     def workers(self) -> list[int]:

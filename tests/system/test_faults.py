@@ -282,6 +282,24 @@ def test_a_worker_minds_no_signal_but_the_last() -> None:
         assert host.inspect("mine")["restarts"] == 0
 
 
+def test_workers_get_a_new_mother_after_a_crash_and_when_theirs_is_gone() -> None:
+    """Forks share canary and address layout: a crash may have been somebody trying them."""
+    with a_host() as host:
+        host.create("tried")
+        host.power_on("tried")
+        first = host.children()["mother"]
+        kill(host, "worker", random.Random(2))
+        until("a new mother", lambda: host.children().get("mother", first) != first)
+        second = host.children()["mother"]
+        os.kill(second, signal.SIGKILL)
+        Stream(host.place("tried")).close()
+        for _ in range(5):  # more than there were blank workers
+            host.call("POST", "/v1/vtpms/tried/stop", {})
+            host.power_on("tried")
+        until("a new mother", lambda: host.children().get("mother", second) != second)
+        until("blank workers wait", lambda: host.finding("spawner")["says"].endswith(", 3 wait"))
+
+
 def test_runs_creations_and_replacements_leave_no_descriptor_behind() -> None:
     with a_host() as host:
         host.create("cycled")

@@ -15,7 +15,7 @@ from typing import NoReturn
 
 import pytest
 
-from holdfast.engine.libtpms import StateKind
+from holdfast.engine.libtpms import Engine, StateKind
 from holdfast.linux import channel, memory
 from holdfast.linux.namespaces import Clone, fork_into, map_single_user
 from holdfast.protocol import ipc
@@ -24,7 +24,7 @@ from holdfast.tpm2 import requests as rq
 from holdfast.tpm2.commands import Cc
 from holdfast.worker import manufacture
 
-from .one_pool import one_pool
+from .one_pool import fork, mother, one_pool
 
 Probe = Callable[[], object]
 LIBC = ctypes.CDLL(None, use_errno=True)
@@ -35,15 +35,15 @@ def pool() -> Pool:
     return one_pool()
 
 
-def ending(pool: Pool, probe: Probe) -> str:
+def ending(probe: Probe) -> str:
     """How a sandboxed worker that does this ends: a signal's name, or `survived`."""
 
-    def then(sock: socket.socket) -> NoReturn:
+    def then(sock: socket.socket, _engine: Engine) -> NoReturn:
         probe()
         channel.send(sock, ipc.Done().encode())
         os._exit(0)
 
-    blank = pool.fork(then)
+    blank = fork(then)
     try:
         data, _ = channel.receive(blank.channel)
         _, status = os.waitpid(blank.pid, 0)
@@ -89,20 +89,20 @@ def _pass_on() -> None:
         ("set up io_uring", lambda: LIBC.syscall(425, 1, 0)),
     ],
 )
-def test_a_worker_that_would_is_killed(pool: Pool, what: str, probe: Probe) -> None:
-    assert ending(pool, probe) == "SIGSYS", what
+def test_a_worker_that_would_is_killed(what: str, probe: Probe) -> None:
+    assert ending(probe) == "SIGSYS", what
 
 
-def test_a_worker_that_lives_a_life_is_not(pool: Pool) -> None:
+def test_a_worker_that_lives_a_life_is_not() -> None:
     def life() -> None:
-        engine = pool._engine
+        engine = mother().engine
         engine.manufacture()
         rq.response(Cc.Startup, engine.process(rq.startup()))
         manufacture.make_ecc_keys(engine.process)
         engine.dump(StateKind.VOLATILE)
         engine.power_off()
 
-    assert ending(pool, life) == "survived"
+    assert ending(life) == "survived"
 
 
 def test_no_page_of_a_worker_is_writable_and_executable(pool: Pool) -> None:
@@ -145,24 +145,19 @@ def test_a_worker_is_nobody_anywhere(pool: Pool) -> None:
         _close(blank)
 
 
-def manufactured_ek(pool: Pool) -> Callable[[socket.socket], NoReturn]:
-    """A worker that makes a TPM and says the Name of its EK."""
-
-    def then(sock: socket.socket) -> NoReturn:
-        engine = pool._engine
-        engine.manufacture()
-        rq.response(Cc.Startup, engine.process(rq.startup()))
-        ecc = manufacture.make_ecc_keys(engine.process).ek
-        channel.send(sock, ecc.name + manufacture.make_rsa_key(engine.process).name)
-        os._exit(0)
-
-    return then
+def say_a_new_ek(sock: socket.socket, engine: Engine) -> NoReturn:
+    """A worker that makes a TPM and says the Names of its EKs."""
+    engine.manufacture()
+    rq.response(Cc.Startup, engine.process(rq.startup()))
+    ecc = manufacture.make_ecc_keys(engine.process).ek
+    channel.send(sock, ecc.name + manufacture.make_rsa_key(engine.process).name)
+    os._exit(0)
 
 
-def test_a_hundred_manufactured_vtpms_have_a_hundred_eks(pool: Pool) -> None:
+def test_a_hundred_manufactured_vtpms_have_a_hundred_eks() -> None:
     names = set()
     for _ in range(100):
-        blank = pool.fork(manufactured_ek(pool))
+        blank = fork(say_a_new_ek)
         names.add(channel.receive(blank.channel)[0])
         _close(blank)
     assert len(names) == 100

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -73,7 +74,7 @@ def doors(groups: tuple[Path, ...]) -> tuple[int, ...]:
     return tuple(os.open(group / "cgroup.procs", os.O_WRONLY | os.O_CLOEXEC) for group in groups)
 
 
-def enter(doors: tuple[int, ...]) -> None:
+def enter(doors: Sequence[int]) -> None:
     """Move this process into the group."""
     for door in doors:
         os.write(door, b"0")

@@ -6,7 +6,9 @@ import ctypes
 import os
 from enum import IntFlag
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
+
+from holdfast.linux import libc_abi
 
 _python: Final = ctypes.PyDLL(None, use_errno=True)  # keeps the GIL: the child inherits it held
 _SYS_CLONE: Final = {"x86_64": 56, "aarch64": 220}
@@ -14,8 +16,9 @@ _SIGCHLD: Final = 17
 
 
 class Clone(IntFlag):
-    """CLONE_NEW* flags."""
+    """CLONE_NEW* flags; and PARENT, by which the new process is our sibling and not our child."""
 
+    PARENT = 0x00008000
     NEWNS = 0x00020000
     NEWCGROUP = 0x02000000
     NEWUTS = 0x04000000
@@ -60,6 +63,13 @@ def fork_into(flags: Clone) -> int:
     if pid < 0:
         raise OSError(error, f"clone: {os.strerror(error)}")
     return pid
+
+
+def leave(flags: Clone) -> None:
+    """unshare(2): go on in new namespaces, of the kinds that a process can change for itself."""
+    ffi: Any = libc_abi.ffi
+    if ffi.dlopen(None).unshare(int(flags)) != 0:
+        raise OSError(ffi.errno, f"unshare: {os.strerror(ffi.errno)}")
 
 
 def map_single_user(pid: int, uid: int) -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import resource
-from typing import Final
+from typing import Any, Final
 
-_libc: Final = ctypes.CDLL(None, use_errno=True)
+from holdfast.linux import libc_abi
+
+# cffi and not ctypes: a worker shuts its doors with this, and ctypes writes to more of its memory.
+_ffi: Final[Any] = libc_abi.ffi
+_libc: Final[Any] = _ffi.dlopen(None)
 _PR_SET_PDEATHSIG: Final = 1
 _PR_SET_DUMPABLE: Final = 4
 _PR_SET_NAME: Final = 15
@@ -22,11 +25,14 @@ _MCL_FUTURE: Final = 2
 _EINVAL: Final = 22
 
 
-def _prctl(option: int, argument: int, what: str) -> None:
-    longs = [ctypes.c_ulong(value) for value in (argument, 0, 0, 0)]
-    if _libc.prctl(ctypes.c_int(option), *longs) != 0:
-        number = ctypes.get_errno()
+def _check(result: int, what: str) -> None:
+    if result != 0:
+        number = _ffi.errno
         raise OSError(number, f"{what}: {os.strerror(number)}")
+
+
+def _prctl(option: int, argument: int, what: str) -> None:
+    _check(_libc.prctl(option, argument, 0, 0, 0), what)
 
 
 def set_pdeathsig(number: int) -> None:
@@ -46,8 +52,9 @@ def set_no_new_privileges() -> None:
 
 def set_name(name: str) -> None:
     """The name that ps shows: at most 15 bytes."""
-    text = ctypes.create_string_buffer(name.encode()[:15])
-    _prctl(_PR_SET_NAME, ctypes.addressof(text), "PR_SET_NAME")
+    text = _ffi.new("char[]", name.encode()[:15])
+    # SAFETY: the kernel copies up to 16 bytes, of which the last is the NUL.
+    _prctl(_PR_SET_NAME, int(_ffi.cast("uintptr_t", text)), "PR_SET_NAME")
 
 
 def drop_capabilities() -> None:
@@ -60,12 +67,9 @@ def drop_capabilities() -> None:
                 raise
             break
     _prctl(_PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL, "PR_CAP_AMBIENT")
-    header = (ctypes.c_uint32 * 2)(_CAPABILITY_VERSION_3, 0)
-    data = (ctypes.c_uint32 * 6)()
+    header = _ffi.new("uint32_t[2]", (_CAPABILITY_VERSION_3, 0))
     # SAFETY: version 3 reads two structures of three 32-bit words.
-    if _libc.capset(header, data) != 0:
-        number = ctypes.get_errno()
-        raise OSError(number, f"capset: {os.strerror(number)}")
+    _check(_libc.capset(header, _ffi.new("uint32_t[6]")), "capset")
 
 
 def raise_open_files() -> None:
@@ -83,9 +87,7 @@ def lock_memory() -> None:
     flags = _MCL_CURRENT
     if resource.getrlimit(resource.RLIMIT_MEMLOCK)[0] == resource.RLIM_INFINITY:
         flags |= _MCL_FUTURE
-    if _libc.mlockall(ctypes.c_int(flags)) != 0:
-        number = ctypes.get_errno()
-        raise OSError(number, f"mlockall: {os.strerror(number)}")
+    _check(_libc.mlockall(flags), "mlockall")
 
 
 def limit(which: int, value: int) -> None:

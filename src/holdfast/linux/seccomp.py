@@ -6,14 +6,13 @@ takes milliseconds, loading microseconds.
 
 from __future__ import annotations
 
-import ctypes
 import os
 from collections.abc import Mapping, Sequence
 from enum import IntEnum
 from typing import Any, Final, NamedTuple
 
 from holdfast.errors import HostError
-from holdfast.linux import seccomp_abi
+from holdfast.linux import libc_abi, seccomp_abi
 
 LIBRARY: Final = "libseccomp.so.2"
 KILL_PROCESS: Final = 0x80000000
@@ -100,21 +99,12 @@ def _add(ffi: Any, lib: Any, context: Any, row: tuple[str, int, Rule]) -> None:
         raise HostError(f"libseccomp refuses the rule for {name}")
 
 
-class _Program(ctypes.Structure):
-    """struct sock_fprog."""
-
-    _fields_ = (("length", ctypes.c_ushort), ("filter", ctypes.c_char_p))
-
-
 def load(program: bytes) -> None:
     """Put this process (which has no_new_privs) under the filter, for good."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    fprog = _Program(len(program) // _INSTRUCTION, program)
-    # SAFETY: the kernel copies the program; both buffers live until the call returns.
-    result = libc.prctl(
-        ctypes.c_int(_PR_SET_SECCOMP), ctypes.c_ulong(_SECCOMP_MODE_FILTER), ctypes.byref(fprog),
-        ctypes.c_ulong(0), ctypes.c_ulong(0),
-    )  # fmt: skip
-    if result != 0:
-        number = ctypes.get_errno()
-        raise OSError(number, f"seccomp: {os.strerror(number)}")
+    ffi: Any = libc_abi.ffi
+    code = ffi.from_buffer(program)
+    fprog = ffi.new("struct sock_fprog *", (len(program) // _INSTRUCTION, code))
+    # SAFETY: the kernel copies the program; both live until the call returns.
+    address = int(ffi.cast("uintptr_t", fprog))
+    if ffi.dlopen(None).prctl(_PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, address, 0, 0) != 0:
+        raise OSError(ffi.errno, f"seccomp: {os.strerror(ffi.errno)}")

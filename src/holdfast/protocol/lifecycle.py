@@ -77,6 +77,14 @@ class HeldList(Message, code=105):
 
 
 @dataclass(frozen=True)
+class Warm(Message, code=109):
+    """The process that forks workers, to the spawner: ready; and what it has of libtpms."""
+
+    libtpms: str
+    known_bad: str
+
+
+@dataclass(frozen=True)
 class Reattach(Message, code=106):
     """A new daemon wants to talk to a living worker. Answered with Spawned."""
 

@@ -1,8 +1,9 @@
 """The worker's box: no files, no network, no other process, no new code.
 
-The process is already in namespaces of its own (user, pid, net, mount, ipc, uts, cgroup) and its
-own cgroup. The order matters and is the list `steps`: identity before limits, limits before
-capabilities, the filter last.
+The process is already in namespaces of its own (user, pid, net, mount, ipc, uts, cgroup), in its
+own cgroup, and on the empty root file system of the process that forked it (`enclose`). The order
+matters and is the list `steps`: identity before limits, limits before capabilities, the filter
+last.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Final, NamedTuple
 
 from holdfast.linux import process, seccomp
 from holdfast.linux.mounts import Ms, mount, pivot_root_here
-from holdfast.linux.namespaces import become_mapped_root
+from holdfast.linux.namespaces import Clone, become_mapped_root, leave
 from holdfast.linux.seccomp import Match, Op, Rule
 
 OPEN_FILES: Final = 128  # 64 connections, channels, listeners, /dev/fuse, epoll
@@ -78,7 +79,6 @@ class WorkerSandbox:
 
     def steps(self) -> tuple[Step, ...]:
         return (
-            Step("an empty root file system, read-only", _empty_root),
             Step("root of its own user namespace, nobody outside", become_mapped_root),
             Step("ended when the spawner ends", lambda: process.set_pdeathsig(signal.SIGKILL)),
             Step("few open files, no core, no new process, no file written", _limits),
@@ -95,8 +95,9 @@ class WorkerSandbox:
             step.run()
 
 
-def _empty_root() -> None:
-    """An empty tmpfs as the only mount. /tmp serves as the place to build it on."""
+def enclose() -> None:
+    """An empty tmpfs, read-only, as the only mount of this process and of all that it forks."""
+    leave(Clone.NEWNS)
     mount("none", "/", "", Ms.REC | Ms.PRIVATE)
     place = "/tmp"  # noqa: S108 - any directory will do: it is covered, in our namespace only
     flags = Ms.NOSUID | Ms.NODEV | Ms.NOEXEC

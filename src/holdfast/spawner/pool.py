@@ -1,43 +1,37 @@
 """Blank workers: forked ahead, sandboxed, rehearsed, and knowing nothing.
 
-Each was forked from this process after libtpms was warmed and its one TPM forgotten; each has
-reseeded its random generator. A worker serves one vTPM in its life.
+Each has reseeded its random generator. A worker serves one vTPM in its life.
+
+Not here: how one comes into the world (`mother`), and which vTPM it becomes (`service`).
 """
 
 from __future__ import annotations
 
 import contextlib
-import gc
 import os
 import select
 import signal
 import socket
+import subprocess
+import sys
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, NoReturn
+from typing import Final, Protocol
 
-from holdfast.engine.libtpms import KNOWN_BAD, Engine, Entropy, StateKind
-from holdfast.errors import HoldfastError, HostError
+from holdfast.errors import HostError
 from holdfast.linux import cgroup, channel
-from holdfast.linux.memory import forbid_writable_code
-from holdfast.linux.namespaces import ALL, fork_into, map_single_user
+from holdfast.linux.namespaces import map_single_user
 from holdfast.protocol import ipc
-from holdfast.sandbox.worker import WorkerSandbox
-from holdfast.spawner.trial import live_through
-from holdfast.tpm2 import requests as rq
-from holdfast.tpm2.commands import Cc
-from holdfast.worker.manufacture import make_ecc_keys, make_rsa_key
-from holdfast.worker.rehearsal import rehearse
-from holdfast.worker.service import live
+from holdfast.protocol import lifecycle as lc
 
 GROUP: Final = "holdfast-worker-"
 UID_BASE: Final = 0x70000000  # each worker's own user, in no passwd file
 UID_SPAN: Final = 0xFFFF
 READY_SECONDS: Final = 10.0
-_CHANNEL_FD: Final = 3
 _UNHURRIED: Final = 5  # nice value of a worker that is made ahead of its time
+_ANSWER_MAX: Final = 16  # bytes
 
 
 @dataclass(eq=False)
@@ -60,37 +54,102 @@ class Blank:
         cgroup.remove(self.groups)
 
 
+class Bearer(Protocol):
+    """Who forks workers; of which libtpms they are, and what is known against it."""
+
+    version: str
+    known_bad: str
+
+    def renew(self) -> None:
+        """Workers from now on have another canary and another address layout."""
+
+    def bear(self, channel_fd: int, doors: list[int]) -> int:
+        """Fork one and return its pid, our child's; OSError or HostError if there can be none."""
+
+
+class MotherProcess:
+    """The mother of workers as the spawner has her: a process of her own, warm.
+
+    HostError, at any call, if she does not come up.
+    """
+
+    def __init__(self) -> None:
+        self._begin()
+
+    def _begin(self) -> None:
+        self._sock, theirs = channel.pair()
+        self._sock.settimeout(READY_SECONDS)
+        compiled = ["-X", f"pycache_prefix={sys.pycache_prefix}"] if sys.pycache_prefix else []
+        module = ["-m", "holdfast.spawner.mother", f"--channel={theirs.fileno()}"]
+        with theirs:
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", *compiled, *module],
+                stdin=subprocess.DEVNULL,
+                pass_fds=(theirs.fileno(),),
+            )
+        try:
+            data, _ = channel.receive(self._sock)
+            answer = ipc.decode(data) if data else None
+        except OSError as error:
+            self.close()
+            raise HostError(f"no worker can be forked: {error.strerror}") from None
+        if not isinstance(answer, lc.Warm):
+            self.close()
+            why = answer.why if isinstance(answer, ipc.Refused) else "it ended"
+            raise HostError(f"no worker can be forked: {why}")
+        self.version, self.known_bad = answer.libtpms, answer.known_bad
+
+    def renew(self) -> None:
+        self.close()
+        self._begin()
+
+    def close(self) -> None:
+        """End her; her workers live on."""
+        self._process.kill()
+        self._process.wait()
+        self._sock.close()
+
+    def bear(self, channel_fd: int, doors: list[int]) -> int:
+        if self._process.poll() is not None:
+            self.renew()
+        try:
+            channel.send(self._sock, b"?", (channel_fd, *doors))
+            answer = self._sock.recv(_ANSWER_MAX)
+        except OSError:
+            answer = b""
+        if not answer:
+            self._process.kill()  # whatever she is at: the next call begins another
+            self._process.wait()
+            raise HostError("the process that forks workers has ended")
+        pid = int(answer)
+        if pid < 0:
+            raise OSError(-pid, f"clone: {os.strerror(-pid)}")
+        return pid
+
+
 class Pool:
     """Makes blank workers and keeps a few ready.
 
     Those made ahead are begun and then left alone until they say that they are ready.
     """
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, mother: Bearer) -> None:
         self._size = size
-        self._engine = Engine()
-        self._entropy = Entropy()
-        self._dummy = self._warm()
-        forbid_writable_code()
-        self._sandbox = WorkerSandbox()
+        self.mother = mother
         self._ready: deque[Blank] = deque()
         self._coming: deque[Blank] = deque()
         self._made = 0
-        gc.collect()
-        gc.freeze()
-
-    @property
-    def version(self) -> str:
-        return self._engine.version_text
-
-    @property
-    def known_bad(self) -> str:
-        """What is known against this version of libtpms, if anything is."""
-        return KNOWN_BAD.get(self._engine.version, "")
 
     @property
     def ready(self) -> int:
         return len(self._ready)
+
+    def renew(self, early: Callable[[Blank], None]) -> None:
+        """Begin anew with a new mother; `early` is told of each that was on its way."""
+        for blank in self._coming:
+            early(blank)
+        self.close()
+        self.mother.renew()
 
     def close(self) -> None:
         """End all that wait, and all that would."""
@@ -98,58 +157,6 @@ class Pool:
             blank.discard()
         self._ready.clear()
         self._coming.clear()
-
-    def _warm(self) -> bytes:
-        """Run libtpms once, so that forks inherit it warm; the TPM made here is a rehearsal's."""
-        self._entropy.reseed()
-        self._engine.manufacture()
-        rq.response(Cc.Startup, self._engine.process(rq.startup()))
-        permanent = self._engine.dump(StateKind.PERMANENT)
-        self._engine.power_off()
-        rehearse(self._engine, permanent)  # what is allocated here, no fork allocates again
-        return permanent
-
-    def self_test(self) -> None:
-        """Have a worker live the longest life there is, in its sandbox: be manufactured.
-
-        A system call that a new library needs is found here, at the spawner's start, and not by a
-        container. HostError says what is wrong.
-        """
-
-        def life(sock: socket.socket) -> NoReturn:
-            self._engine.manufacture()
-            rq.response(Cc.Startup, self._engine.process(rq.startup()))
-            make_ecc_keys(self._engine.process)
-            make_rsa_key(self._engine.process)
-            self._engine.dump(StateKind.VOLATILE)
-            channel.send(sock, ipc.Done().encode())
-            os._exit(0)
-
-        blank = self.fork(life)
-        try:
-            self._await_ready(blank)
-        finally:
-            blank.discard()
-        blank = self.make()
-        try:
-            self._try(blank)
-        finally:
-            blank.discard()
-
-    def _try(self, blank: Blank) -> None:
-        """Have it serve and end; HostError says how else it ended."""
-        try:
-            live_through(blank.channel, blank.pidfd, self._dummy)
-            why = ""
-        except (OSError, HoldfastError) as error:
-            why = str(error)
-        ready = select.poll()
-        ready.register(blank.pidfd, select.POLLIN)
-        if not ready.poll(READY_SECONDS * 1000):
-            raise HostError(f"a worker did not end: {why}")
-        _, status = os.waitpid(blank.pid, 0)
-        if status or why:
-            raise HostError(f"a worker did not live its trial life: {ending(status)}: {why}")
 
     def take(self, early: Callable[[Blank], None]) -> Blank:
         """A ready worker; one is waited for if none is, and `early` told if it was on its way."""
@@ -162,7 +169,7 @@ class Pool:
             blank = self._coming.popleft()
             early(blank)
         else:
-            blank = self._begin(self._live)
+            blank = self._begin()
         _hurry(blank)
         return self._arrive(blank)
 
@@ -170,7 +177,7 @@ class Pool:
         """Begin one more if one is wanted; its channel is readable when it has `arrived`."""
         if len(self._ready) + len(self._coming) >= self._size:
             return None
-        blank = self._begin(self._live)
+        blank = self._begin()
         os.setpriority(os.PRIO_PROCESS, blank.pid, _UNHURRIED)
         self._coming.append(blank)
         return blank
@@ -185,43 +192,31 @@ class Pool:
 
     def make(self) -> Blank:
         """Fork, sandbox and rehearse one worker; HostError if it does not come up."""
-        return self.fork(self._live)
+        return self._arrive(self._begin())
 
-    def fork(self, then: Callable[[socket.socket], NoReturn]) -> Blank:
-        """Fork a worker that, ready, goes on with `then`."""
-        return self._arrive(self._begin(then))
-
-    def _live(self, sock: socket.socket) -> NoReturn:
-        live(sock, self._engine)
-
-    def _begin(self, then: Callable[[socket.socket], NoReturn]) -> Blank:
-        """Fork a worker, and give it its user; it does the rest itself."""
+    def _begin(self) -> Blank:
+        """Have one forked, and give it its user; it does the rest itself."""
         ours, theirs = channel.pair()
-        gate_read, gate_write = os.pipe()
         groups = cgroup.create(f"{GROUP}{os.getpid()}-{os.urandom(4).hex()}", cgroup.Limits())
         doors = cgroup.doors(groups)
         try:
-            pid = fork_into(ALL)
-            if pid == 0:
-                self._child(theirs, gate_read, doors, then)
-        except OSError:
-            os.close(gate_write)
+            pid = self.mother.bear(theirs.fileno(), list(doors))
+        except (OSError, HostError):
+            ours.close()
             cgroup.remove(groups)
             raise
-        finally:  # of the parent: the child does not come back
+        finally:
             theirs.close()
-            for fd in (gate_read, *doors):
+            for fd in doors:
                 os.close(fd)
         self._made += 1
         blank = Blank(pid, os.pidfd_open(pid), ours, groups)
         try:
             map_single_user(pid, UID_BASE + self._made % UID_SPAN)
-            os.write(gate_write, b"\1")
+            channel.send(ours, b"!")
         except OSError:
             blank.discard()
             raise
-        finally:
-            os.close(gate_write)
         return blank
 
     @classmethod
@@ -246,40 +241,6 @@ class Pool:
         answer = ipc.decode(data)
         if isinstance(answer, ipc.Refused):
             raise HostError(f"a worker did not come up: {answer.why}")
-
-    def _child(
-        self,
-        sock: socket.socket,
-        gate: int,
-        doors: tuple[int, ...],
-        then: Callable[[socket.socket], NoReturn],
-    ) -> NoReturn:
-        """In the child: keep one descriptor, shut every door, reseed, rehearse, say so."""
-        status = 70
-        try:
-            signal.set_wakeup_fd(-1)  # its number will be another descriptor's
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # which is to ignore it, as process 1
-            cgroup.enter(doors)
-            os.read(gate, 1)  # until the parent has mapped us
-            os.dup2(sock.detach(), _CHANNEL_FD)
-            # What C code might print must not land in a descriptor that we are given later.
-            nowhere = os.open(os.devnull, os.O_RDWR)
-            for standard in range(_CHANNEL_FD):
-                os.dup2(nowhere, standard)
-            os.closerange(_CHANNEL_FD + 1, os.sysconf("SC_OPEN_MAX"))
-            own = socket.socket(fileno=_CHANNEL_FD)
-            try:
-                self._sandbox.enter()
-                self._entropy.reseed()
-                rehearse(self._engine, self._dummy)
-                channel.send(own, ipc.Done().encode())
-            except Exception as error:  # noqa: BLE001 - the edge of the process: say why, and go
-                why = f"{type(error).__name__}: {error}"
-                channel.send(own, ipc.Refused("HostError", why).encode())
-                os._exit(status)
-            then(own)
-        finally:
-            os._exit(status)
 
 
 def _hurry(blank: Blank) -> None:

@@ -5,14 +5,13 @@ the page it shares with that vTPM's workers, so that neither a dead worker nor a
 a running container's device. It holds no secret: the key channel's ends go to worker and keeper.
 
 Single thread; requests are answered in order. A worker that died by a signal leaves a request in
-flight, which is answered with EIO here; then the spawner re-executes itself, because forks share
-its canary and address layout (a crash may have been somebody trying them).
+flight, which is answered with EIO here; then workers get a new mother, because forks share her
+canary and address layout (a crash may have been somebody trying them).
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import selectors
 import signal
@@ -22,7 +21,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 from uuid import UUID
 
 from holdfast.errors import Conflict, HoldfastError, HostError, NotFound, ProtocolError
@@ -37,8 +36,10 @@ PEERS_MAX: Final = 8
 QUIET_SECONDS: Final = 0.02
 LATE_SECONDS: Final = 0.25  # without quiet, after which a blank worker is made regardless
 KEEPER_SECONDS: Final = 10.0
-FAILURES_MAX: Final = 5  # blank workers in a row, after which the supervisor takes a turn
+FAILURES_MAX: Final = 5  # blank workers in a row, after which they get a new mother
+PATIENCE_MAX: Final = 8  # doublings of the time between two tries
 Reply = tuple[ipc.Message, tuple[int, ...]]
+_DESCRIPTORS: Final[Mapping[type[ipc.Message], int]] = {lc.Hold: 3, lc.Spawn: 1}
 
 
 @dataclass(eq=False)
@@ -64,7 +65,7 @@ class Spawner:
         self._selector = selectors.DefaultSelector()
         self._selector.register(listener, selectors.EVENT_READ, self._accept)
         self._running = True
-        self._renew = False
+        self._crashed = False
         self._failures = 0  # blank workers in a row that did not come up
         # A signal handler runs between bytecodes; only a descriptor wakes select.
         self._wake, self._waker = socket.socketpair()
@@ -81,27 +82,41 @@ class Spawner:
             lc.Kill: self._kill,
         }
 
-    def run(self) -> bool:
-        """Serve until told to stop; True if this process wants to be executed anew."""
+    def run(self) -> None:
+        """Serve until told to stop."""
         wanted_since = time.monotonic()
         wants_more = True
-        while self._running and not self._renew:
+        while self._running:
             # A replacement is begun when it is quiet: beside a wake it takes that wake's CPU.
             # Where it does not get quiet, it is begun all the same.
-            events = self._selector.select(QUIET_SECONDS if wants_more else None)
+            patience = 1 << min(self._failures, PATIENCE_MAX)
+            events = self._selector.select(QUIET_SECONDS * patience if wants_more else None)
             for key, _ in events:
                 if self._selector.get_map().get(key.fd) is key:  # an earlier one may have ended it
                     key.data()
+            if self._crashed:
+                self._renew()
             now = time.monotonic()
             if not wants_more:
                 wants_more, wanted_since = True, now
-            elif not events or now - wanted_since > LATE_SECONDS:
+            elif not events or now - wanted_since > LATE_SECONDS * patience:
                 wants_more, wanted_since = self._refill(), now
-        return self._renew
+
+    def _renew(self) -> None:
+        """Workers get a new mother; those that wait had the old one."""
+        self._crashed = False
+        try:
+            self._pool.renew(self._unwatch)
+        except HoldfastError as error:
+            self._failed(error)
 
     def _refill(self) -> bool:
         """Begin a blank worker if one is wanted; False if none is."""
-        blank = self._pool.refill()
+        try:
+            blank = self._pool.refill()
+        except (HoldfastError, OSError) as error:
+            self._failed(error)
+            return True
         if blank is None:
             return False
         fd = blank.channel.fileno()
@@ -113,12 +128,16 @@ class Spawner:
         try:
             self._pool.arrived(blank)
         except (HoldfastError, OSError) as error:
-            sys.stderr.write(f"holdfast-spawner: {error}\n")
-            self._failures += 1
-            if self._failures == FAILURES_MAX:
-                raise
+            self._failed(error)
         else:
             self._failures = 0
+
+    def _failed(self, error: Exception) -> None:
+        """No blank worker came of it. Try less and less often, and with a new mother at times."""
+        sys.stderr.write(f"holdfast-spawner: {error}\n")
+        self._failures += 1
+        if self._failures % FAILURES_MAX == 0:
+            self._crashed = True
 
     def _unwatch(self, blank: Blank) -> None:
         self._selector.unregister(blank.channel)
@@ -140,7 +159,10 @@ class Spawner:
     # --- peers ---
 
     def _accept(self) -> None:
-        sock, _ = self._listener.accept()
+        try:
+            sock, _ = self._listener.accept()
+        except OSError:  # no descriptor is left, or it has gone again: it may come back
+            return
         if channel.peer(sock).uid != 0 or len(self._peers) >= PEERS_MAX:
             sock.close()
             return
@@ -169,41 +191,34 @@ class Spawner:
         sock.close()
 
     def _answer(self, data: bytes, fds: tuple[int, ...]) -> Reply:
-        kept: tuple[int, ...] = ()
         try:
             message = ipc.decode(data)
             handler = self._handlers.get(type(message))
             if handler is None:
                 raise ProtocolError(f"{type(message).__name__} is not for the spawner")
-            if isinstance(message, lc.Hold):
-                reply = self._hold(message, fds)
-                kept = fds
-                return reply
-            if isinstance(message, lc.Spawn):
-                return self._spawn(message, fds)
-            return handler(message)
+            if len(fds) != _DESCRIPTORS.get(type(message), 0):
+                raise ProtocolError(f"{type(message).__name__} came with {len(fds)} descriptors")
+            return handler(message, *fds)
         except (HoldfastError, OSError) as error:
             name = type(error).__name__ if isinstance(error, HoldfastError) else "HostError"
             return ipc.Refused(name, str(error)), ()
         finally:
-            for fd in set(fds) - set(kept):
+            for fd in fds:
                 os.close(fd)
 
     # --- holding ---
 
-    def _hold(self, message: lc.Hold, fds: tuple[int, ...] = ()) -> Reply:
-        if len(fds) != 3:
-            raise ProtocolError("Hold comes with three descriptors")
+    def _hold(self, message: lc.Hold, *ends: int) -> Reply:
         self._reap(message.instance)
         entry = self._entries.get(message.instance)
         if entry is not None and entry.worker is not None:
             if entry.serving or entry.held:
                 raise Conflict("its worker lives")
-            entry.held = fds
+            entry.held = tuple(map(os.dup, ends))
             return ipc.Done(), ()
         if entry is not None:
             self._let_go(message.instance)
-        self._entries[message.instance] = Entry(create_page(), fds)
+        self._entries[message.instance] = Entry(create_page(), tuple(map(os.dup, ends)))
         return ipc.Done(), ()
 
     def _release(self, message: lc.Release) -> Reply:
@@ -233,14 +248,12 @@ class Spawner:
             lc.HeldEntry(instance, entry.worker.pid if entry.worker else 0, bool(entry.held))
             for instance, entry in self._entries.items()
         )
-        pool = self._pool
-        return lc.HeldList(entries, pool.ready, pool.version, pool.known_bad), ()
+        mother = self._pool.mother
+        return lc.HeldList(entries, self._pool.ready, mother.version, mother.known_bad), ()
 
     # --- workers ---
 
-    def _spawn(self, message: lc.Spawn, fds: tuple[int, ...] = ()) -> Reply:
-        if len(fds) != 1:
-            raise ProtocolError("Spawn comes with the worker's end of a channel")
+    def _spawn(self, message: lc.Spawn, its_end: int) -> Reply:
         instance = message.instance
         self._reap(instance)
         entry = self._entries.get(instance)
@@ -249,26 +262,31 @@ class Spawner:
         if message.serving and (entry is None or not entry.held):
             raise NotFound("nothing is held for this instance")
         blank = self._pool.take(self._unwatch)
+        try:
+            entry = self._entries.setdefault(instance, entry or Entry(create_page()))
+            held = entry.held if message.serving else ()  # one that makes a TPM serves nobody
+            self._begin(blank, message, (its_end, entry.page_fd, *held))
+        except BaseException:
+            blank.discard()
+            if entry is not None and not entry.held:
+                self._let_go(instance)
+            raise
+        entry.worker, entry.serving = blank, message.serving
+        self._selector.register(blank.pidfd, selectors.EVENT_READ, lambda: self._reap(instance))
+        return lc.Spawned(blank.pid), (os.dup(blank.pidfd),)
+
+    def _begin(self, blank: Blank, message: lc.Spawn, ends: tuple[int, ...]) -> None:
+        """Tell a blank worker which vTPM it is, with its data key on the way."""
+        its_end, page, *held = ends
         key_worker, key_keeper = channel.pair()
         with key_worker, key_keeper:
             # Asked on the worker's behalf, so that the key is there before it is needed.
             channel.send(key_worker, ipc.KeyRequest(message.wrapped).encode())
-            try:
-                self._lease(instance, key_keeper.fileno(), blank.pidfd)
-            except HoldfastError:
-                blank.discard()
-                raise
-            entry = self._entries.setdefault(instance, entry or Entry(create_page()))
-            entry.worker = blank
-            held = entry.held if message.serving else ()  # one that makes a TPM serves nobody
-            entry.serving = message.serving
+            self._lease(message.instance, key_keeper.fileno(), blank.pidfd)
             if held:
                 _ask_again(held[0])
-            begin = lc.Begin(instance, bool(held)).encode()
-            ends = (*fds, key_worker.fileno(), entry.page_fd, *held)
-            channel.send(blank.channel, begin, ends)
-        self._selector.register(blank.pidfd, selectors.EVENT_READ, lambda: self._reap(instance))
-        return lc.Spawned(blank.pid), (os.dup(blank.pidfd),)
+            begin = lc.Begin(message.instance, bool(held)).encode()
+            channel.send(blank.channel, begin, (its_end, key_worker.fileno(), page, *held))
 
     def _lease(self, instance: UUID, key_channel: int, pidfd: int) -> None:
         """Tell the keeper whose worker this is; HostError if it cannot be reached."""
@@ -334,7 +352,7 @@ class Spawner:
         if entry is None or entry.worker is None or not ended(entry.worker.pidfd):
             return
         if self._collect(instance, entry, entry.worker):
-            self._renew = True
+            self._crashed = True
 
     def _collect(self, instance: UUID, entry: Entry, worker: Blank) -> bool:
         """Wait for an ended worker and answer what it left; True if a signal ended it."""
@@ -363,66 +381,6 @@ class Spawner:
         page.fail_in_flight(entry.held[0])
         page.close()
 
-    # --- over execve ---
-
-    def dump(self) -> dict[str, Any]:
-        """Everything to go on with, as JSON-able values; descriptors by number, inheritable."""
-        self._pool.close()
-        entries = []
-        for instance, entry in self._entries.items():
-            worker = None
-            if entry.worker is not None:
-                blank = entry.worker
-                worker = {
-                    "pid": blank.pid,
-                    "pidfd": blank.pidfd,
-                    "channel": blank.channel.fileno(),
-                    "groups": [str(group) for group in blank.groups],
-                }
-            entries.append(
-                {
-                    "instance": str(instance),
-                    "page": entry.page_fd,
-                    "serving": entry.serving,
-                    "held": list(entry.held),
-                    "worker": worker,
-                }
-            )
-        state = {
-            "listener": self._listener.fileno(),
-            "peers": [peer.fileno() for peer in self._peers],
-            "entries": entries,
-        }
-        for fd in _descriptors(state):
-            os.set_inheritable(fd, True)
-        return state
-
-    def load(self, state: dict[str, Any]) -> None:
-        """Take over from the process this one was before it executed itself."""
-        for fd in _descriptors(state):
-            os.set_inheritable(fd, False)
-        for item in state["entries"]:
-            instance = UUID(item["instance"])
-            entry = Entry(item["page"], tuple(item["held"]), serving=item["serving"])
-            if item["worker"]:
-                worker = item["worker"]
-                entry.worker = Blank(
-                    worker["pid"],
-                    worker["pidfd"],
-                    socket.socket(fileno=worker["channel"]),
-                    tuple(Path(group) for group in worker["groups"]),
-                )
-                self._selector.register(
-                    entry.worker.pidfd,
-                    selectors.EVENT_READ,
-                    lambda instance=instance: self._reap(instance),
-                )
-            self._entries[instance] = entry
-        for fd in state["peers"]:
-            sock = socket.socket(fileno=fd)
-            self._peers.add(sock)
-            self._selector.register(sock, selectors.EVENT_READ, lambda sock=sock: self._serve(sock))
-
 
 def _ask_again(device: int) -> None:
     """Have the kernel repeat what a dead predecessor read and had not even noted.
@@ -432,24 +390,3 @@ def _ask_again(device: int) -> None:
     """
     with contextlib.suppress(OSError):
         os.write(device, fuse.resend())
-
-
-def _descriptors(state: dict[str, Any]) -> list[int]:
-    fds = [state["listener"], *state["peers"]]
-    for entry in state["entries"]:
-        fds += [entry["page"], *entry["held"]]
-        if entry["worker"]:
-            fds += [entry["worker"]["pidfd"], entry["worker"]["channel"]]
-    return fds
-
-
-def execute_anew(state: dict[str, Any], arguments: list[str]) -> None:
-    """Replace this process by a fresh one that takes over: same pid, same children."""
-    fd = os.memfd_create("holdfast-spawner-state", 0)
-    os.write(fd, json.dumps(state).encode())
-    os.lseek(fd, 0, os.SEEK_SET)
-    os.set_inheritable(fd, True)
-    compiled = ["-X", f"pycache_prefix={sys.pycache_prefix}"] if sys.pycache_prefix else []
-    module = ["-m", "holdfast.spawner", *arguments, f"--resume={fd}"]
-    command = [sys.executable, "-P", *compiled, *module]
-    os.execv(sys.executable, command)  # noqa: S606 - our own interpreter, our own module

@@ -1,8 +1,8 @@
-"""A worker's life from power-on to its end, as the spawner's self-test has it lived.
+"""The spawner's self-test: one worker makes a TPM, another serves it, from power-on to their ends.
 
 The spawner plays everybody a worker meets: keeper, daemon, clients, and the kernel's FUSE. What a
-worker does while it serves is done here, inside its sandbox, so that a system call a new library
-needs is found at the spawner's start and not by a container.
+worker does is done here, inside its sandbox, so that a system call a new library needs is found at
+the spawner's start and not by a container.
 """
 
 from __future__ import annotations
@@ -10,22 +10,25 @@ from __future__ import annotations
 import os
 import select
 import socket
+from collections.abc import Callable
 from typing import Final
 from uuid import UUID
 
-from holdfast.errors import HostError
+from holdfast.errors import HoldfastError, HostError
 from holdfast.frontend.page import create as create_page
 from holdfast.linux import channel
 from holdfast.protocol import fuse, ipc
 from holdfast.protocol import lifecycle as lc
-from holdfast.store.sealing import KEY_SIZE, Kind, Owner, seal
+from holdfast.spawner.pool import Blank, Pool, ending
+from holdfast.store.sealing import KEY_SIZE
 from holdfast.tpm2 import requests as rq
-from holdfast.tpm2.algorithms import HASH_SIZES
+from holdfast.tpm2.algorithms import Alg
 from holdfast.tpm2.wire import u32
 
 SECONDS: Final = 10.0
 _NOBODY: Final = UUID(int=0)
 _PROFILE: Final = "linked"
+_CERTIFICATE: Final = bytes(800)  # as large as one
 _FUSE_INIT: Final = (
     (56).to_bytes(4, "little") + int(fuse.Op.INIT).to_bytes(4, "little") + (1).to_bytes(8, "little")
     + bytes(24) + (7).to_bytes(4, "little") + (31).to_bytes(4, "little") + bytes(8)
@@ -35,7 +38,7 @@ _FUSE_INIT: Final = (
 class _Ends:
     """What a worker is begun with, and our side of it."""
 
-    def __init__(self) -> None:
+    def __init__(self, key: bytes) -> None:
         self.daemon, self._daemon = channel.pair()
         self.keys, self._keys = channel.pair()
         self.fuse, self._fuse = channel.pair()
@@ -46,59 +49,101 @@ class _Ends:
         self._page = create_page()
         for sock in (self.daemon, self.keys, self.fuse):
             sock.settimeout(SECONDS)
+        channel.send(self.keys, ipc.KeyGrant(key, b"").encode())
 
-    def theirs(self) -> tuple[int, ...]:
-        inner = (self._fuse, *self.listeners)
+    def hand_over(self, worker: socket.socket, *, serving: bool) -> None:
+        """Give the worker its ends: it alone has them then, so that its death shows at ours."""
+        inner = (self._fuse, *self.listeners) if serving else ()
         first = (self._daemon.fileno(), self._keys.fileno(), self._page)
-        return (*first, *(sock.fileno() for sock in inner))
+        theirs = (*first, *(sock.fileno() for sock in inner))
+        channel.send(worker, lc.Begin(_NOBODY, serving).encode(), theirs)
+        self._close_theirs()
 
-    def handed_over(self) -> None:
-        """The worker has its ends: it alone, so that its death shows at ours."""
+    def _close_theirs(self) -> None:
         for sock in (self._daemon, self._keys, self._fuse):
             sock.close()
 
     def close(self) -> None:
-        self.handed_over()
+        self._close_theirs()
         for sock in (self.daemon, self.keys, self.fuse, *self.listeners):
             sock.close()
         os.close(self._page)
 
 
-def live_through(worker: socket.socket, pidfd: int, permanent: bytes) -> None:
-    """Have the blank worker at `worker` serve a TPM of this state; HostError or OSError if not."""
-    ends = _Ends()
+def self_test(pool: Pool) -> None:
+    """Have workers of this pool live the lives there are; HostError says what is wrong."""
+    key = os.urandom(KEY_SIZE)
+    made: list[lc.Commit] = []
+    _try(pool.make(), lambda blank: made.append(_make(blank, key)))
+    _try(pool.make(), lambda blank: _serve(blank, key, made[0]))
+
+
+def _try(blank: Blank, life: Callable[[Blank], object]) -> None:
+    """HostError if it does not live that life, or ends otherwise than it should."""
+    why = ""
     try:
-        channel.send(worker, lc.Begin(_NOBODY, True).encode(), ends.theirs())
-        ends.handed_over()
-        key = os.urandom(KEY_SIZE)
-        channel.send(ends.keys, ipc.KeyGrant(key, b"").encode())
-        sealed = seal(key, Owner(_NOBODY, _PROFILE), 1, Kind.PERMANENT, permanent)
-        expected = tuple(
-            ipc.PcrValue(alg, pcr, bytes(size)) for alg, size in HASH_SIZES.items()
-            for pcr in range(16)
-        )  # fmt: skip
-        _ask(ends.daemon, lc.PowerOn(_PROFILE, 1, sealed, 0, (), expected), lc.PoweredOn)
+        try:
+            life(blank)
+        except (OSError, HoldfastError) as error:
+            why = str(error)
+        ready = select.poll()
+        ready.register(blank.pidfd, select.POLLIN)
+        if not ready.poll(SECONDS * 1000):
+            raise HostError(f"a worker did not end: {why}")
+        _, status = os.waitpid(blank.pid, 0)
+        if status or why:
+            raise HostError(f"a worker did not live its trial life: {ending(status)}: {why}")
+    finally:
+        blank.discard()
+
+
+def _make(blank: Blank, key: bytes) -> lc.Commit:
+    """Have it make a TPM, which nobody is ever going to use; what it would keep of that."""
+    ends = _Ends(key)
+    try:
+        ends.hand_over(blank.channel, serving=False)
+        _ask(ends.daemon, lc.Manufacture((Alg.SHA256,)), lc.Manufactured)
+        _ask(ends.daemon, lc.MakeRsaKey(), lc.RsaKey)
+        certificates = lc.InstallCertificates(_PROFILE, _CERTIFICATE, _CERTIFICATE, (_CERTIFICATE,))
+        (state,) = _ask(ends.daemon, certificates, ipc.Done)
+        return state
+    finally:
+        ends.close()
+
+
+def _serve(blank: Blank, key: bytes, state: lc.Commit) -> None:
+    """Have it serve that TPM, and end."""
+    ends = _Ends(key)
+    try:
+        ends.hand_over(blank.channel, serving=True)
+        expected = tuple(ipc.PcrValue(Alg.SHA256, pcr, bytes(32)) for pcr in range(16))
+        power_on = lc.PowerOn(_PROFILE, state.epoch, state.sealed, 0, (), expected)
+        _ask(ends.daemon, power_on, lc.PoweredOn)
         random = rq.get_random(8)
         for _ in range(2):
-            _client(ends.listeners[0], pidfd, (random[:4], random[4:]))
-        _client(ends.listeners[1], pidfd, (u32(1),))
+            _client(ends.listeners[0], blank.pidfd, (random[:4], random[4:]))
+        _client(ends.listeners[1], blank.pidfd, (u32(1),))
         channel.send(ends.fuse, _FUSE_INIT)
-        _answer(ends.fuse, pidfd)
+        _answer(ends.fuse, blank.pidfd)
         _ask(ends.daemon, lc.PowerOff(), ipc.Done)
     finally:
         ends.close()
 
 
-def _ask(daemon: socket.socket, message: ipc.Message, expected: type[ipc.Message]) -> None:
-    """As the daemon does: whatever it commits is durable."""
+def _ask(
+    daemon: socket.socket, message: ipc.Message, expected: type[ipc.Message]
+) -> list[lc.Commit]:
+    """As the daemon does: whatever it commits is durable. Returns that."""
+    commits = []
     channel.send(daemon, message.encode())
     while True:
         data, _ = channel.receive(daemon)
         answer = ipc.decode(data) if data else None
         if isinstance(answer, lc.Commit):
+            commits.append(answer)
             channel.send(daemon, lc.Committed(answer.epoch).encode())
         elif isinstance(answer, expected):
-            return
+            return commits
         else:
             raise HostError(f"a worker ended its trial life: {answer}")
 
