@@ -81,10 +81,11 @@ class Loop:
         self._running = False
         self._handlers.clear()
 
-    def run(self) -> None:
+    def run(self, most: int = -1) -> None:
+        """Serve; for `most` turns, if that is not negative."""
         poll, urgent = self._poll.poll, self._urgent
         turns = 0
-        while self._running:
+        while self._running and turns != most:
             events = poll(SWEEP_SECONDS * 1000)
             self._looked = perf_counter()
             if len(events) > 1:

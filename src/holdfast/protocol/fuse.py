@@ -99,6 +99,13 @@ def resend() -> bytes:
     return _OUT_HEADER.pack(_OUT_HEADER.size, _NOTIFY_RESEND, 0)
 
 
+def init_request() -> bytes:
+    """FUSE_INIT as a kernel of our version sends it, for whoever plays the kernel."""
+    body = _INIT_IN.pack(MAJOR, MINOR, 0, 0)
+    size = _IN_HEADER.size + len(body)
+    return _IN_HEADER.pack(size, Op.INIT, 1, 0, 0, 0, 0, 0, 0) + body
+
+
 def init_reply(unique: int, body: bytes) -> bytes:
     """Agree on our version; no optional feature, so that descriptors outlive the process."""
     if len(body) < _INIT_IN.size:

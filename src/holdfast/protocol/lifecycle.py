@@ -204,9 +204,7 @@ class PowerOn(Message, code=150):
 
 @dataclass(frozen=True)
 class PoweredOn(Message, code=151):
-    """Clients are let in. The TPM's own count of resets."""
-
-    reset_count: int
+    """Clients are let in."""
 
 
 @dataclass(frozen=True)

@@ -282,11 +282,12 @@ class Spawner:
         with key_worker, key_keeper:
             # Asked on the worker's behalf, so that the key is there before it is needed.
             channel.send(key_worker, ipc.KeyRequest(message.wrapped).encode())
-            self._lease(message.instance, key_keeper.fileno(), blank.pidfd)
             if held:
                 _ask_again(held[0])
             begin = lc.Begin(message.instance, bool(held)).encode()
             channel.send(blank.channel, begin, (its_end, key_worker.fileno(), page, *held))
+            # While the worker looks at that: without a lease it gets no key, and is ended.
+            self._lease(message.instance, key_keeper.fileno(), blank.pidfd)
 
     def _lease(self, instance: UUID, key_channel: int, pidfd: int) -> None:
         """Tell the keeper whose worker this is; HostError if it cannot be reached."""

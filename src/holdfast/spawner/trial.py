@@ -29,10 +29,6 @@ SECONDS: Final = 10.0
 _NOBODY: Final = UUID(int=0)
 _PROFILE: Final = "linked"
 _CERTIFICATE: Final = bytes(800)  # as large as one
-_FUSE_INIT: Final = (
-    (56).to_bytes(4, "little") + int(fuse.Op.INIT).to_bytes(4, "little") + (1).to_bytes(8, "little")
-    + bytes(24) + (7).to_bytes(4, "little") + (31).to_bytes(4, "little") + bytes(8)
-)  # fmt: skip
 
 
 class _Ends:
@@ -123,7 +119,7 @@ def _serve(blank: Blank, key: bytes, state: lc.Commit) -> None:
         for _ in range(2):
             _client(ends.listeners[0], blank.pidfd, (random[:4], random[4:]))
         _client(ends.listeners[1], blank.pidfd, (u32(1),))
-        channel.send(ends.fuse, _FUSE_INIT)
+        channel.send(ends.fuse, fuse.init_request())
         _answer(ends.fuse, blank.pidfd)
         _ask(ends.daemon, lc.PowerOff(), ipc.Done)
     finally:

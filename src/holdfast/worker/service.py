@@ -79,12 +79,15 @@ class Worker:
             lc.Quote: self._quote,
             lc.PowerOff: self._power_off,
         }
-
-    def run(self) -> None:
-        """Live. Raises Ended after an orderly end; anything else is a fault."""
         self._loop.watch(self._spawner.fileno(), self._on_spawner)
         self._loop.watch(self.daemon.fileno(), self._on_daemon)
-        self._loop.run()
+
+    def run(self, turns: int = -1) -> None:
+        """Live, for some turns of the loop if that is not negative.
+
+        Raises Ended after an orderly end; anything else is a fault.
+        """
+        self._loop.run(turns)
 
     # --- channels ---
 
@@ -121,7 +124,8 @@ class Worker:
         except HoldfastError as error:
             answer = ipc.Refused(type(error).__name__, str(error))
         self._tell(answer)
-        if isinstance(message, lc.PowerOff | lc.InstallCertificates):
+        refused = isinstance(answer, ipc.Refused) and isinstance(message, lc.PowerOn)
+        if refused or isinstance(message, lc.PowerOff | lc.InstallCertificates):
             raise Ended
 
     def _tell(self, message: ipc.Message) -> None:
@@ -143,34 +147,40 @@ class Worker:
         request = lc.Commit(epoch, sealed, self._wrapped).encode()
         deadline = time.monotonic() + DAEMON_WAIT
         while True:
-            verdict = self._ask_to_commit(request, epoch, meanwhile)
+            asked = self._ask(request)
+            if meanwhile is not None:
+                meanwhile()
+                meanwhile = None
+            verdict = self._verdict(epoch) if asked else None
             if verdict is not None:
                 if verdict:
                     self._epoch = epoch
                 return verdict
             self._await_daemon(deadline)
-            meanwhile = None
 
-    def _ask_to_commit(
-        self, request: bytes, epoch: int, meanwhile: Callable[[], None] | None
-    ) -> bool | None:
-        """One try with the present daemon; None if it went away before it answered."""
+    def _ask(self, request: bytes) -> bool:
+        """Send it to the present daemon; False if that is gone."""
         try:
             channel.send(self.daemon, request)
-            if meanwhile is not None:
-                meanwhile()
-            while True:
-                data, _ = channel.receive(self.daemon)
-                if not data:
-                    return None
-                message = ipc.decode(data)
-                if isinstance(message, lc.Committed) and message.epoch == epoch:
-                    return True
-                if isinstance(message, ipc.Refused):
-                    return False
-                self._backlog.append(message)
         except OSError:
-            return None
+            return False
+        return True
+
+    def _verdict(self, epoch: int) -> bool | None:
+        """Whether the daemon has made this epoch durable; None if it went away before it said."""
+        while True:
+            try:
+                data, _ = channel.receive(self.daemon)
+            except OSError:
+                return None
+            if not data:
+                return None
+            message = ipc.decode(data)
+            if isinstance(message, lc.Committed) and message.epoch == epoch:
+                return True
+            if isinstance(message, ipc.Refused):
+                return False
+            self._backlog.append(message)
 
     def _await_daemon(self, deadline: float) -> None:
         """Wait for the spawner to bring a new daemon; without one in time, end without answering.
@@ -257,13 +267,16 @@ class Worker:
             manufacture.forget_platform_auth(execute)
         noted = self._engine.take_noted()
         assert noted is not None, "Startup counts resets, so there is something to store"
-        if not self._commit(noted, lambda: self._check_pcrs(message.expected)):
+
+        def meanwhile() -> None:
+            self._check_pcrs(message.expected)
+            self._vtpm = Vtpm(self._tpm.execute, profile, self._engine.process)
+            self._serve(self._vtpm)  # whoever is there waits until the loop turns again
+
+        if not self._commit(noted, meanwhile):
             return ipc.Refused("HostError", "the store refused the state of this power-on")
         self._tpm.committed(noted)
-        self._vtpm = Vtpm(self._tpm.execute, profile, self._engine.process)
-        reset_count = rq.reset_count(execute(rq.read_clock()))
-        self._serve(self._vtpm)
-        return lc.PoweredOn(reset_count)
+        return lc.PoweredOn()
 
     def _check_pcrs(self, expected: tuple[ipc.PcrValue, ...]) -> None:
         """IntegrityError unless the PCRs are these, in exactly these banks."""
@@ -348,15 +361,14 @@ def await_begin(spawner: socket.socket) -> tuple[lc.Begin, list[int]]:
 def live(spawner: socket.socket, engine: Engine) -> NoReturn:
     """Be a worker, from blank to end; never returns."""
     status = FAULT_STATUS
-    daemon: socket.socket | None = None
+    worker: Worker | None = None
     try:
         begin, fds = await_begin(spawner)
         worker = Worker(spawner, begin, fds, engine)
-        daemon = worker.daemon
         worker.run()
     except Ended:
         status = 0
     except BaseException as error:  # noqa: BLE001 - the edge of the process: say why, and go
-        if daemon is not None:
-            fault(daemon, error)
+        if worker is not None:
+            fault(worker.daemon, error)
     os._exit(status)
