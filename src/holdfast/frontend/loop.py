@@ -1,8 +1,8 @@
 """The worker's event loop: clients of one vTPM, served in turn, and the host's channels first.
 
 After an answer the loop looks at the same descriptor a little longer before it sleeps, because
-waking up across CPUs costs more than serving a command. It learns whether that pays: on one CPU
-it never does, and then it stops trying but for a probe now and then.
+waking up costs more than serving a command; on one CPU it lets the client run meanwhile. It learns
+whether that pays, and stops trying but for a probe now and then if it does not.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import select
 import socket
 from collections.abc import Callable
 from functools import partial
+from os import sched_yield
 from time import monotonic, perf_counter
 from typing import Final
 
@@ -21,7 +22,7 @@ from holdfast.frontend.sockets import CONNECTIONS_MAX, GONE, IDLE, SERVED, Conne
 from holdfast.linux.accepting import accept
 from holdfast.protocol.fuse import REQUEST_MAX
 
-SPIN_SECONDS: Final = 60e-6
+SPIN_SECONDS: Final = 200e-6  # as long as KVM polls before it halts
 PROBE_EVERY: Final = 64  # answers between probes once spinning has not paid
 MISSES_MAX: Final = 4  # misses in a row after which it does not pay
 SWEEP_SECONDS: Final = 5.0
@@ -120,6 +121,7 @@ class Loop:
         """Accept a client and serve it: SERVED if it has gone already, as most of them have."""
         fd = accept(listener)
         if fd < 0:
+            sched_yield()  # to a client that is about to connect, it may be
             return IDLE
         connection = made(fd)
         # Serve before waiting: a client that connects for one command mostly has sent it already.
@@ -127,7 +129,7 @@ class Loop:
         if self._skip:
             self._skip -= 1
         elif result != GONE:
-            result = self._look_again(connection.readable)
+            result = self._look_again(connection.readable, yields=True)
         if result == GONE:
             connection.close()
             return SERVED
@@ -153,7 +155,7 @@ class Loop:
             if self._skip:
                 self._skip -= 1
             elif result == SERVED:
-                result = self._look_again(connection.readable)
+                result = self._look_again(connection.readable, yields=True)
         if result == GONE:
             self._close(fd, connection)
         elif connection.pending:
@@ -167,11 +169,14 @@ class Loop:
         if self._skip:
             self._skip -= 1
         elif result == SERVED:
-            result = self._look_again(serve)
+            result = self._look_again(serve, yields=False)
         return result
 
-    def _look_again(self, serve: Callable[[], int]) -> int:
-        """Look again for a little while, as long as that pays; the last result."""
+    def _look_again(self, serve: Callable[[], int], *, yields: bool) -> int:
+        """Look again for a little while, as long as that pays; the last result.
+
+        `yields`: first to whoever waits for this CPU, the client it may be. FUSE does that itself.
+        """
         result = SERVED
         while self._left:
             self._left -= 1
@@ -179,6 +184,8 @@ class Loop:
             until = perf_counter() + SPIN_SECONDS
             result = IDLE
             while result == IDLE and perf_counter() < until:
+                if yields:
+                    sched_yield()
                 result = serve()
             if result != SERVED:
                 break
