@@ -332,6 +332,30 @@ def test_runs_creations_and_replacements_leave_no_descriptor_behind() -> None:
         )
 
 
+def test_runs_of_containers_leave_no_descriptor_behind() -> None:
+    """Ended by their container, and by an administrator while it lives."""
+    name = f"leased-{os.getpid()}"
+    build_images()
+    with a_host(cdi=Path("/run/cdi")) as host:
+        host.create(name, "linked")
+
+        def one(stopped: bool) -> None:
+            with container(name):
+                if stopped:
+                    host.call("POST", f"/v1/vtpms/{name}/stop", {})
+            until("it is off", lambda: host.inspect(name)["state"] == "off")
+
+        def open_files() -> int:
+            return len(os.listdir(f"/proc/{host.children()['daemon']}/fd"))
+
+        one(True)
+        one(False)
+        settled = until("blank workers wait", lambda: blank_workers_wait(host) and open_files())
+        for number in range(6):
+            one(number % 2 == 0)
+        until("as many files are open as before", lambda: open_files() <= settled, 10)
+
+
 def blank_workers_wait(host: Serve) -> bool:
     return bool(host.finding("spawner")["says"] == "0 workers live, 3 wait")
 
@@ -727,6 +751,23 @@ def test_anothers_state_is_refused_again_and_again_and_nothing_is_changed_by_try
             wire = Stream(host.place(each))
             assert wire.exchange(READ_EK) == eks[each]
             wire.close()
+
+
+def test_a_state_or_bank_that_cannot_be_is_left_alone_and_harms_no_other() -> None:
+    with a_host() as host:
+        for name in ("good", "odd-state", "odd-bank"):
+            host.create(name)
+        assert host.stop() == 0
+        with contextlib.closing(sqlite3.connect(host.database)) as db, db:
+            db.execute("UPDATE instances SET state = 'bogus' WHERE name = 'odd-state'")
+            db.execute(
+                "UPDATE instances SET record = replace(record, 'sha384', 'md5') "
+                "WHERE name = 'odd-bank'"
+            )
+        host.start()
+        assert [v["name"] for v in host.call("GET", "/v1/vtpms")["vtpms"]] == ["good"]
+        host.power_on("good")
+        Stream(host.place("good")).close()
 
 
 # --- two of them ---------------------------------------------------------------------------------

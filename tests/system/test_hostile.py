@@ -72,6 +72,35 @@ def test_only_the_owner_comes_through_to_a_vtpm(host: Serve) -> None:
     assert reached(place, STRANGER) == []  # made anew, and as closed
 
 
+PUT_IN_THE_WAY = """
+import os, sys
+place, user = sys.argv[1], int(sys.argv[2])
+os.setgroups([]); os.setresgid(user, user, user); os.setresuid(user, user, user)
+tries = [
+    lambda: os.symlink("/etc", f"{place}/more"),
+    lambda: os.rename(f"{place}/run", f"{place}/was"),
+    lambda: os.rmdir(f"{place}/dev"),
+    lambda: os.chmod(place, 0o777),
+]
+for number, attempt in enumerate(tries):
+    try:
+        attempt()
+        print(number)
+    except OSError:
+        pass
+"""
+
+
+def test_the_owner_can_put_nothing_in_roots_way(host: Serve) -> None:
+    """Root mounts and writes under that directory, and would follow a link there."""
+    host.create("tempting", owner=OWNER)
+    place = host.place("tempting")
+    command = [sys.executable, "-c", PUT_IN_THE_WAY, place, str(OWNER)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
+    assert done.stdout == ""
+    assert place.stat().st_uid == 0
+
+
 def test_no_user_comes_through_to_a_container_s(host: Serve) -> None:
     name = f"kept-{os.getpid()}"
     host.create(name, "linked")

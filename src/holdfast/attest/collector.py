@@ -14,7 +14,6 @@ import hashlib
 import os
 import time
 from dataclasses import dataclass
-from typing import Final
 
 from holdfast.errors import Conflict, IntegrityError
 from holdfast.eventlog.cel import encode_json
@@ -31,16 +30,12 @@ from holdfast.evidence.round import (
     quote_digest,
     tree_root,
 )
-from holdfast.ids import InstanceId
-from holdfast.instance.bucket import Bucket
 from holdfast.instance.links import Peer
-from holdfast.instance.vtpm import VirtualTpm
+from holdfast.instance.vtpm import Run, VirtualTpm
 from holdfast.protocol import ipc
 from holdfast.tpm2.algorithms import Alg
 from holdfast.tpm2.structures import Attest, PcrSelection, Public, QuoteInfo, pcr_composite
 
-QUOTES_PER_SECOND: Final = 5.0  # of one vTPM, for long: each costs the host TPM a signature
-QUOTES_BURST: Final = 30.0
 _Answer = tuple[InclusionProof, Quote]
 
 
@@ -59,7 +54,6 @@ class Collector:
         self._keeper = keeper
         self._waiting: list[_Waiting] = []
         self._rounds: asyncio.Task[None] | None = None
-        self._asked: dict[InstanceId, Bucket] = {}
 
     async def collect(
         self, vtpm: VirtualTpm, nonce: bytes, audience: str, user_data: bytes
@@ -69,8 +63,7 @@ class Collector:
         Conflict if the vTPM is off, InvalidInput if the challenge is out of bounds.
         """
         qualifying = qualifying_data(nonce, audience, user_data)
-        bucket = self._asked.setdefault(vtpm.record.id, Bucket(QUOTES_PER_SECOND, QUOTES_BURST))
-        if not bucket.allow(time.monotonic()):
+        if not vtpm.quotes.allow(time.monotonic()):
             raise Conflict(f"{vtpm.record.name} is asked for evidence too often: wait a second")
         run = vtpm.run
         if run is None:
@@ -80,7 +73,9 @@ class Collector:
         ledger = vtpm.ledger
         quoted = await vtpm.quote(qualifying, tuple(MEASURED_PCRS))
         _check_against_ledger(quoted.attest, ledger)
-        companions = await self._companions(vtpm)
+        companions = await self._companions(vtpm, run)
+        if vtpm.run is not run:
+            raise Conflict(f"the run of {vtpm.record.name} ended while it was quoted")
         keys = vtpm.keys()
         leaf = Leaf(
             nonce=nonce,
@@ -103,12 +98,11 @@ class Collector:
         own = Quote(quoted.attest, quoted.signature, encode_pcrs(ledger_part(ledger)))
         return Evidence(own, leaf, proof, host, companions).encode_json()
 
-    async def _companions(self, vtpm: VirtualTpm) -> Companions:
+    async def _companions(self, vtpm: VirtualTpm, run: Run) -> Companions:
         """What travels beside the quotes: certificates, public areas, logs."""
         host, _ = await self._keeper.ask(ipc.HostIdentityRequest(), ipc.HostIdentity)
         state, _ = await self._keeper.ask(ipc.KeeperStatus(), ipc.KeeperState)
-        keys, run = vtpm.keys(), vtpm.run
-        assert run is not None
+        keys = vtpm.keys()
         notes = []
         if state.stand_in:
             notes.append("the host TPM was set up as a software stand-in")

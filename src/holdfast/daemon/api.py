@@ -41,13 +41,14 @@ from holdfast.eventlog.cel import decode_seq, to_json
 from holdfast.instance.bucket import Bucket
 from holdfast.instance.vtpm import VirtualTpm
 from holdfast.linux.channel import peer
-from holdfast.protocol.oci_state import parse_state
+from holdfast.protocol.oci_state import checked_state
 from holdfast.tpm2.algorithms import HASHES_BY_NAME
 
 AUDIT: Final = structlog.get_logger("audit")
 BODY_MAX: Final = 1 << 20
 BODY_SECONDS: Final = 10.0
 PATH_SHOWN: Final = 128
+WHY_SHOWN: Final = 200
 OWNER_MAX: Final = (1 << 32) - 2  # the last number is nobody's: (uid_t)-1
 DEFAULT_AUDIENCE: Final = "holdfast"  # of verifiers that did not say who they are
 _STATUS: Final[Mapping[type[HoldfastError], int]] = {
@@ -142,6 +143,8 @@ async def problems(request: web.Request, handler: Handler) -> web.StreamResponse
         return _refusal(error, request)
     except (ConnectionError, PayloadEncodingError, web.RequestPayloadError):
         return _problem(InvalidInput("the request's body is cut off, or not in its encoding"))
+    except OSError as error:
+        return _problem(HostError(f"{error.filename or request.path}: {error.strerror}"))
     except Exception as error:  # noqa: BLE001 - the edge of a request: log, answer, go on
         # A caller who finds a way here must not fill the log with it.
         if _UNEXPECTED.allow(time.monotonic()):
@@ -155,7 +158,10 @@ def _note_refusal(request: web.Request, error: HoldfastError) -> None:
     if request.method not in ("GET", "HEAD") and _REFUSALS.allow(time.monotonic()):
         who = caller(request)
         path = request.raw_path[:PATH_SHOWN]
-        AUDIT.warning("refused", uid=who.uid, pid=who.pid, path=path, error=type(error).__name__)
+        why = str(error)[:WHY_SHOWN]
+        AUDIT.warning(
+            "refused", uid=who.uid, pid=who.pid, path=path, error=type(error).__name__, why=why
+        )
 
 
 class Api:
@@ -307,16 +313,17 @@ class Api:
         who.must_be_root("a runtime's hook")
         body = await _body(request)
         _typed(body, _HOOK)
-        name = body.get("vtpm", "")
-        state = parse_state(json.dumps(body.get("state")).encode())
+        name = body.get("vtpm") or ""
+        state = checked_state(body.get("state"))
         stage = request.match_info["stage"]
         if stage == "createRuntime":
             await self._host.start_for(name, Start(state, self._host.log, self._host.config))
             self._audit(who, "power on", name, container=state.id)
         elif stage == "poststop":
             # Only hurries what the end of the container's init brings about anyway.
-            await self._host.end_of(name, state.id)
-            self._audit(who, "power off", name, container=state.id)
+            ended = await self._host.end_of(name, state.id)
+            what = "power off" if ended else "nothing to power off"
+            self._audit(who, what, name, container=state.id)
         else:
             raise NotFound(f"there is no hook stage {stage!a}")
         return web.json_response({"vtpm": name, "stage": stage})

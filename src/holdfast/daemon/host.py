@@ -12,8 +12,9 @@ import datetime
 import json
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -32,7 +33,14 @@ from holdfast.daemon.starting import (
     plain_run,
     provider,
 )
-from holdfast.errors import Conflict, HoldfastError, HostError, InvalidInput, NotFound
+from holdfast.errors import (
+    Conflict,
+    HoldfastError,
+    HostError,
+    IntegrityError,
+    InvalidInput,
+    NotFound,
+)
 from holdfast.eventlog.cel import encode_json
 from holdfast.frontend import attach as places
 from holdfast.frontend import cdi
@@ -58,12 +66,19 @@ Opened = Callable[[VirtualTpm, Attachment], None]
 Closed = Callable[[VirtualTpm], None]
 
 
-@dataclass
+@dataclass(eq=False)
 class Lease:
-    """A run's container: its init's pidfd."""
+    """A run's container, by its init's pidfd; -1 once nobody watches it."""
 
     pidfd: int
     container: str
+
+    def drop(self) -> None:
+        """Watch it no more."""
+        if self.pidfd >= 0:
+            asyncio.get_running_loop().remove_reader(self.pidfd)
+            os.close(self.pidfd)
+            self.pidfd = -1
 
 
 class Host:
@@ -99,7 +114,11 @@ class Host:
         for what in wrong:
             LOG.error("a row of the registry is no instance, and is left as it is", row=what)
         for record in records:
-            vtpm = VirtualTpm(record, self._around)
+            try:
+                vtpm = VirtualTpm(record, self._around)
+            except IntegrityError as error:
+                LOG.warning("a row is left as it is", vtpm=record.name, why=str(error))
+                continue
             self._vtpms[record.name] = vtpm
             entry = workers.pop(record.id, None)
             alive = entry is not None and entry.pid != 0
@@ -126,18 +145,27 @@ class Host:
         if run.init_pid and pidfd is None:
             return False
         try:
-            _, fds = await self.spawner.ask(lc.FetchHeld(vtpm.record.id), ipc.Done)
-        except NotFound:  # the spawner ended too, and its device with them
+            if not await self._reattach(vtpm, run, alive):
+                return False
+            if pidfd is not None:
+                self._watch(vtpm, Lease(pidfd, run.container))
+                pidfd = None
+        finally:
             if pidfd is not None:
                 os.close(pidfd)
+        LOG.info("taken up", vtpm=vtpm.record.name, container=run.container)
+        return True
+
+    async def _reattach(self, vtpm: VirtualTpm, run: Run, alive: bool) -> bool:
+        """Take up a run's device; False if the spawner ended too, and its device with it."""
+        try:
+            _, fds = await self.spawner.ask(lc.FetchHeld(vtpm.record.id), ipc.Done)
+        except NotFound:
             return False
         os.close(fds.pop())
         attachment = places.adopt(self.config.paths.vtpm(vtpm.record.name), fds)
         await vtpm.reattach(run, Door(attachment), alive=alive)
         self._opened(vtpm, attachment)
-        if pidfd is not None:
-            self._watch(vtpm, Lease(pidfd, run.container))
-        LOG.info("taken up", vtpm=vtpm.record.name, container=run.container)
         return True
 
     async def _put_in_order(self, vtpm: VirtualTpm, alive: bool) -> None:
@@ -165,9 +193,11 @@ class Host:
     async def _stop_one(self, vtpm: VirtualTpm) -> None:
         vtpm.give_up()
         async with vtpm.lock:
-            with contextlib.suppress(HoldfastError, OSError):
+            try:
                 await self._end(vtpm)
                 await self._detach(vtpm)
+            except (HoldfastError, OSError) as error:
+                LOG.warning("not ended in order", vtpm=vtpm.record.name, why=str(error))
 
     # --- finding ---
 
@@ -180,6 +210,15 @@ class Host:
         if vtpm is None:
             raise NotFound(f"there is no vTPM named {name}")
         return vtpm
+
+    @asynccontextmanager
+    async def _held(self, name: str) -> AsyncIterator[VirtualTpm]:
+        """The vTPM of that name, locked; NotFound, also if it was destroyed meanwhile."""
+        vtpm = self.find(name)
+        async with vtpm.lock:
+            if self._vtpms.get(vtpm.record.name) is not vtpm:
+                raise NotFound(f"there is no vTPM named {name}")
+            yield vtpm
 
     # --- making and destroying ---
 
@@ -208,7 +247,12 @@ class Host:
             start_policy=wanted.get("start_policy") or {},
         )
         vtpm = VirtualTpm(record, self._around)
-        self._registry.add(record)
+        try:
+            self._registry.add(record)
+        except BaseException:
+            if parked is not None:
+                await parked.discard(self.spawner)
+            raise
         self._vtpms[name] = vtpm
         try:
             async with vtpm.lock:
@@ -250,11 +294,11 @@ class Host:
 
     async def destroy(self, name: str) -> None:
         """Forget a vTPM for good: its state, keys and names."""
-        vtpm = self.find(name)
-        async with vtpm.lock:
+        async with self._held(name) as vtpm:
             if vtpm.state is State.ACTIVE:
                 raise Conflict(f"{name} is in use by {self._user(vtpm)}: stop it first")
             after(vtpm.state, Event.DESTROYED)
+            self._drop(vtpm)
             await self._detach(vtpm)
             self._registry.remove(vtpm.record.id)
             del self._vtpms[vtpm.record.name]
@@ -264,8 +308,7 @@ class Host:
 
     async def start_for(self, name: str, start: Start) -> VirtualTpm:
         """Measure a container and power its vTPM on; whatever fails, nothing starts."""
-        vtpm = self.find(name)
-        async with vtpm.lock:
+        async with self._held(name) as vtpm:
             self._may_start(vtpm)
             if not vtpm.record.unlinked:
                 wrong = await self.log_contradiction()
@@ -295,8 +338,7 @@ class Host:
 
     async def start_plain(self, name: str) -> VirtualTpm:
         """Power on a vTPM that is not linked: for whoever on the host may reach its socket."""
-        vtpm = self.find(name)
-        async with vtpm.lock:
+        async with self._held(name) as vtpm:
             if vtpm.record.profile != Profile.PLAIN.value:
                 raise Conflict(f"{name} is linked: it is powered on by starting its container")
             self._may_start(vtpm)
@@ -328,18 +370,24 @@ class Host:
         loop = asyncio.get_running_loop()
 
         def ended() -> None:
-            loop.remove_reader(lease.pidfd)
-            os.close(lease.pidfd)
-            task = loop.create_task(self.end(vtpm.record.name, lease))
+            lease.drop()
+            task = loop.create_task(self._container_ended(vtpm, lease))
             _TASKS.add(task)
             task.add_done_callback(_TASKS.discard)
 
         loop.add_reader(lease.pidfd, ended)
 
+    async def _container_ended(self, vtpm: VirtualTpm, lease: Lease) -> None:
+        try:
+            await self.end(vtpm.record.name, lease)
+        except NotFound:
+            return  # destroyed meanwhile
+        except (HoldfastError, OSError) as error:
+            LOG.warning("not ended in order", vtpm=vtpm.record.name, why=str(error))
+
     async def end(self, name: str, lease: Lease | None = None) -> None:
         """Power off, and make the device anew for the next run."""
-        vtpm = self.find(name)
-        async with vtpm.lock:
+        async with self._held(name) as vtpm:
             present = self._leases.get(vtpm.record.id)
             if lease is not None and present is not lease:
                 return
@@ -349,29 +397,33 @@ class Host:
                 await self._attach(vtpm)
         LOG.info("ended", vtpm=name)
 
-    async def end_of(self, name: str, container: str) -> None:
-        """End the run of this very container, if it is still the one."""
+    async def end_of(self, name: str, container: str) -> bool:
+        """End the run of this very container, if it is still the one: whether it was."""
         vtpm = self.find(name)
         lease = self._leases.get(vtpm.record.id)
-        if lease is not None and lease.container == container:
-            await self.end(name, lease)
+        if lease is None or lease.container != container:
+            return False
+        await self.end(name, lease)
+        return True
 
     async def retry(self, name: str) -> None:
         """Let a failed vTPM be started again."""
-        vtpm = self.find(name)
-        async with vtpm.lock:
+        async with self._held(name) as vtpm:
             vtpm.retry()
             await self._detach(vtpm, keep_cdi=True)
             await self._attach(vtpm)
 
     async def _end(self, vtpm: VirtualTpm) -> None:
-        lease = self._leases.pop(vtpm.record.id, None)
-        if lease is not None:
-            with contextlib.suppress(OSError, ValueError):
-                asyncio.get_running_loop().remove_reader(lease.pidfd)
+        self._drop(vtpm)
         if vtpm.state is State.ACTIVE:
             await vtpm.power_off()
         self._run_file(vtpm).unlink(missing_ok=True)
+
+    def _drop(self, vtpm: VirtualTpm) -> None:
+        """Its run, if there is one, has no container any more."""
+        lease = self._leases.pop(vtpm.record.id, None)
+        if lease is not None:
+            lease.drop()
 
     # --- the place where a container meets it ---
 

@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import stat
+import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -48,6 +49,12 @@ from holdfast.store.registry import Instance
 from holdfast.tpm2.algorithms import HASH_NAMES, Alg
 
 LIBTPMS: Final = "libtpms.so.0"
+_FIND: Final = """
+import ctypes, sys
+print(ctypes.CDLL(sys.argv[1]).TPMLIB_GetVersion())
+print(next(m.split(None, 5)[5].strip() for m in open("/proc/self/maps") if "/libtpms.so" in m))
+"""
+_FIND_SECONDS: Final = 10.0
 _BOOT_ID: Final = Path("/proc/sys/kernel/random/boot_id")
 _POLICY_KEYS: Final = frozenset({"any", "config", "layers", "hooks"})
 
@@ -237,14 +244,21 @@ def provider() -> ProviderFacts:
 
     Read once for a daemon's life, at its start, when it is what runs.
     """
-    library = _find_library()
-    return provider_facts(Path(holdfast.__file__).parent, library, library.name, b"")
+    path, version = _library()
+    return provider_facts(Path(holdfast.__file__).parent, path, version, b"")
 
 
-def _find_library() -> Path:
-    """The file behind libtpms' name, as the dynamic linker's cache has it."""
-    for directory in ("/usr/lib", "/lib", "/usr/lib64", "/usr/local/lib"):
-        for place in (Path(directory), *sorted(Path(directory).glob("*-linux-gnu"))):
-            if (place / LIBTPMS).exists():
-                return (place / LIBTPMS).resolve()
-    raise HostError(f"{LIBTPMS} is not installed (Debian: apt install libtpms0)")
+def _library() -> tuple[Path, str]:
+    """The file that the dynamic linker finds under libtpms' name, and its version.
+
+    Asked of a process of its own: this one never has the library.
+    """
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", _FIND, LIBTPMS],
+        capture_output=True, text=True, timeout=_FIND_SECONDS, check=False,
+    )  # fmt: skip
+    if done.returncode != 0:
+        raise HostError(f"{LIBTPMS} is not installed (Debian: apt install libtpms0)")
+    version, path = done.stdout.splitlines()
+    number = int(version)
+    return Path(path), f"{number >> 16}.{number >> 8 & 0xFF}.{number & 0xFF}"

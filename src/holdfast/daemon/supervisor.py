@@ -98,7 +98,8 @@ class Supervisor:
         self._start(self._children[2], ("--ready-fd", str(write)), (write,))
         os.close(write)
         self._await_ready(read)
-        _notify("READY=1")
+        if not self._ending:
+            _notify("READY=1")
         while not self._ending:
             for key, _ in self._selector.select():
                 if key.data is None:
@@ -123,11 +124,11 @@ class Supervisor:
 
     def _tidy(self) -> None:
         paths = self._settings.paths
-        for base in (paths.run / "vtpm",):
-            if base.is_dir():
-                for place in base.iterdir():
-                    with contextlib.suppress(OSError):
-                        detach(place)
+        base = paths.run / "vtpm"
+        if base.is_dir():
+            for place in base.iterdir():
+                with contextlib.suppress(OSError):
+                    detach(place)
 
     # --- children ---
 
@@ -145,18 +146,20 @@ class Supervisor:
         while not path.exists():
             if child.process.poll() is not None or time.monotonic() > deadline:
                 raise HostError(f"the {child.name} did not start")
-            with contextlib.suppress(TimeoutError):
-                select_quietly(child.pidfd, 0.02)
+            select_quietly(child.pidfd, 0.02)
 
     def _await_ready(self, fd: int) -> None:
-        """End of file means ready, or dead: the latter shows at its pidfd."""
+        """End of file means ready, or dead, which shows at its pidfd; or we are to end."""
         daemon = self._children[2]
         with os.fdopen(fd, "rb") as pipe, selectors.DefaultSelector() as ready:
             ready.register(pipe, selectors.EVENT_READ)
-            ready.select(READY_SECONDS)
+            ready.register(self._wake, selectors.EVENT_READ)
+            came = ready.select(READY_SECONDS)
         assert daemon.process is not None
         if daemon.process.poll() is not None:
             raise HostError("the daemon did not start")
+        if not came:
+            raise HostError(f"the daemon's API did not open within {READY_SECONDS:.0f} s")
 
     def _restart(self, child: Child) -> None:
         """Start a dead child again, later and later if it keeps dying."""

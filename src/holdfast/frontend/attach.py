@@ -11,9 +11,11 @@ Not here: who answers on the descriptors.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import shutil
 import socket
+import struct
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -26,6 +28,7 @@ EVIDENCE_SOCKET: Final = "evidence.sock"
 EVENT_LOG: Final = "eventlog.json"
 BACKLOG: Final = 128
 _TMPFS: Final = "size=4m,nr_inodes=64,mode=0755"
+_ANY: Final = 0xFFFFFFFF  # ACL_UNDEFINED_ID (linux/posix_acl.h): a row that names nobody
 
 
 @dataclass(frozen=True)
@@ -51,20 +54,34 @@ def attach(directory: Path, name: str, owner: int) -> Attachment:
     detach(directory)
     devices, run = directory / "dev", directory / "run"
     directory.mkdir(mode=0o700, parents=True)
-    os.chown(directory, owner, -1)
     devices.mkdir()
     run.mkdir()
-    fuse = mount_fuse(devices, f"holdfast:{name}")
-    try:
+    with contextlib.ExitStack() as undo:
+        fuse = mount_fuse(devices, f"holdfast:{name}")
+        undo.callback(os.close, fuse)
+        undo.callback(unmount, devices)
         mount("holdfast", run, "tmpfs", Ms.NOSUID | Ms.NODEV | Ms.NOEXEC, _TMPFS)
-    except OSError:
-        os.close(fuse)
-        unmount(devices)
-        raise
-    data, control, evidence = (
-        _listen(run / name) for name in (DATA_SOCKET, CONTROL_SOCKET, EVIDENCE_SOCKET)
-    )
-    return Attachment(fuse, data, control, evidence)
+        undo.callback(unmount, run)
+        ends = []
+        for socket_name in (DATA_SOCKET, CONTROL_SOCKET, EVIDENCE_SOCKET):
+            ends.append(undo.enter_context(_listen(run / socket_name)))
+        if owner:
+            _let_pass(directory, owner)
+        undo.pop_all()
+    return Attachment(fuse, *ends)
+
+
+def _let_pass(directory: Path, uid: int) -> None:
+    """Let one user go through a directory that stays root's: who could write there, could have
+    root mount and write elsewhere by a link. Where there are no ACLs, nobody but root passes.
+    """
+    rows = ((1, 7, _ANY), (2, 1, uid), (4, 0, _ANY), (16, 1, _ANY), (32, 0, _ANY))
+    acl = struct.pack("<I", 2) + b"".join(struct.pack("<HHI", *row) for row in rows)
+    try:
+        os.setxattr(directory, "system.posix_acl_access", acl)
+    except OSError as error:
+        if error.errno != errno.ENOTSUP:
+            raise
 
 
 def adopt(directory: Path, fds: list[int]) -> Attachment:
@@ -81,9 +98,13 @@ def _stream(fd: int) -> socket.socket:
 
 def _listen(path: Path) -> socket.socket:
     server = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    server.bind(os.fspath(path))
-    path.chmod(0o666)  # of a container any user: the mount is the authority
-    server.listen(BACKLOG)
+    try:
+        server.bind(os.fspath(path))
+        path.chmod(0o666)  # of a container any user: the mount is the authority
+        server.listen(BACKLOG)
+    except OSError:
+        server.close()
+        raise
     return server
 
 

@@ -32,6 +32,13 @@ class Parked:
     made: lc.Manufactured
     ek_rsa: asyncio.Task[bytes]
 
+    async def discard(self, spawner: Peer) -> None:
+        """End it: it was never anybody's."""
+        self.ek_rsa.cancel()
+        await asyncio.gather(self.ek_rsa, return_exceptions=True)
+        with contextlib.suppress(HoldfastError):
+            await self.worker.kill(spawner)
+
 
 async def begin(
     spawner: Peer, keeper: Peer, registry: Registry, instance: UUID, banks: tuple[int, ...]
@@ -105,9 +112,15 @@ class Ahead:
                 parked = await begin(
                     self._spawner, self._keeper, self._registry, uuid4(), self.banks
                 )
-                await parked.ek_rsa
-            except HoldfastError:
+            except (HoldfastError, OSError):
                 return  # keeper or spawner away: the next create asks again
+            try:
+                await parked.ek_rsa
+            except BaseException as error:
+                await parked.discard(self._spawner)
+                if isinstance(error, HoldfastError):
+                    return
+                raise
             self._waiting.append(parked)
 
     async def close(self) -> None:
@@ -115,5 +128,4 @@ class Ahead:
         if self._refilling is not None:
             self._refilling.cancel()
         while self._waiting:
-            with contextlib.suppress(HoldfastError):
-                await self._waiting.popleft().worker.kill(self._spawner)
+            await self._waiting.popleft().discard(self._spawner)

@@ -20,12 +20,15 @@ from functools import partial
 from pathlib import Path
 from typing import Final, Protocol
 
-from holdfast.errors import Conflict, HoldfastError, HostError, NotFound
+import structlog
+
+from holdfast.errors import Conflict, HoldfastError, HostError, IntegrityError, NotFound
 from holdfast.eventlog.cel import encode_seq
 from holdfast.eventlog.records import Record
 from holdfast.eventlog.replay import PcrValues, initial, replay
 from holdfast.eventlog.tcg2 import Tcg2Log
 from holdfast.instance.ahead import Parked, begin
+from holdfast.instance.bucket import Bucket
 from holdfast.instance.lifecycle import Event, State, after
 from holdfast.instance.links import Peer
 from holdfast.instance.worker_link import WorkerLink, reattach, spawn
@@ -34,6 +37,9 @@ from holdfast.protocol import lifecycle as lc
 from holdfast.store.registry import Instance, KeySet, Registry
 from holdfast.tpm2.algorithms import HASHES_BY_NAME, Alg
 
+LOG = structlog.get_logger()
+QUOTES_PER_SECOND: Final = 5.0  # of one vTPM, for long: each costs the host TPM a signature
+QUOTES_BURST: Final = 30.0
 RESTART_DELAYS: Final = (0.0, 0.1, 0.5, 2.0, 5.0, 15.0)  # seconds before each replacement in a row
 WORKER_END_SECONDS: Final = 5.0  # for an orderly end; the longest command takes less
 STEADY_SECONDS: Final = 60.0  # after which a worker's death counts as the first again
@@ -91,8 +97,13 @@ class VirtualTpm:
     """One instance. Its lock serialises whatever changes its state."""
 
     def __init__(self, record: Instance, around: Surroundings) -> None:
+        try:
+            State(record.state), self._banks_of(record)
+        except (ValueError, KeyError) as error:
+            raise IntegrityError(f"there is no such state or bank: {error}") from None
         self.record = record
         self.lock = asyncio.Lock()
+        self.quotes = Bucket(QUOTES_PER_SECOND, QUOTES_BURST)
         self.run: Run | None = None
         self.ledger: PcrValues = {}
         self._around = around
@@ -108,7 +119,11 @@ class VirtualTpm:
 
     @property
     def banks(self) -> tuple[Alg, ...]:
-        return tuple(HASHES_BY_NAME[name] for name in self.record.banks)
+        return self._banks_of(self.record)
+
+    @staticmethod
+    def _banks_of(record: Instance) -> tuple[Alg, ...]:
+        return tuple(HASHES_BY_NAME[name] for name in record.banks)
 
     @property
     def worker_alive(self) -> bool:
@@ -125,25 +140,32 @@ class VirtualTpm:
     async def manufacture(self, parked: Parked | None) -> None:
         """Make the TPM: keys in a worker of its own, enrolment, certificates, sealed."""
         after(self.state, Event.MANUFACTURED)
-        around = self._around
-        if parked is None:
-            banks = tuple(int(alg) for alg in self.banks)
-            parked = await begin(
-                around.spawner, around.keeper, around.registry, self.record.id, banks
-            )
+        made = parked or await self._park()
         try:
-            keys = await self._certify(parked)
-        except BaseException:
-            parked.ek_rsa.cancel()
-            with contextlib.suppress(HoldfastError):
-                await parked.worker.kill(around.spawner)
-            raise
+            keys = await self._certify(made)
+        except NotFound:
+            if made is not parked:
+                raise
+            made = await self._park()  # the keeper began anew, and forgot whose keys these were
+            keys = await self._certify(made)
         state = after(self.state, Event.MANUFACTURED)
         self.record = replace(self.record, state=state.value)
-        around.registry.put_keys(self.record, keys)
-        await asyncio.wait_for(parked.worker.ended.wait(), WORKER_END_SECONDS)
+        self._around.registry.put_keys(self.record, keys)
+        await asyncio.wait_for(made.worker.ended.wait(), WORKER_END_SECONDS)
+
+    async def _park(self) -> Parked:
+        around, banks = self._around, tuple(int(alg) for alg in self.banks)
+        return await begin(around.spawner, around.keeper, around.registry, self.record.id, banks)
 
     async def _certify(self, parked: Parked) -> KeySet:
+        """Have it made whole; if that fails, it is discarded."""
+        try:
+            return await self._certified(parked)
+        except BaseException:
+            await parked.discard(self._around.spawner)
+            raise
+
+    async def _certified(self, parked: Parked) -> KeySet:
         """Have all keys certified, and the EKs' certificates put into the TPM, which then ends.
 
         A signature of a host TPM takes as long as much else here, so the keeper is never idle:
@@ -301,12 +323,12 @@ class VirtualTpm:
         worker, self._worker = self._worker, None
         try:
             if worker is not None and not worker.ended.is_set():
-                with contextlib.suppress(HoldfastError):
-                    ending = worker.link.ask(lc.PowerOff(), ipc.Done)
-                    await asyncio.wait_for(ending, WORKER_END_SECONDS)
-                    await asyncio.wait_for(worker.ended.wait(), WORKER_END_SECONDS)
-        except TimeoutError:
-            pass
+                ending = worker.link.ask(lc.PowerOff(), ipc.Done)
+                await asyncio.wait_for(ending, WORKER_END_SECONDS)
+                await asyncio.wait_for(worker.ended.wait(), WORKER_END_SECONDS)
+        except (HoldfastError, TimeoutError) as error:
+            why = str(error) or "its worker does not end"
+            LOG.warning("not sealed at its end", vtpm=self.record.name, why=why)
         finally:
             if worker is not None and not worker.ended.is_set():
                 await worker.kill(self._around.spawner)
@@ -342,10 +364,13 @@ class VirtualTpm:
                 try:
                     self._around.registry.update(self.record)
                     await self._begin(run)
-                except HostError as error:  # keeper or spawner away, disk full: they come back
-                    why = str(error)
+                except (HostError, OSError) as error:
+                    why = str(error)  # keeper or spawner away, disk or table full: they come back
                 except HoldfastError as error:
                     self.fail(str(error))
+                    return
+                except Exception as error:  # noqa: BLE001 - the edge of a task: nobody else hears
+                    self.fail(f"an unexpected {type(error).__name__}: {error}")
                     return
                 else:
                     return

@@ -17,6 +17,7 @@ import json
 import os
 import stat
 import tempfile
+import threading
 import time
 from pathlib import Path
 from typing import Any, Final, NamedTuple, Protocol
@@ -78,18 +79,20 @@ class FileTreeCache(MemoryTreeCache):
         super().__init__()
         self._path = path
         self._boot = boot
+        self._lock = threading.Lock()  # several containers are measured at once
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
             self._trees = _decode(_read_private(path), boot)
 
     def put(self, key: TreeKey, digest: bytes) -> None:
-        """See TreeCache; the file is replaced as a whole."""
-        super().put(key, digest)
-        trees = {
-            f"{device}:{inode}": [known.hex(), value.hex()]
-            for (device, inode), (known, value) in self._trees.items()
-        }
-        record = {"format": _FILE_FORMAT, "tree": FORMAT, "boot": self._boot, "trees": trees}
-        _replace(self._path, json.dumps(record).encode())
+        """See TreeCache; the file is replaced as a whole, or left as it is where it cannot be."""
+        with self._lock, contextlib.suppress(OSError):
+            super().put(key, digest)
+            trees = {
+                f"{device}:{inode}": [known.hex(), value.hex()]
+                for (device, inode), (known, value) in self._trees.items()
+            }
+            record = {"format": _FILE_FORMAT, "tree": FORMAT, "boot": self._boot, "trees": trees}
+            _replace(self._path, json.dumps(record).encode())
 
 
 def layer_digest(root: int, cache: TreeCache) -> bytes:
