@@ -7,7 +7,6 @@ import contextlib
 import os
 import signal
 import socket
-import sqlite3
 import time
 from collections.abc import Callable
 from typing import Final, TypeVar
@@ -89,8 +88,6 @@ class WorkerLink:
             self._registry.commit(self._instance, state)
         except HoldfastError as error:
             return ipc.Refused(type(error).__name__, str(error))
-        except sqlite3.Error as error:
-            return ipc.Refused("HostError", f"the store: {error}")
         return lc.Committed(state.epoch)
 
     def _end(self) -> None:

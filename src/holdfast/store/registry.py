@@ -216,8 +216,19 @@ class Registry:
     def commit(self, instance: UUID, state: SealedState) -> None:
         """Make a state durable. Epochs go up by one; the same commit twice is the same as once.
 
-        IntegrityError for an epoch that is not the next; sqlite3.Error if the disk refuses.
+        IntegrityError for an epoch that is not the next; HostError if the disk refuses.
         """
+        with _writing():
+            changed = self._db.execute(
+                "UPDATE states SET epoch = ?2, sealed = ?3, wrapped = ?4 "
+                "WHERE id = ?1 AND epoch = ?2 - 1",
+                (str(instance), state.epoch, state.sealed, state.wrapped),
+            )
+            if changed.rowcount != 1:
+                self._commit_otherwise(instance, state)
+
+    def _commit_otherwise(self, instance: UUID, state: SealedState) -> None:
+        """The first commit, or one that is there already, or none that may be."""
         row = self._db.execute(
             "SELECT epoch, sealed FROM states WHERE id = ?", (str(instance),)
         ).fetchone()
@@ -226,11 +237,13 @@ class Registry:
             return
         if state.epoch != present + 1:
             raise IntegrityError(f"epoch {state.epoch} cannot follow epoch {present}")
-        self._db.execute(
-            "INSERT INTO states VALUES (?1, ?2, ?3, ?4) ON CONFLICT (id) DO UPDATE "
-            "SET epoch = ?2, sealed = ?3, wrapped = ?4",
-            (str(instance), state.epoch, state.sealed, state.wrapped),
-        )
+        try:
+            self._db.execute(
+                "INSERT INTO states VALUES (?, ?, ?, ?)",
+                (str(instance), state.epoch, state.sealed, state.wrapped),
+            )
+        except sqlite3.IntegrityError:
+            raise NotFound(f"there is no vTPM {instance}") from None
 
     def state(self, instance: UUID) -> SealedState:
         """The last durable state; NotFound if there never was one."""
@@ -271,7 +284,9 @@ def _writing() -> Iterator[None]:
     """What SQLite says of a disk that is full or broken, as the host's fault."""
     try:
         yield
-    except sqlite3.OperationalError as error:
+    except sqlite3.IntegrityError:
+        raise
+    except sqlite3.Error as error:
         raise HostError(f"the store cannot be written: {error}") from None
 
 
