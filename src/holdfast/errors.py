@@ -14,11 +14,14 @@
     │   └── AppraisalError    evidence does not satisfy the policy
     └── HostError             the host lacks, or refuses, something we need
 
-Errors carry facts; words for people, exit codes and colours are added where the program ends.
+Errors carry facts; words for people and colours are added where the program ends.
 Failures of the operating system stay OSError.
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Final
 
 
 class HoldfastError(Exception):
@@ -86,3 +89,19 @@ class AppraisalError(IntegrityError):
 
 class HostError(HoldfastError):
     """The host lacks something we need: what it is, and what to do about it."""
+
+
+EXIT_CODES: Final[Mapping[type[HoldfastError], int]] = {
+    InvalidInput: 2,
+    NotFound: 3,
+    Conflict: 4,
+    Forbidden: 5,
+    HostError: 6,
+    IntegrityError: 7,
+    DecodeError: 7,
+}
+
+
+def exit_code(error: Exception) -> int:
+    """How a program of ours ends for this error."""
+    return next((code for kind, code in EXIT_CODES.items() if isinstance(error, kind)), 1)

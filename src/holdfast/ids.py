@@ -13,7 +13,7 @@ from holdfast.errors import InvalidInput
 
 NAME_MAX: Final = 63
 # The grammar of CDI device names (CDI specification, "device name"), so that one name serves both.
-_NAME: Final = re.compile(rf"[A-Za-z0-9][A-Za-z0-9_.:-]{{0,{NAME_MAX - 1}}}")
+_NAME: Final = re.compile(r"[A-Za-z0-9]([A-Za-z0-9_.:-]*[A-Za-z0-9])?")
 
 InstanceName = NewType("InstanceName", str)
 InstanceId = NewType("InstanceId", UUID)
@@ -25,8 +25,8 @@ def instance_name(text: str) -> InstanceName:
         raise InvalidInput(f"an instance name has at most {NAME_MAX} characters, not {len(text)}")
     if not _NAME.fullmatch(text) or ".." in text:
         raise InvalidInput(
-            f"{text!a} is not an instance name: it starts with a letter or digit, goes on "
-            "with letters, digits and _ . : -, and has no two dots in a row"
+            f"{text!a} is not an instance name: it starts and ends with a letter or "
+            "digit, has letters, digits and _ . : - between, and no two dots in a row"
         )
     return InstanceName(text)
 

@@ -39,6 +39,14 @@ def home() -> Iterator[Path]:
     assert left == []
 
 
+def test_one_state_is_for_one_at_a_time(home: Path) -> None:
+    """Of two that write, one would write in vain."""
+    second = f"{HOLDFAST} tpm --state kept -- true"
+    done = run(home, HOLDFAST, "tpm", "--state", "kept", "--", "sh", "-c", second)
+    assert done.returncode == 6
+    assert "another TPM runs on the state in kept" in done.stderr
+
+
 def run(home: Path, *command: str, seconds: float = 60) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "TMPDIR": str(home / "tmp"), "HOME": str(home)}
     environment |= {"HOLDFAST_SOCKET": str(home / "no-daemon-here"), "PYTHONDONTWRITEBYTECODE": "1"}

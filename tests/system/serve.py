@@ -109,7 +109,9 @@ class Serve:
         )
 
     def init(self) -> None:
-        recipient = str(pyrage.x25519.Identity.generate().to_public())
+        identity = pyrage.x25519.Identity.generate()
+        (self.directory / "identity").write_text(str(identity))
+        recipient = str(identity.to_public())
         done = self.cli(
             "init", "--config", str(self.config), "--recovery-recipient", recipient,
             "--out", str(self.directory / "out"), "--json",

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from holdfast.errors import Conflict, Forbidden, NotFound
+from holdfast.errors import Conflict, Forbidden, InvalidInput, NotFound
 from holdfast.tpm2 import requests as rq
 from holdfast.tpm2.constants import NvAttr, Rh
 from tests.cli.nobody import as_nobody
@@ -52,6 +52,67 @@ def vtpm(host: Serve, request: pytest.FixtureRequest) -> Iterator[str]:
 
 def sock_of(host: Serve, name: str) -> Path:
     return host.place(name) / "run" / "tpm.sock"
+
+
+def test_a_boot_state_can_be_approved_while_the_keeper_serves(host: Serve) -> None:
+    """It uses the same TPM, and leaves there what the keeper has there."""
+    for number in range(3):
+        done = host.cli(
+            "policy", "authorize", "--config", str(host.config),
+            "--identity", str(host.directory / "identity"),
+            "--recovery-file", str(host.directory / "out" / "recovery.age"),
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        host.create(f"beside-{number}")
+        assert host.finding("keeper")["level"] == "ok"
+
+
+def test_a_recovery_file_that_is_none_is_named(host: Serve) -> None:
+    done = host.cli(
+        "policy", "authorize", "--config", str(host.config),
+        "--identity", str(host.directory / "identity"),
+        "--recovery-file", str(host.directory / "out" / "site-root-ca.key.age"),
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "site-root-ca.key.age holds no recovery key" in done.stderr
+
+
+def test_a_host_tpm_that_cannot_be_served_ends_serve_at_once(tmp_path: Path) -> None:
+    config = tmp_path / "holdfast.toml"
+    config.write_text(
+        f'[host]\ntcti = "mssim:host=localhost"\n[paths]\nstate = "{tmp_path}/state"\n'
+        f'run = "{tmp_path}/run"\n[keeper]\nuser = "root"\n'
+    )
+    command = [PROGRAM, "serve", "--config", str(config)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+    assert done.returncode == 2
+    assert "device: or swtpm:path=" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("body", "why"),
+    [
+        ({"name": "ends-"}, "starts and ends with a letter or digit"),
+        ({"name": "x", "banks": ["sha1"]}, "verifiers look at sha256"),
+        (
+            {"name": "x", "start_policy": {}},
+            'names configurations or layers, or says {"any": true}',
+        ),
+        ({"name": "x", "owner": 4294967295}, "an owner is a user's number"),
+        ({"name": "x", "profile": "odd"}, "a profile is linked or plain"),
+    ],
+)
+def test_what_cannot_be_made_is_refused_with_the_reason(
+    host: Serve, body: dict[str, object], why: str
+) -> None:
+    with pytest.raises(InvalidInput, match=re.escape(why)):
+        host.call("POST", "/v1/vtpms", body)
+
+
+def test_a_plain_vtpm_that_is_on_is_not_started_again(host: Serve, vtpm: str) -> None:
+    host.power_on(vtpm)
+    with pytest.raises(Conflict, match="is on already"):
+        host.power_on(vtpm)
 
 
 # --- audit ---------------------------------------------------------------------------------------

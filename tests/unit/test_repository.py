@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 
 from holdfast.cli import INTERRUPTED
-from holdfast.cli.output import EXIT_CODES
-from holdfast.errors import HoldfastError
+from holdfast.errors import EXIT_CODES, HoldfastError
 from holdfast.protocol import control
 
 ROOT = Path(__file__).parents[2]

@@ -45,9 +45,12 @@ class Provider:
 
 @dataclass(frozen=True)
 class Image:
-    """PCR 13: layers from the bottom; `upper` is empty, none or a digest; `claimed` unverified."""
+    """PCR 13: layers from the bottom; `upper` is empty, none or a digest; `claimed` unverified.
 
-    event: str
+    `events` names the event of each: what is claimed, the layers, the writable layer.
+    """
+
+    events: tuple[str, ...]
     kind: str
     layers: tuple[str, ...]
     upper: str
@@ -173,8 +176,9 @@ def _image(records: list[Record]) -> Image:
     elif upper != "empty":
         upper = _digest(content, "digest", last)
     return Image(
-        event_name(first), claim["kind"], tuple(layers), upper, _claimed(claim["claimed"], first)
-    )
+        tuple(map(event_name, records)), claim["kind"], tuple(layers), upper,
+        _claimed(claim["claimed"], first),
+    )  # fmt: skip
 
 
 def _is_bool(value: object) -> bool:

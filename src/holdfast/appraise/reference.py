@@ -125,22 +125,25 @@ def _check_image(allowed: Sequence[ImageRule], contents: Contents) -> None:
     for rule in allowed:
         if rule.layers == image.layers:
             closest = rule
-    raise IntegrityError(f"{image.event}: the policy does not allow {_differs(closest, contents)}")
+    event, what = _differs(closest, contents)
+    raise IntegrityError(f"{event}: the policy does not allow {what}")
 
 
-def _differs(rule: ImageRule, contents: Contents) -> str:
-    """The first part in which an image is not the rule's."""
+def _differs(rule: ImageRule, contents: Contents) -> tuple[str, str]:
+    """The first part in which an image is not the rule's: its event, and what that says."""
     image = contents.image
+    claimed, *_, upper = image.events
     if rule.kind != image.kind:
-        return f"a root file system of kind {image.kind}"
+        return claimed, f"a root file system of kind {image.kind}"
     for index, layer in enumerate(image.layers):
         if index >= len(rule.layers) or rule.layers[index] != layer:
-            return f"layer {index}, {layer}"
+            return image.events[index + 1], f"layer {index}, {layer}"
     if len(rule.layers) != len(image.layers):
-        return f"an image of {len(image.layers)} layers"
+        return claimed, f"an image of {len(image.layers)} layers"
     if rule.upper != image.upper:
-        return f"the writable layer, {image.upper}"
-    return f"the claimed manifest, {image.claimed.get('manifest_digest', 'none')}"
+        hint = "; what a container has written stays over its restart, and not over a new one"
+        return upper, f"the writable layer, {image.upper}{hint}"
+    return claimed, f"the claimed manifest, {image.claimed.get('manifest_digest', 'none')}"
 
 
 def _check_exec(rule: ExecRule, contents: Contents) -> None:

@@ -391,6 +391,10 @@ def authorize(
     identity: Annotated[Path, typer.Option(help="age or ssh private key of the recipient.")],
     recovery_file: Annotated[Path, typer.Option(help="The recovery.age that init wrote.")],
     retire: Annotated[bool, typer.Option(help="Retire all boot states approved before.")] = False,
+    values: Annotated[
+        Path | None,
+        typer.Option(help="JSON file with PCRs to approve instead: of the next kernel, before it."),
+    ] = None,
     config: ConfigFile = None,
     as_json: Json = False,
 ) -> None:
@@ -404,6 +408,7 @@ def authorize(
             f"--identity={identity}", f"--recovery-file={recovery_file}",
             f"--uid={uid}", f"--gid={gid}",
         ]  # fmt: skip
+        command += [f"--values={values}"] if values else []
         made = _keeper([*command, "--retire"] if retire else command)
         show(made, as_json, lambda v: output.line(f"approved, version {v['version']}"))
 

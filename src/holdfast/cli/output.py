@@ -14,7 +14,7 @@ import io
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, Final, NoReturn
 
@@ -23,14 +23,11 @@ from rich.table import Table
 from rich.text import Text
 
 from holdfast.errors import (
-    Conflict,
-    DecodeError,
     Forbidden,
     HoldfastError,
     HostError,
-    IntegrityError,
     InvalidInput,
-    NotFound,
+    exit_code,
 )
 
 _WIDE: Final = 10_000
@@ -39,15 +36,6 @@ _ITS_PATH: Final = (  # the path is wrong, not the host
 )  # fmt: skip
 OUT: Final = Console(highlight=False)
 ERR: Final = Console(stderr=True, highlight=False)
-EXIT_CODES: Final[Mapping[type[HoldfastError], int]] = {
-    InvalidInput: 2,
-    NotFound: 3,
-    Conflict: 4,
-    Forbidden: 5,
-    HostError: 6,
-    IntegrityError: 7,
-    DecodeError: 7,
-}
 
 
 def prepare() -> None:
@@ -103,8 +91,7 @@ def of_the_system(error: OSError) -> HoldfastError:
 def fail(error: HoldfastError) -> NoReturn:
     """Say what is wrong, and end with its code."""
     say(str(error))
-    code = next((c for kind, c in EXIT_CODES.items() if isinstance(error, kind)), 1)
-    sys.exit(code)
+    sys.exit(exit_code(error))
 
 
 def say(text: str) -> None:

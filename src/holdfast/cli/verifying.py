@@ -32,6 +32,7 @@ from holdfast.errors import AppraisalError, DecodeError, InvalidInput
 
 AUDIENCE: Final = "holdfast"  # who does not say who they are: the daemon's default as well
 _FILE_MAX: Final = 32 << 20
+_NAME_SIZE: Final = 34  # of a name by SHA-256
 
 EvidenceFile = Annotated[Path, typer.Argument(help="What holdfast attest wrote.")]
 Nonce = Annotated[str, typer.Option(help="Your nonce, in hex, as it was given to attest.")]
@@ -59,7 +60,7 @@ def verify(
     with failures():
         key = _key(ear_key) if ear_key is not None else None
         given = (
-            _read(evidence), _policy(policy), _hex(nonce, "nonce"), audience,
+            _evidence(evidence), _policy(policy), _hex(nonce, "nonce"), audience,
             _hex(user_data, "user data"), datetime.now(UTC),
         )  # fmt: skip
         try:
@@ -104,10 +105,10 @@ def create_policy(
         trust = Trust(
             frozenset({fingerprint}),
             tuple(_certificate(path) for path in ek_root or ()),
-            frozenset(_hex(name, "a host AK's name") for name in software_host_tpm or ()),
+            frozenset(map(_ak_name, software_host_tpm or ())),
         )
         text = learn_policy(
-            _read(evidence), trust, _hex(nonce, "nonce"), audience,
+            _evidence(evidence), trust, _hex(nonce, "nonce"), audience,
             _hex(user_data, "user data"), datetime.now(UTC),
         )  # fmt: skip
         if out is None:
@@ -229,6 +230,19 @@ def _read(path: Path) -> bytes:
     if len(data) > _FILE_MAX:
         raise InvalidInput(f"{path} has more than {_FILE_MAX} bytes")
     return data
+
+
+def _evidence(path: Path) -> bytes:
+    """What was printed has a line's end, which is no part of it."""
+    return _read(path).removesuffix(b"\n")
+
+
+def _ak_name(text: str) -> bytes:
+    """A TPM2B_NAME's content as `init` prints it: SHA-256's identifier and a digest, in hex."""
+    name = _hex(text, "a host AK's name")
+    if len(name) != _NAME_SIZE or name[:2] != b"\0\x0b":
+        raise InvalidInput(f"{text!a} is not a host AK's name, which begins with 000b: see init")
+    return name
 
 
 def _hex(text: str, what: str) -> bytes:

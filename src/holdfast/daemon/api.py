@@ -25,6 +25,7 @@ from holdfast.attest.collector import Collector
 from holdfast.daemon.doctor import examine, overview
 from holdfast.daemon.host import Host
 from holdfast.daemon.starting import Start
+from holdfast.daemon.wanted import wanted
 from holdfast.errors import (
     AppraisalError,
     CallerError,
@@ -42,14 +43,12 @@ from holdfast.instance.bucket import Bucket
 from holdfast.instance.vtpm import VirtualTpm
 from holdfast.linux.channel import peer
 from holdfast.protocol.oci_state import checked_state
-from holdfast.tpm2.algorithms import HASHES_BY_NAME
 
 AUDIT: Final = structlog.get_logger("audit")
 BODY_MAX: Final = 1 << 20
 BODY_SECONDS: Final = 10.0
 PATH_SHOWN: Final = 128
 WHY_SHOWN: Final = 200
-OWNER_MAX: Final = (1 << 32) - 2  # the last number is nobody's: (uid_t)-1
 DEFAULT_AUDIENCE: Final = "holdfast"  # of verifiers that did not say who they are
 _STATUS: Final[Mapping[type[HoldfastError], int]] = {
     InvalidInput: 400,
@@ -250,10 +249,9 @@ class Api:
     async def _create(self, request: web.Request) -> web.Response:
         who = caller(request)
         who.must_be_root("creating a vTPM")
-        wanted = await _body(request)
-        _typed(wanted, _CREATE)
-        _bounded(wanted)
-        vtpm = await self._host.create(wanted, who.uid)
+        body = await _body(request)
+        _typed(body, _CREATE)
+        vtpm = await self._host.create(wanted(body))
         self._audit(who, "create", vtpm.record.name)
         return web.json_response(self._details(vtpm), status=201)
 
@@ -404,19 +402,6 @@ def _typed(body: dict[str, Any], members: Mapping[str, type]) -> None:
             raise InvalidInput(f"{name[:64]!a} is not known here")
         if value is not None and type(value) is not kind:
             raise InvalidInput(f"{name} is {_KINDS[kind]}, not {_KINDS.get(type(value), 'that')}")
-
-
-def _bounded(wanted: dict[str, Any]) -> None:
-    """InvalidInput for an owner who is no user, and for banks that are none, or named twice."""
-    owner, banks = wanted.get("owner"), wanted.get("banks")
-    if owner is not None and not 0 <= owner <= OWNER_MAX:
-        raise InvalidInput(f"an owner is a user's number from 0 to {OWNER_MAX}")
-    if banks is None:
-        return
-    if not banks or not all(isinstance(bank, str) and bank in HASHES_BY_NAME for bank in banks):
-        raise InvalidInput(f"banks are some of {', '.join(HASHES_BY_NAME)}")
-    if len(set(banks)) != len(banks):
-        raise InvalidInput("banks names one of them twice")
 
 
 def _hex(body: dict[str, Any], name: str) -> bytes:

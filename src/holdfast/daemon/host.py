@@ -26,19 +26,18 @@ from holdfast.daemon.config import Config
 from holdfast.daemon.starting import (
     HostLog,
     Start,
-    check_policy,
     hook_environment,
     hook_path,
     measured_run,
     plain_run,
     provider,
 )
+from holdfast.daemon.wanted import DEFAULT_BANKS, Wanted
 from holdfast.errors import (
     Conflict,
     HoldfastError,
     HostError,
     IntegrityError,
-    InvalidInput,
     NotFound,
 )
 from holdfast.eventlog.cel import encode_json
@@ -58,10 +57,8 @@ from holdfast.store.registry import Instance, Registry
 from holdfast.tpm2.algorithms import HASHES_BY_NAME, Alg
 
 LOG = structlog.get_logger()
-DEFAULT_BANKS: Final = ("sha256", "sha384")
 INSTANCES_MAX: Final = 10_000
 MEASURING_MAX: Final = 4  # containers at once
-UID_MAX: Final = (1 << 32) - 1  # which is nobody's: (uid_t)-1
 Opened = Callable[[VirtualTpm, Attachment], None]
 Closed = Callable[[VirtualTpm], None]
 
@@ -222,14 +219,9 @@ class Host:
 
     # --- making and destroying ---
 
-    async def create(self, wanted: dict[str, Any], owner: int) -> VirtualTpm:
-        """Make a vTPM; InvalidInput or Conflict say what is wrong with what was asked."""
-        name = instance_name(wanted.get("name") or "")
-        profile = _profile(wanted.get("profile") or Profile.LINKED.value)
-        unlinked = wanted.get("unsafe_unlinked") is True
-        banks = self._banks(wanted.get("banks"), profile, unlinked)
-        check_policy(wanted.get("start_policy") or {})
-        owned_by = _owner(wanted.get("owner"), owner)
+    async def create(self, wanted: Wanted) -> VirtualTpm:
+        """Make a vTPM; Conflict or HostError if there cannot be one like that here."""
+        name, banks = wanted.name, self._banks(wanted)
         if name in self._vtpms:
             raise Conflict(f"there is a vTPM named {name} already")
         if len(self._vtpms) >= INSTANCES_MAX:
@@ -239,12 +231,12 @@ class Host:
             id=InstanceId(parked.instance if parked else uuid4()),
             name=name,
             state=State.DEFINED.value,
-            profile=profile.value,
-            owner=owned_by,
+            profile=wanted.profile.value,
+            owner=wanted.owner,
             banks=banks,
             created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            unlinked=unlinked,
-            start_policy=wanted.get("start_policy") or {},
+            unlinked=wanted.unlinked,
+            start_policy=wanted.start_policy,
         )
         vtpm = VirtualTpm(record, self._around)
         try:
@@ -278,18 +270,14 @@ class Host:
         LOG.info("created", vtpm=name, id=str(record.id))
         return vtpm
 
-    def _banks(self, asked: Any, profile: Profile, unlinked: bool) -> tuple[str, ...]:
+    def _banks(self, wanted: Wanted) -> tuple[str, ...]:
         """Banks that the host's log has; another would stay empty and satisfy any policy."""
-        if asked is not None and (
-            not asked or not all(isinstance(bank, str) and bank in HASHES_BY_NAME for bank in asked)
-        ):
-            raise InvalidInput(f"banks are some of {', '.join(HASHES_BY_NAME)}")
-        banks = tuple(asked) if asked else DEFAULT_BANKS
-        if profile is Profile.LINKED and not unlinked:
-            there = self.log.bank_names()
-            banks = tuple(bank for bank in banks if bank in there)
-            if not banks:
-                raise HostError(f"the host's event log has only {', '.join(there)}")
+        if wanted.profile is not Profile.LINKED or wanted.unlinked:
+            return wanted.banks
+        there = self.log.bank_names()
+        banks = tuple(bank for bank in wanted.banks if bank in there)
+        if not banks:
+            raise HostError(f"the host's event log has only {', '.join(there)}")
         return banks
 
     async def destroy(self, name: str) -> None:
@@ -341,6 +329,8 @@ class Host:
         async with self._held(name) as vtpm:
             if vtpm.record.profile != Profile.PLAIN.value:
                 raise Conflict(f"{name} is linked: it is powered on by starting its container")
+            if vtpm.state is State.ACTIVE:
+                raise Conflict(f"{name} is on already")
             self._may_start(vtpm)
             await self._power_on(vtpm, plain_run(), 0)
         return vtpm
@@ -486,21 +476,6 @@ class Host:
                 value["records"], vtpm.banks,
             )  # fmt: skip
         return run, int(value["init_started"])
-
-
-def _owner(wanted: int | None, caller: int) -> int:
-    if wanted is None:
-        return caller
-    if not 0 <= wanted < UID_MAX:
-        raise InvalidInput(f"an owner is a user's number below {UID_MAX}, not {wanted}")
-    return wanted
-
-
-def _profile(text: Any) -> Profile:
-    try:
-        return Profile(text)
-    except ValueError:
-        raise InvalidInput(f"a profile is linked or plain, not {text!a}") from None
 
 
 _TASKS: set[asyncio.Task[None]] = set()

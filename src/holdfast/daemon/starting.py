@@ -178,7 +178,7 @@ def check_policy(policy: Mapping[str, Any]) -> None:
             raise InvalidInput(f"the start policy's {key} is a list of texts")
     if not isinstance(policy.get("any", False), bool):
         raise InvalidInput("the start policy's any is true or false")
-    if policy and not policy.get("any") and not policy.get("config") and not policy.get("layers"):
+    if not policy.get("any") and not policy.get("config") and not policy.get("layers"):
         raise InvalidInput('a start policy names configurations or layers, or says {"any": true}')
 
 
@@ -188,6 +188,8 @@ def _judge(
     """The instance's start policy: which image or configuration may power it on."""
     policy: Mapping[str, Any] = record.start_policy or {"any": True}
     unnamed = [path for path in later if path not in policy.get("hooks", [])]
+    if os.fspath(hook_path()) in unnamed:
+        raise Conflict(f"a container has one vTPM: {record.name} is not its only one")
     if unnamed:
         raise Conflict(
             f"{unnamed[0]} is a hook that runs after this was measured: name it in the start "

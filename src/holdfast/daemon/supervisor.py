@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import fcntl
+import importlib.util
 import os
 import pwd
 import selectors
@@ -24,13 +25,14 @@ from typing import Final
 
 from holdfast.daemon import config
 from holdfast.daemon.config import Config
-from holdfast.errors import Conflict, HoldfastError, HostError
+from holdfast.errors import Conflict, HoldfastError, HostError, InvalidInput, exit_code
 from holdfast.frontend.attach import detach
 
 RESTART_SECONDS: Final = (0.0, 0.2, 1.0, 3.0, 10.0)
 STEADY_SECONDS: Final = 60.0
 END_SECONDS: Final = 30.0
 READY_SECONDS: Final = 60.0
+SERVED_TCTIS: Final = ("device:", "swtpm:path=")
 
 
 @dataclass
@@ -50,6 +52,7 @@ class Supervisor:
     def __init__(self, settings: Config, config_file: Path | None) -> None:
         self._settings = settings
         paths = settings.paths
+        _check_host_tpm(settings.host.tcti)
         uid, gid = _user(settings.keeper.user)
         # Compiled code comes from nowhere else: what is measured of us (PCR 11) is the source.
         compiled = f"pycache_prefix={paths.run / 'internal' / 'pycache'}"
@@ -222,6 +225,17 @@ def _outlive(path: Path) -> int:
             return fd
 
 
+def _check_host_tpm(tcti: str) -> None:
+    """What the keeper would refuse each time it is started, is said once."""
+    if importlib.util.find_spec("tpm2_pytss") is None:
+        raise HostError("this installation only verifies: a host needs holdfast[host]")
+    if not tcti.startswith(SERVED_TCTIS):
+        raise InvalidInput(
+            f"host.tcti is {tcti}: a host is served with {' or '.join(SERVED_TCTIS)}… alone, "
+            "because the keeper has no network, starts no process, and must not wait for ever"
+        )
+
+
 def _user(name: str) -> tuple[int, int]:
     """The keeper's user; root (0) only where the name is root."""
     try:
@@ -248,7 +262,7 @@ def main(arguments: list[str]) -> int:
         return Supervisor(config.load(options.config), options.config).run()
     except (HoldfastError, OSError) as error:
         sys.stderr.write(f"holdfast serve: {error}\n")
-        return 1
+        return exit_code(error)
 
 
 if __name__ == "__main__":

@@ -51,16 +51,23 @@ T = TypeVar("T")
 class Context:
     """An open host TPM. Every failure is a TpmError (it answered) or a HostError (it did not)."""
 
-    def __init__(self, transport: Transport) -> None:
-        """Take the TPM; HostError when it does not answer."""
+    def __init__(self, transport: Transport, *, alone: bool = True) -> None:
+        """Take the TPM; HostError when it does not answer.
+
+        `alone`: nobody else of ours uses it, so what is in it is a dead predecessor's.
+        """
         self.tcti = transport.tcti
         self._transport = transport
         self._tcti = transport.attach()
         self._broken = False
         self._salt: Any = ESYS_TR.NONE
         self._session: Any = None
+        self._others: frozenset[int] = frozenset()
         try:
-            self._flush_all()
+            if alone:
+                self._flush_all()
+            else:
+                self._others = frozenset(self._there())
         except TpmError as error:
             raise HostError(
                 f"the host TPM at {self.tcti} is not ready (0x{error.rc:x} at {error.command})"
@@ -156,11 +163,15 @@ class Context:
             lambda: self.esapi.load_external(tss_public(public), hierarchy=ESYS_TR.OWNER),
         )
 
+    def _there(self) -> tuple[int, ...]:
+        """Every transient object and loaded session that can be seen."""
+        return self._handles(Ht.TRANSIENT << 24) + self._handles(Ht.HMAC_SESSION << 24)
+
     def _flush_all(self) -> None:
-        """Flush every transient object and loaded session that can be seen."""
+        """Flush all that is there and not others'."""
         try:
-            for kind in (Ht.TRANSIENT, Ht.HMAC_SESSION):
-                for handle in self._handles(kind << 24):
+            for handle in self._there():
+                if handle not in self._others:
                     with suppress(TpmError):
                         self._raw(Cc.FlushContext, rq.flush_context(handle))
         except DecodeError as error:

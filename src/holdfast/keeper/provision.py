@@ -86,6 +86,7 @@ def provision(
         ):
             undo.callback((out / name).unlink, missing_ok=True)
             recovery.write_new(out / name, content)
+        (out / ROOT_CERTIFICATE_FILE).chmod(0o644)  # verifiers read it
         recovery.sync(out)
         made.save(directory)
         undo.pop_all()
@@ -198,13 +199,16 @@ def authorize(
     new approval holds.
     """
     made = vault.load(directory)
-    signer = RecoverySigner(recovery.read_encrypted(recovery_file, identity))
+    key = recovery.read_encrypted(recovery_file, identity)
+    if len(key) != RECOVERY_KEY_SIZE:
+        raise InvalidInput(f"{recovery_file} holds no recovery key: init wrote {RECOVERY_FILE}")
+    signer = RecoverySigner(key)
     if signer.public.encode() != made.recovery_public:
         raise InvalidInput(f"{recovery_file} is not this host's recovery key")
     with contextlib.ExitStack() as stack:
         transport = Transport(tcti)
         stack.callback(transport.close)
-        context = Context(transport)
+        context = Context(transport, alone=False)  # the keeper may be serving
         stack.callback(context.close)
         tpm = HostTpm(context, made.owner_auth)
         ek_name = Public.decode(made.ek_public).name

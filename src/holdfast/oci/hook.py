@@ -7,29 +7,33 @@ and the container does not start; poststop never keeps a container from ending.
 
 from __future__ import annotations
 
-import json
 import sys
+from dataclasses import asdict
 from typing import Final
 
 from holdfast.client import Client
 from holdfast.errors import HoldfastError
-from holdfast.protocol.oci_state import STATE_MAX
+from holdfast.protocol.oci_state import STATE_MAX, parse_state
 
+_FAILED: Final = {
+    "createRuntime": "does not start",
+    "poststop": "was not told that its container has ended",
+}
 _USAGE: Final = "usage: holdfast hook createRuntime|poststop --vtpm NAME\n"
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one stage; the exit status is the runtime's answer."""
     given = sys.argv[1:] if arguments is None else arguments
-    if len(given) != 3 or given[1] != "--vtpm" or given[0] not in ("createRuntime", "poststop"):
+    if len(given) != 3 or given[1] != "--vtpm" or given[0] not in _FAILED:
         sys.stderr.write(_USAGE)
         return 2
     stage, _, name = given
     try:
-        state = json.loads(sys.stdin.buffer.read(STATE_MAX + 1))
+        state = asdict(parse_state(sys.stdin.buffer.read(STATE_MAX + 1)))
         Client().call("POST", f"/v1/hooks/{stage}", {"vtpm": name, "state": state})
-    except (HoldfastError, ValueError) as error:
-        sys.stderr.write(f"holdfast: the vTPM {name!a} does not start: {error}\n")
+    except HoldfastError as error:
+        sys.stderr.write(f"holdfast: the vTPM {name!a} {_FAILED[stage]}: {error}\n")
         return 1
     return 0
 

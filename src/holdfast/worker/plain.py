@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import fcntl
 import os
 import signal
 import socket
@@ -111,6 +112,15 @@ def serve(directory: Path, plain: PlainTpm, ready: Callable[[], None]) -> None:
         path.unlink(missing_ok=True)
 
 
+def _alone(state: Path) -> None:
+    """Keep another process off this state, until we end: of two that write, one writes in vain."""
+    fd = os.open(state, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise HostError(f"another TPM runs on the state in {state}") from None
+
+
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="holdfast tpm", description=__doc__)
     parser.add_argument("--directory", type=Path, required=True, help="where the sockets go")
@@ -125,6 +135,7 @@ def main(arguments: list[str]) -> int:
     try:
         if options.state is not None:
             options.state.mkdir(mode=0o700, parents=True, exist_ok=True)
+            _alone(options.state)
         plain = PlainTpm(options.state)
         plain.start(options.replay.read_bytes() if options.replay else None)
 

@@ -1,0 +1,64 @@
+"""A vTPM as somebody asks for it: read once, from what the API was sent."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+from holdfast.daemon.starting import check_policy
+from holdfast.errors import InvalidInput
+from holdfast.frontend.filter import Profile
+from holdfast.ids import InstanceName, instance_name
+from holdfast.tpm2.algorithms import HASHES_BY_NAME
+
+DEFAULT_BANKS: Final = ("sha256", "sha384")
+OWNER_MAX: Final = (1 << 32) - 2  # the last number is nobody's: (uid_t)-1
+_JUDGED: Final = "sha256"  # the bank that every verifier looks at
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What was asked for, each part by itself as it should be."""
+
+    name: InstanceName
+    profile: Profile
+    owner: int
+    banks: tuple[str, ...]
+    unlinked: bool
+    start_policy: dict[str, Any]
+
+
+def wanted(body: Mapping[str, Any]) -> Wanted:
+    """Read a request whose members have the right types; InvalidInput says what is wrong."""
+    name = instance_name(body.get("name") or "")
+    profile = _profile(body.get("profile") or Profile.LINKED.value)
+    owner = body.get("owner") or 0
+    if not 0 <= owner <= OWNER_MAX:
+        raise InvalidInput(f"an owner is a user's number from 0 to {OWNER_MAX}")
+    policy = body.get("start_policy")
+    if policy is not None:
+        check_policy(policy)
+    return Wanted(
+        name, profile, owner, _banks(body.get("banks"), profile),
+        body.get("unsafe_unlinked") is True, policy or {},
+    )  # fmt: skip
+
+
+def _profile(text: Any) -> Profile:
+    try:
+        return Profile(text)
+    except ValueError:
+        raise InvalidInput(f"a profile is linked or plain, not {text!a}") from None
+
+
+def _banks(asked: Any, profile: Profile) -> tuple[str, ...]:
+    if asked is None:
+        return DEFAULT_BANKS
+    if not asked or not all(isinstance(bank, str) and bank in HASHES_BY_NAME for bank in asked):
+        raise InvalidInput(f"banks are some of {', '.join(HASHES_BY_NAME)}")
+    if len(set(asked)) != len(asked):
+        raise InvalidInput("banks names one of them twice")
+    if profile is Profile.LINKED and _JUDGED not in asked:
+        raise InvalidInput(f"verifiers look at {_JUDGED}: a linked vTPM has that bank too")
+    return tuple(asked)
