@@ -37,6 +37,7 @@ from holdfast.tpm2.structures import Public
 from holdfast.tpm2.wire import sized, u16
 
 HANDLES_MAX: Final = 64  # transient objects or sessions looked for at once
+IN_THE_CLEAR: Final = TPMA_SESSION.CONTINUESESSION  # authorized by HMAC all the same
 ENCRYPT_BOTH: Final = TPMA_SESSION.CONTINUESESSION | TPMA_SESSION.DECRYPT | TPMA_SESSION.ENCRYPT
 ENCRYPT_IN: Final = TPMA_SESSION.CONTINUESESSION | TPMA_SESSION.DECRYPT
 ENCRYPT_OUT: Final = TPMA_SESSION.CONTINUESESSION | TPMA_SESSION.ENCRYPT

@@ -37,6 +37,7 @@ from holdfast.hwtpm.context import (
     ENCRYPT_BOTH,
     ENCRYPT_IN,
     ENCRYPT_OUT,
+    IN_THE_CLEAR,
     Context,
     own_public,
     tss_public,
@@ -317,7 +318,7 @@ class HostTpm:
     def sign_as_ca(self, digest: bytes) -> policy.Signature:
         """Sign a SHA-256 digest with the issuing CA's key."""
         session = self._authorized()
-        self._esapi.trsess_set_attributes(session, ENCRYPT_IN)
+        self._esapi.trsess_set_attributes(session, IN_THE_CLEAR)  # a certificate's digest
         scheme = TPMT_SIG_SCHEME(scheme=TPM2_ALG.ECDSA)
         scheme.details.any.hashAlg = TPM2_ALG.SHA256
         check = TPMT_TK_HASHCHECK(tag=TPM2_ST.HASHCHECK, hierarchy=Rh.NULL)
