@@ -376,7 +376,8 @@ def test_podman_gives_a_container_the_cdi_device(host: Host, vtpm: Path, tmp_pat
     hook = tmp_path / "hook"
     hook.write_text(f'#!/bin/sh\necho "$0 $*" >> {seen}\n')
     hook.chmod(0o755)
-    path = write_spec(cdi_spec(name, vtpm, hook))
+    directory = Path("/run/cdi")
+    path = write_spec(cdi_spec(name, container_edits(name, vtpm, hook)), directory)
     try:
         assert stat.S_IMODE(path.stat().st_mode) == 0o644
         for options in ((), ("--uidmap", "0:100000:65536"), ("--read-only", "--cap-drop", "all")):
@@ -387,7 +388,7 @@ def test_podman_gives_a_container_the_cdi_device(host: Host, vtpm: Path, tmp_pat
             check_shown(output + "\n")
             assert upper(host.facts()) == EMPTY
     finally:
-        remove_spec(name)
+        remove_spec(name, directory)
     assert not path.exists()
     lines = seen.read_text().splitlines()
     assert lines[0].endswith(f"createRuntime --vtpm {name}")

@@ -226,12 +226,12 @@ def test_hooks_after_ours_are_those_that_run_before_user_code() -> None:
         next(hook for hook in hooks(config) if hook.path == path)
         for path in ("/bin/ours", "/bin/old")
     )
-    assert hooks_after(config, ours) == (
+    assert hooks_after(hooks(config), ours) == (
         Hook("createRuntime", "/bin/after", ("x",)),
         Hook("createContainer", "/bin/create", ()),
         Hook("startContainer", "/bin/inside", ()),
     )
-    assert [hook.path for hook in hooks_after(config, old)][:3] == [
+    assert [hook.path for hook in hooks_after(hooks(config), old)][:3] == [
         "/bin/before",
         "/bin/ours",
         "/bin/after",
@@ -241,7 +241,7 @@ def test_hooks_after_ours_are_those_that_run_before_user_code() -> None:
 def test_what_lies_between_two_runs_of_our_hook_comes_after_ours() -> None:
     config = {"hooks": {"createRuntime": [{"path": path} for path in ("/us", "/them", "/us")]}}
     us = Hook("createRuntime", "/us", ())
-    assert [hook.path for hook in hooks_after(config, us)] == ["/them", "/us"]
+    assert [hook.path for hook in hooks_after(hooks(config), us)] == ["/them", "/us"]
 
 
 @pytest.mark.parametrize(
@@ -257,15 +257,15 @@ def test_our_hook_with_anything_else_about_it_is_not_ours(other: dict[str, Any])
     us = Hook("createRuntime", "/us", ("us", "createRuntime"))
     ours = {"path": "/us", "args": ["us", "createRuntime"]}
     with pytest.raises(NotFound, match="exactly '/us'"):
-        hooks_after({"hooks": {"createRuntime": [other]}}, us)
+        hooks_after(hooks({"hooks": {"createRuntime": [other]}}), us)
     for order in ([ours, other], [other, ours, {"path": "/them"}]):
-        (after, *_) = hooks_after({"hooks": {"createRuntime": order}}, us)
+        (after, *_) = hooks_after(hooks({"hooks": {"createRuntime": order}}), us)
         assert after.path == order[-1]["path"]
 
 
 def test_a_configuration_without_our_hook_is_an_error() -> None:
     with pytest.raises(NotFound):
-        hooks_after(podman_config(), Hook("createRuntime", "/bin/theirs", ()))
+        hooks_after(hooks(podman_config()), Hook("createRuntime", "/bin/theirs", ()))
 
 
 @pytest.mark.parametrize(

@@ -336,3 +336,32 @@ def test_a_file_cache_that_cannot_be_believed_counts_as_empty(
     else:
         path.write_text(text.replace('"]}}', '00"]}}'))
     assert FileTreeCache(path, "boot").get(key_of(rest)) is None
+
+
+def test_a_file_cache_that_cannot_be_written_stops_nobody(tmp_path: Path, rest: int) -> None:
+    cache = FileTreeCache(tmp_path / "gone" / "trees.json", "boot")
+    digest = layer_digest(rest, cache)
+    assert digest == tree_digest(read_tree(rest).entries)
+    assert cache.get(key_of(rest)) == digest
+
+
+def test_a_file_cache_serves_those_who_measure_at_once(tmp_path: Path) -> None:
+    cache = FileTreeCache(tmp_path / "trees.json", "boot")
+    keys = [TreeKey(1, inode, bytes(32)) for inode in range(400)]
+    errors = []
+
+    def remember(mine: list[TreeKey]) -> None:
+        try:
+            for key in mine:
+                cache.put(key, bytes(32))
+        except RuntimeError as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=remember, args=(keys[n::4],)) for n in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert errors == []
+    again = FileTreeCache(tmp_path / "trees.json", "boot")
+    assert all(again.get(key) for key in keys)

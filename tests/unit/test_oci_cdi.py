@@ -22,7 +22,7 @@ from holdfast.frontend.cdi import (
     write_spec,
 )
 from holdfast.ids import instance_name
-from holdfast.measure.config import Hook, hooks_after
+from holdfast.measure.config import Hook, hooks, hooks_after
 
 HOST = Path("/run/holdfast/web")
 HOOK = Path("/usr/libexec/holdfast-hook")
@@ -36,7 +36,7 @@ CONFIG: dict[str, Any] = {
 
 
 def test_the_device_is_named_as_podman_asks_for_it() -> None:
-    spec = cdi_spec(WEB, HOST, HOOK)
+    spec = cdi_spec(WEB, EDITS)
     assert (
         (spec["cdiVersion"], spec["kind"]) == (CDI_VERSION, KIND) == ("0.5.0", "holdfast.dev/vtpm")
     )
@@ -64,14 +64,20 @@ def test_hooks_start_and_stop_the_vtpm_and_never_time_out() -> None:
     ]
 
 
+def test_hooks_are_told_what_a_runtime_does_not_tell_them() -> None:
+    edits = container_edits(WEB, HOST, HOOK, ("WHERE=there",))
+    assert [hook["env"] for hook in edits["hooks"]] == [["WHERE=there"]] * 2
+    assert all("env" not in hook for hook in EDITS["hooks"])
+
+
 def test_a_specification_is_written_whole_readable_and_removed(tmp_path: Path) -> None:
     directory = tmp_path / "cdi"
     path = spec_path(WEB, directory)
-    for host in (Path("/one"), Path("/two")):
-        assert write_spec(cdi_spec(WEB, host, HOOK), directory) == path
+    for spec in (cdi_spec(WEB, container_edits(WEB, Path("/one"), HOOK)), cdi_spec(WEB, EDITS)):
+        assert write_spec(spec, directory) == path
     assert list(directory.iterdir()) == [path]
     assert stat.S_IMODE(path.stat().st_mode) == 0o644
-    assert json.loads(path.read_text()) == cdi_spec(WEB, Path("/two"), HOOK)
+    assert json.loads(path.read_text()) == cdi_spec(WEB, EDITS)
     remove_spec(WEB, directory)
     remove_spec(WEB, directory)
     assert list(directory.iterdir()) == []
@@ -86,7 +92,7 @@ def test_every_name_has_a_file_of_its_own_in_the_directory(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["../evil", "a/b", ".hidden", "a..b"])
 def test_a_specification_with_another_name_is_not_written(tmp_path: Path, name: str) -> None:
-    spec = cdi_spec(WEB, HOST, HOOK)
+    spec = cdi_spec(WEB, EDITS)
     spec["devices"][0]["name"] = name
     with pytest.raises(InvalidInput):
         write_spec(spec, tmp_path)
@@ -111,7 +117,7 @@ def test_a_bundle_gets_what_cdi_gives_and_our_hook_last() -> None:
         "args": ["holdfast-hook", "createRuntime", "--vtpm", "web"],
     }
     ours = Hook("createRuntime", str(HOOK), ("holdfast-hook", "createRuntime", "--vtpm", "web"))
-    assert hooks_after(config, ours) == ()
+    assert hooks_after(hooks(config), ours) == ()
     assert len(config["hooks"]["poststop"]) == 1
 
 

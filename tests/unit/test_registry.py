@@ -77,6 +77,11 @@ def test_a_name_is_taken_once_and_free_after_removal(path: Path) -> None:
         "UPDATE instances SET record = 'no JSON' WHERE name = 'bad'",
         "UPDATE instances SET record = '[]' WHERE name = 'bad'",
         "UPDATE instances SET record = '{}' WHERE name = 'bad'",
+        "UPDATE instances SET record = json_set(record, '$.owner', 'me') WHERE name = 'bad'",
+        "UPDATE instances SET record = json_set(record, '$.owner', -1) WHERE name = 'bad'",
+        "UPDATE instances SET record = json_set(record, '$.banks', json('[[]]')) "
+        "WHERE name = 'bad'",
+        "UPDATE instances SET record = json_set(record, '$.start_policy', 1) WHERE name = 'bad'",
     ],
 )
 def test_a_row_that_is_no_instance_is_named_and_harms_no_other(path: Path, damage: str) -> None:

@@ -15,11 +15,11 @@ from collections.abc import Iterable
 
 from cryptography.hazmat.primitives.serialization import Encoding
 
-from holdfast.appraise.logs import HOST_PCRS
 from holdfast.appraise.policy import Policy, Trust
 from holdfast.appraise.result import SOFTWARE
 from holdfast.appraise.verifier import Challenge, Structure, check_structure
 from holdfast.tpm2.algorithms import Alg
+from holdfast.tpm2.constants import HOST_PCRS
 
 
 def learn_policy(

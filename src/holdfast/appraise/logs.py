@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Sequence
-from typing import Final
 
 from holdfast.appraise.contents import event_name
 from holdfast.errors import IntegrityError, InvalidInput
@@ -20,9 +19,9 @@ from holdfast.eventlog.records import PCR_OF, Record, verify_record
 from holdfast.eventlog.replay import PcrValues, composite, extend, initial, replay
 from holdfast.eventlog.tcg2 import Tcg2Event, Tcg2Log
 from holdfast.tpm2.algorithms import Alg
+from holdfast.tpm2.constants import HOST_PCRS
 from holdfast.tpm2.wire import sized, u16, u32, u64
 
-HOST_PCRS: Final = (*range(10), 14)  # those of a vTPM that speak of the host's boot (DESIGN 5)
 # (PCR, digests by bank, what to call it)
 Step = tuple[int, dict[Alg, bytes], str]
 

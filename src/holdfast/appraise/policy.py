@@ -20,12 +20,11 @@ from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 
 from holdfast.appraise.certificates import fingerprint
-from holdfast.appraise.logs import HOST_PCRS
 from holdfast.errors import InvalidInput
 from holdfast.evidence.round import check_challenge
 from holdfast.ids import InstanceId, InstanceName, instance_id, instance_name
 from holdfast.tpm2.algorithms import HASH_SIZES, HASHES_BY_NAME, Alg
-from holdfast.tpm2.constants import PCR_COUNT
+from holdfast.tpm2.constants import HOST_PCRS, PCR_COUNT
 
 VERSION: Final = 1
 POLICY_MAX: Final = 4 << 20  # bytes of policy text

@@ -41,7 +41,7 @@ from holdfast.eventlog.records import Record
 from holdfast.eventlog.replay import PcrValues
 from holdfast.eventlog.tcg2 import Tcg2Log
 from holdfast.evidence.bundle import Evidence, Quote
-from holdfast.evidence.pcrs import MEASURED_PCRS, decode_pcrs, ledger_digest
+from holdfast.evidence.pcrs import decode_pcrs, ledger_digest
 from holdfast.evidence.round import (
     Leaf,
     check_challenge,
@@ -51,7 +51,7 @@ from holdfast.evidence.round import (
     round_extra_data,
 )
 from holdfast.tpm2.algorithms import Alg, digest
-from holdfast.tpm2.constants import Rh
+from holdfast.tpm2.constants import HOST_PCRS, MEASURED_PCRS, Rh
 from holdfast.tpm2.keys import verify
 from holdfast.tpm2.structures import Attest, ClockInfo, Public, QuoteInfo, Signature, pcr_composite
 from holdfast.tpm2.wire import u16, u32
@@ -232,7 +232,7 @@ def _quoted(quote: Quote, ak: Public) -> Quoted:
 
 
 def _check_host_selection(values: PcrValues) -> None:
-    missing = sorted(set(logs.HOST_PCRS) - set(values.get(Alg.SHA256, {})))
+    missing = sorted(set(HOST_PCRS) - set(values.get(Alg.SHA256, {})))
     if missing:
         raise IntegrityError(f"PCR {missing[0]} (sha256) is not quoted")
 

@@ -19,7 +19,7 @@ from holdfast.errors import Conflict, IntegrityError
 from holdfast.eventlog.cel import encode_json
 from holdfast.eventlog.replay import PcrValues
 from holdfast.evidence.bundle import Companions, Evidence, Quote, Statement
-from holdfast.evidence.pcrs import MEASURED_PCRS, encode_pcrs, ledger_digest
+from holdfast.evidence.pcrs import encode_pcrs, ledger_digest
 from holdfast.evidence.round import (
     SALT_SIZE,
     InclusionProof,
@@ -30,10 +30,12 @@ from holdfast.evidence.round import (
     quote_digest,
     tree_root,
 )
+from holdfast.instance.background import background
 from holdfast.instance.links import Peer
 from holdfast.instance.vtpm import Run, VirtualTpm
 from holdfast.protocol import ipc
 from holdfast.tpm2.algorithms import Alg
+from holdfast.tpm2.constants import MEASURED_PCRS
 from holdfast.tpm2.structures import Attest, PcrSelection, Public, QuoteInfo, pcr_composite
 
 _Answer = tuple[InclusionProof, Quote]
@@ -71,7 +73,7 @@ class Collector:
                 f"{vtpm.record.name} is {vtpm.record.state}: only a running vTPM attests"
             )
         ledger = vtpm.ledger
-        quoted = await vtpm.quote(qualifying, tuple(MEASURED_PCRS))
+        quoted = await vtpm.quote(qualifying, MEASURED_PCRS)
         _check_against_ledger(quoted.attest, ledger)
         companions = await self._companions(vtpm, run)
         if vtpm.run is not run:
@@ -131,7 +133,7 @@ class Collector:
         waiting = _Waiting(leaf, loop.create_future())
         self._waiting.append(waiting)
         if self._rounds is None or self._rounds.done():
-            self._rounds = loop.create_task(self._run_rounds())
+            self._rounds = background(self._run_rounds())
         return await waiting.answer
 
     async def _run_rounds(self) -> None:
@@ -161,7 +163,7 @@ def ledger_part(ledger: PcrValues) -> PcrValues:
 def _check_against_ledger(attest: bytes, ledger: PcrValues) -> None:
     """A worker cannot claim another start than the one the daemon made."""
     decoded = Attest.decode(attest).attested
-    selection = PcrSelection(tuple((alg, tuple(MEASURED_PCRS)) for alg in sorted(ledger)))
+    selection = PcrSelection(tuple((alg, MEASURED_PCRS) for alg in sorted(ledger)))
     if not isinstance(decoded, QuoteInfo) or decoded != QuoteInfo(
         selection, pcr_composite(Alg.SHA256, selection, ledger)
     ):

@@ -10,7 +10,6 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Coroutine
 from pathlib import Path
 
 import structlog
@@ -22,6 +21,7 @@ from holdfast.daemon.api import Api
 from holdfast.daemon.host import Host
 from holdfast.daemon.listening import Room, listen
 from holdfast.errors import HoldfastError
+from holdfast.instance.background import background
 from holdfast.instance.vtpm import VirtualTpm
 from holdfast.linux import process
 
@@ -41,7 +41,6 @@ async def serve(settings: config.Config, ready_fd: int | None) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     evidence: dict[str, tuple[asyncio.Server, web.AppRunner]] = {}
-    tasks: set[asyncio.Task[None]] = set()
     api: Api | None = None
 
     async def close_evidence(vtpm: VirtualTpm) -> None:
@@ -60,15 +59,10 @@ async def serve(settings: config.Config, ready_fd: int | None) -> None:
         server = await listen(runner, sock, EVIDENCE_ROOM)
         evidence[vtpm.record.name] = server, runner
 
-    def begin(work: Coroutine[None, None, None]) -> None:
-        task = loop.create_task(work)
-        tasks.add(task)
-        task.add_done_callback(tasks.discard)
-
     host = Host(
         settings,
-        opened=lambda vtpm, ends: begin(open_evidence(vtpm, ends.evidence.dup())),
-        closed=lambda vtpm: begin(close_evidence(vtpm)),
+        opened=lambda vtpm, ends: background(open_evidence(vtpm, ends.evidence.dup())),
+        closed=lambda vtpm: background(close_evidence(vtpm)),
     )
     api = Api(host, Collector(host.keeper))
     await host.start()
@@ -82,6 +76,7 @@ async def serve(settings: config.Config, ready_fd: int | None) -> None:
     sock.listen(API_BACKLOG)
     server = await listen(runner, sock, API_ROOM)
     if ready_fd is not None:
+        os.write(ready_fd, b"\n")
         os.close(ready_fd)
     await stop.wait()
     server.close()
@@ -95,7 +90,7 @@ async def serve(settings: config.Config, ready_fd: int | None) -> None:
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="holdfast-daemon", description=__doc__)
     parser.add_argument("--config", type=Path)
-    parser.add_argument("--ready-fd", type=int, help="closed when the API is open")
+    parser.add_argument("--ready-fd", type=int, help="gets a byte when the API is open")
     options = parser.parse_args(arguments)
     process.set_pdeathsig(signal.SIGTERM)
     process.set_dumpable(False)

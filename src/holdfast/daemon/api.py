@@ -24,7 +24,6 @@ from holdfast import __version__
 from holdfast.attest.collector import Collector
 from holdfast.daemon.doctor import examine, overview
 from holdfast.daemon.host import Host
-from holdfast.daemon.starting import Start
 from holdfast.daemon.wanted import wanted
 from holdfast.errors import (
     AppraisalError,
@@ -143,7 +142,10 @@ async def problems(request: web.Request, handler: Handler) -> web.StreamResponse
     except (ConnectionError, PayloadEncodingError, web.RequestPayloadError):
         return _problem(InvalidInput("the request's body is cut off, or not in its encoding"))
     except OSError as error:
-        return _problem(HostError(f"{error.filename or request.path}: {error.strerror}"))
+        why = error.strerror or type(error).__name__
+        refused = HostError(f"{error.filename or request.path[:PATH_SHOWN]}: {why}")
+        _note_refusal(request, refused)
+        return _problem(refused)
     except Exception as error:  # noqa: BLE001 - the edge of a request: log, answer, go on
         # A caller who finds a way here must not fill the log with it.
         if _UNEXPECTED.allow(time.monotonic()):
@@ -315,7 +317,7 @@ class Api:
         state = checked_state(body.get("state"))
         stage = request.match_info["stage"]
         if stage == "createRuntime":
-            await self._host.start_for(name, Start(state, self._host.log, self._host.config))
+            await self._host.start_for(name, state)
             self._audit(who, "power on", name, container=state.id)
         elif stage == "poststop":
             # Only hurries what the end of the container's init brings about anyway.

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
+from holdfast.daemon.host import Host
 from holdfast.errors import HoldfastError
 from holdfast.linux import cgroup
 from holdfast.protocol import ipc
 from holdfast.protocol import lifecycle as lc
-
-if TYPE_CHECKING:
-    from holdfast.daemon.host import Host
-
 
 CPUINFO: Final = Path("/proc/cpuinfo")
 _LEVELS: Final = ("problem", "warning", "note", "ok")  # the worst first

@@ -25,12 +25,11 @@ import structlog
 from holdfast.daemon.config import Config
 from holdfast.daemon.starting import (
     HostLog,
-    Start,
-    hook_environment,
-    hook_path,
+    container_edits,
     measured_run,
     plain_run,
     provider,
+    run_again,
 )
 from holdfast.daemon.wanted import DEFAULT_BANKS, Wanted
 from holdfast.errors import (
@@ -48,19 +47,21 @@ from holdfast.frontend.door import Door
 from holdfast.frontend.filter import Profile
 from holdfast.ids import InstanceId, InstanceName, instance_name
 from holdfast.instance.ahead import Ahead
+from holdfast.instance.background import background
 from holdfast.instance.lifecycle import Event, State, after
 from holdfast.instance.links import Peer
 from holdfast.instance.vtpm import Run, Surroundings, VirtualTpm
 from holdfast.protocol import ipc
 from holdfast.protocol import lifecycle as lc
+from holdfast.protocol.oci_state import ContainerState
 from holdfast.store.registry import Instance, Registry
 from holdfast.tpm2.algorithms import HASHES_BY_NAME, Alg
 
 LOG = structlog.get_logger()
 INSTANCES_MAX: Final = 10_000
 MEASURING_MAX: Final = 4  # containers at once
-Opened = Callable[[VirtualTpm, Attachment], None]
-Closed = Callable[[VirtualTpm], None]
+Opened = Callable[[VirtualTpm, Attachment], object]
+Closed = Callable[[VirtualTpm], object]
 
 
 @dataclass(eq=False)
@@ -294,7 +295,7 @@ class Host:
 
     # --- a run ---
 
-    async def start_for(self, name: str, start: Start) -> VirtualTpm:
+    async def start_for(self, name: str, state: ContainerState) -> VirtualTpm:
         """Measure a container and power its vTPM on; whatever fails, nothing starts."""
         async with self._held(name) as vtpm:
             self._may_start(vtpm)
@@ -302,13 +303,14 @@ class Host:
                 wrong = await self.log_contradiction()
                 if wrong is not None:
                     raise HostError(f"{name} cannot be linked to this host: {wrong}")
-            pidfd = os.pidfd_open(start.state.pid)
+            pidfd = os.pidfd_open(state.pid)
             try:
                 loop = asyncio.get_running_loop()
                 run = await loop.run_in_executor(
-                    self._measuring, measured_run, vtpm.record, vtpm.banks, start
-                )
-                await self._power_on(vtpm, run, _start_time(start.state.pid))
+                    self._measuring, measured_run,
+                    vtpm.record, vtpm.banks, state, self.config, self.log,
+                )  # fmt: skip
+                await self._power_on(vtpm, run, _start_time(state.pid))
             except BaseException:
                 os.close(pidfd)
                 raise
@@ -357,15 +359,12 @@ class Host:
     def _watch(self, vtpm: VirtualTpm, lease: Lease) -> None:
         """The run ends with its container's init."""
         self._leases[vtpm.record.id] = lease
-        loop = asyncio.get_running_loop()
 
         def ended() -> None:
             lease.drop()
-            task = loop.create_task(self._container_ended(vtpm, lease))
-            _TASKS.add(task)
-            task.add_done_callback(_TASKS.discard)
+            background(self._container_ended(vtpm, lease))
 
-        loop.add_reader(lease.pidfd, ended)
+        asyncio.get_running_loop().add_reader(lease.pidfd, ended)
 
     async def _container_ended(self, vtpm: VirtualTpm, lease: Lease) -> None:
         try:
@@ -427,13 +426,8 @@ class Host:
 
     def cdi_of(self, vtpm: VirtualTpm) -> dict[str, Any]:
         """The CDI specification of a vTPM's device."""
-        name, paths = vtpm.record.name, self.config.paths
-        spec = cdi.cdi_spec(name, paths.vtpm(name), hook_path())
-        environment = hook_environment(self.config)
-        if environment:
-            for hook in spec["devices"][0]["containerEdits"]["hooks"]:
-                hook["env"] = list(environment)
-        return spec
+        name = vtpm.record.name
+        return cdi.cdi_spec(name, container_edits(name, self.config))
 
     async def _detach(self, vtpm: VirtualTpm, *, keep_cdi: bool = False) -> None:
         paths, name = self.config.paths, vtpm.record.name
@@ -465,20 +459,17 @@ class Host:
         fresh.rename(file)
 
     def _saved_run(self, vtpm: VirtualTpm) -> tuple[Run, int] | None:
+        run = plain_run()
         try:
             value = json.loads(self._run_file(vtpm).read_text())
-        except (FileNotFoundError, ValueError):
-            return None
-        run = plain_run()
-        if vtpm.record.profile == Profile.LINKED.value:
-            run = HostLog.run_again(
-                value["container"], value["init_pid"], bytes.fromhex(value["host_log"]),
-                value["records"], vtpm.banks,
-            )  # fmt: skip
-        return run, int(value["init_started"])
-
-
-_TASKS: set[asyncio.Task[None]] = set()
+            if vtpm.record.profile == Profile.LINKED.value:
+                run = run_again(
+                    value["container"], value["init_pid"], bytes.fromhex(value["host_log"]),
+                    value["records"], vtpm.banks,
+                )  # fmt: skip
+            return run, int(value["init_started"])
+        except (FileNotFoundError, ValueError, KeyError, TypeError):
+            return None  # none, or of another version
 
 
 def _start_time(pid: int) -> int:

@@ -1,8 +1,10 @@
 """What happens between a container's creation and its vTPM's power-on: everything is measured.
 
-In order: the host's log must lead to the host TPM's PCRs (or linking refuses); hooks after ours
-must be named by the start policy; configuration, image, provider and identity become events; the
-start policy judges them. Runs in a thread; measures through the runtime's own pre-exec init.
+In order: configuration and image are measured, through the runtime's own pre-exec init; the start
+policy judges them, and the hooks after ours; provider, configuration, image and identity become
+events; with the host's log they are the run. Runs in a thread.
+
+Not here: whether the host's log leads to the host TPM's PCRs is looked at before (`host`).
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ import stat
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any, Final
@@ -31,9 +33,9 @@ from holdfast.eventlog.replay import PcrValues, first_difference, pcr_values
 from holdfast.eventlog.tcg2 import Tcg2Log
 from holdfast.frontend import cdi
 from holdfast.ids import InstanceName
-from holdfast.instance.vtpm import HOST_PCRS, Run, host_extends
+from holdfast.instance.vtpm import Run, host_extends
 from holdfast.measure.cache import FileTreeCache
-from holdfast.measure.config import CONFIG_MAX, Hook, config_facts, hooks_after, parse_config
+from holdfast.measure.config import CONFIG_MAX, Hook, config_facts, hooks_after
 from holdfast.measure.events import (
     Measurement,
     ProviderFacts,
@@ -47,6 +49,7 @@ from holdfast.measure.rootfs import image_facts, rootfs_path
 from holdfast.protocol.oci_state import ContainerState
 from holdfast.store.registry import Instance
 from holdfast.tpm2.algorithms import HASH_NAMES, Alg
+from holdfast.tpm2.constants import HOST_PCRS
 
 LIBTPMS: Final = "libtpms.so.0"
 _FIND: Final = """
@@ -97,19 +100,11 @@ class HostLog:
         event = f"its last event there is {last.type_name}" if last else "it has no event there"
         return f"{differs} of the host TPM is not what the event log leads to; {event}"
 
-    @staticmethod
-    def run_again(container: str, pid: int, log: bytes, records: str, banks: Sequence[Alg]) -> Run:
-        """A run as it was saved: the same log, the same records."""
-        return _run(container, pid, log, decode_json(records), banks)
 
-
-@dataclass(frozen=True)
-class Start:
-    """A container about to start, as its runtime's hook told it."""
-
-    state: ContainerState
-    log: HostLog
-    config: Config
+def run_again(container: str, pid: int, log: bytes, records: str, banks: Sequence[Alg]) -> Run:
+    """A run as it was saved: the same log, the same records."""
+    host = (log, tcg2.parse(log)) if log else None
+    return _run(container, pid, host, decode_json(records), banks)
 
 
 def plain_run() -> Run:
@@ -117,21 +112,22 @@ def plain_run() -> Run:
     return Run("", 0, 0, b"", 0, (), ())
 
 
-def measured_run(record: Instance, banks: Sequence[Alg], start: Start) -> Run:
+def measured_run(
+    record: Instance, banks: Sequence[Alg], state: ContainerState, config: Config, log: HostLog
+) -> Run:
     """Measure the container; Conflict if the start policy does not allow it."""
-    state = start.state
     process = os.open(f"/proc/{state.pid}", os.O_RDONLY | os.O_DIRECTORY)
     try:
         text = _read_regular(Path(state.bundle) / "config.json", CONFIG_MAX + 1)
         facts = config_facts(text, state.id)
-        ours = our_hook(record.name, start.config)
-        later = [hook.path for hook in hooks_after(parse_config(text), ours)]
+        ours = our_hook(container_edits(record.name, config))
+        later = [hook.path for hook in hooks_after(facts.hooks, ours)]
         image = image_facts(
             process,
             rootfs_path(state.bundle, facts.rootfs),
             facts,
             state.id,
-            _tree_cache(start.config.paths.run / "internal" / "tree-cache.json"),
+            _tree_cache(config.paths.run / "internal" / "tree-cache.json"),
         )
     finally:
         os.close(process)
@@ -149,17 +145,21 @@ def measured_run(record: Instance, banks: Sequence[Alg], start: Start) -> Run:
         make_record(number, m.content_type, m.content, banks)
         for number, m in enumerate(measurements, 1)
     ]
-    log = b"" if record.unlinked else start.log.read()[0]
-    return _run(state.id, state.pid, log, tuple(records), banks)
+    host = None if record.unlinked else log.read()
+    return _run(state.id, state.pid, host, tuple(records), banks)
 
 
 def _run(
-    container: str, pid: int, log: bytes, records: tuple[Record, ...], banks: Sequence[Alg]
+    container: str,
+    pid: int,
+    host: tuple[bytes, Tcg2Log] | None,
+    records: tuple[Record, ...],
+    banks: Sequence[Alg],
 ) -> Run:
     own = tuple((r.pcr, r.digests) for r in records)
-    if not log:
+    if host is None:
         return Run(container, pid, 0, b"", 0, own, records)
-    parsed = tcg2.parse(log)
+    log, parsed = host
     if parsed.startup_locality == 4:
         raise HostError("the host began with an H-CRTM sequence, which cannot be replayed")
     extends = (*host_extends(parsed, banks), *own)
@@ -210,16 +210,20 @@ def _judge(
         )
 
 
-def our_hook(name: InstanceName, config: Config) -> Hook:
-    """Our createRuntime hook, exactly as a vTPM's CDI device has it."""
-    args = (cdi.HOOK_NAME, cdi.HOOK_STAGES[0], "--vtpm", name)
-    return Hook(cdi.HOOK_STAGES[0], os.fspath(hook_path()), args, hook_environment(config))
+def container_edits(name: InstanceName, config: Config) -> cdi.Json:
+    """What a container that gets this vTPM is given, by CDI or in its bundle.
 
-
-def hook_environment(config: Config) -> tuple[str, ...]:
-    """What our hooks need to be told: a runtime gives them no environment of ours."""
+    Our hooks are told where the API is, if need be: a runtime gives them no environment of ours.
+    """
     api = config.paths.api
-    return () if api == DEFAULT_SOCKET else (f"{ENVIRONMENT}={api}",)
+    told = () if api == DEFAULT_SOCKET else (f"{ENVIRONMENT}={api}",)
+    return cdi.container_edits(name, config.paths.vtpm(name), hook_path(), told)
+
+
+def our_hook(edits: cdi.Json) -> Hook:
+    """The first hook of such edits: the one that measures."""
+    hook = edits["hooks"][0]
+    return Hook(hook["hookName"], hook["path"], tuple(hook["args"]), tuple(hook.get("env", ())))
 
 
 def _read_regular(path: Path, size: int) -> bytes:

@@ -41,6 +41,7 @@ class Child:
 
     name: str
     command: list[str]
+    socket: Path | None = None  # where it listens, if others wait for that
     process: subprocess.Popen[bytes] | None = None
     pidfd: int = -1
     deaths: list[float] = field(default_factory=list)
@@ -66,6 +67,7 @@ class Supervisor:
                     "--tcti", settings.host.tcti, "--socket", str(paths.keeper),
                     "--uid", str(uid), "--gid", str(gid),
                 ],
+                paths.keeper,
             ),
             Child(
                 "spawner",
@@ -73,6 +75,7 @@ class Supervisor:
                     *python, "holdfast.spawner", "--socket", str(paths.spawner),
                     "--keeper", str(paths.keeper), "--blank", str(settings.workers.blank),
                 ],
+                paths.spawner,
             ),
             Child("daemon", [*python, "holdfast.daemon", *given]),
         ]  # fmt: skip
@@ -94,13 +97,9 @@ class Supervisor:
     def run(self) -> int:
         """Start all, wait, restart; returns the exit status."""
         self._prepare()
-        for child in self._children[:2]:
-            self._start(child)
-            self._await_socket(child)
-        read, write = os.pipe()
-        self._start(self._children[2], ("--ready-fd", str(write)), (write,))
-        os.close(write)
-        self._await_ready(read)
+        for child in self._children:
+            if not self._ending:
+                self._begin(child)
         if not self._ending:
             _notify("READY=1")
         while not self._ending:
@@ -141,28 +140,36 @@ class Supervisor:
         child.pidfd = os.pidfd_open(child.process.pid)
         self._selector.register(child.pidfd, selectors.EVENT_READ, child)
 
-    def _await_socket(self, child: Child) -> None:
-        """Its socket appears when it listens; HostError if it ends first."""
-        path = Path(child.command[child.command.index("--socket") + 1])
+    def _begin(self, child: Child) -> None:
+        """Start it, and wait until it serves or we are to end; HostError if it does not."""
+        if child.socket is not None:
+            self._start(child)
+            self._await_socket(child, child.socket)
+            return
+        read, write = os.pipe()
+        self._start(child, ("--ready-fd", str(write)), (write,))
+        os.close(write)
+        self._await_byte(child, read)
+
+    def _await_socket(self, child: Child, path: Path) -> None:
+        """Its socket appears when it listens."""
         deadline = time.monotonic() + READY_SECONDS
         assert child.process is not None
-        while not path.exists():
+        while not path.exists() and not self._ending:
             if child.process.poll() is not None or time.monotonic() > deadline:
                 raise HostError(f"the {child.name} did not start")
             select_quietly(child.pidfd, 0.02)
 
-    def _await_ready(self, fd: int) -> None:
-        """End of file means ready, or dead, which shows at its pidfd; or we are to end."""
-        daemon = self._children[2]
+    def _await_byte(self, child: Child, fd: int) -> None:
+        """It writes a byte when it listens; end of file without one means that it has ended."""
         with os.fdopen(fd, "rb") as pipe, selectors.DefaultSelector() as ready:
             ready.register(pipe, selectors.EVENT_READ)
             ready.register(self._wake, selectors.EVENT_READ)
-            came = ready.select(READY_SECONDS)
-        assert daemon.process is not None
-        if daemon.process.poll() is not None:
-            raise HostError("the daemon did not start")
-        if not came:
-            raise HostError(f"the daemon's API did not open within {READY_SECONDS:.0f} s")
+            came = {key.fileobj for key, _ in ready.select(READY_SECONDS)}
+            if not came:
+                raise HostError(f"the {child.name} did not serve within {READY_SECONDS:.0f} s")
+            if pipe in came and not pipe.read(1):
+                raise HostError(f"the {child.name} did not start")
 
     def _restart(self, child: Child) -> None:
         """Start a dead child again, later and later if it keeps dying."""

@@ -15,11 +15,10 @@ from typing import Final
 from holdfast.errors import InvalidInput
 from holdfast.eventlog.replay import PcrValues
 from holdfast.tpm2.algorithms import HASH_SIZES, Alg
-from holdfast.tpm2.constants import PCR_COUNT
+from holdfast.tpm2.constants import MEASURED_PCRS, PCR_COUNT
 from holdfast.tpm2.wire import Reader, sized, u8, u16
 
 LEDGER_TAG: Final = b"holdfast/ledger/1"
-MEASURED_PCRS: Final = range(16)  # written by the host alone (DESIGN 5)
 ENCODED_MAX: Final = len(HASH_SIZES) * (3 + PCR_COUNT * 65)
 _WHAT: Final = "PCR values"
 _BANKS: Final[Mapping[int, Alg]] = {int(alg): alg for alg in HASH_SIZES}

@@ -86,10 +86,16 @@ def _let_pass(directory: Path, uid: int) -> None:
 
 def adopt(directory: Path, fds: list[int]) -> Attachment:
     """The ends of a run that goes on, from their holder; only the evidence socket is new."""
-    fuse, data, control = fds
     path = directory / "run" / EVIDENCE_SOCKET
-    path.unlink(missing_ok=True)
-    return Attachment(fuse, _stream(data), _stream(control), _listen(path))
+    try:
+        fuse, data, control = fds
+        path.unlink(missing_ok=True)
+        evidence = _listen(path)
+    except BaseException:
+        for fd in fds:
+            os.close(fd)
+        raise
+    return Attachment(fuse, _stream(data), _stream(control), evidence)
 
 
 def _stream(fd: int) -> socket.socket:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -20,7 +21,6 @@ from holdfast.ids import InstanceName, instance_name
 
 CDI_VERSION: Final = "0.5.0"
 KIND: Final = "holdfast.dev/vtpm"
-DIRECTORY: Final = Path("/run/cdi")
 HOOK_NAME: Final = "holdfast-hook"
 HOOK_STAGES: Final = ("createRuntime", "poststop")
 _SAFE: Final = ("nosuid", "nodev", "noexec")
@@ -39,11 +39,14 @@ ENVIRONMENT: Final = (
 Json = dict[str, Any]
 
 
-def container_edits(name: InstanceName, host: Path, hook: Path) -> Json:
+def container_edits(
+    name: InstanceName, host: Path, hook: Path, hook_env: Sequence[str] = ()
+) -> Json:
     """The edits of one vTPM: `host` is its directory on the host, `hook` the hook executable.
 
     `host`/dev/tpm0 and tpmrm0 become the devices, `host`/run becomes /run/vtpm.
     """
+    told = {"env": list(hook_env)} if hook_env else {}
     mounts = [
         _mount(host / "dev/tpm0", "/dev/tpm0"),
         _mount(host / "dev/tpmrm0", _DEVICE),
@@ -54,27 +57,28 @@ def container_edits(name: InstanceName, host: Path, hook: Path) -> Json:
             "hookName": stage,
             "path": str(hook),
             "args": [HOOK_NAME, stage, "--vtpm", name],
+            **told,
         }
         for stage in HOOK_STAGES
     ]
     return {"env": list(ENVIRONMENT), "mounts": mounts, "hooks": hooks}
 
 
-def cdi_spec(name: InstanceName, host: Path, hook: Path) -> Json:
+def cdi_spec(name: InstanceName, edits: Json) -> Json:
     """The specification that a CDI file of this vTPM holds."""
     return {
         "cdiVersion": CDI_VERSION,
         "kind": KIND,
-        "devices": [{"name": name, "containerEdits": container_edits(name, host, hook)}],
+        "devices": [{"name": name, "containerEdits": edits}],
     }
 
 
-def spec_path(name: InstanceName, directory: Path = DIRECTORY) -> Path:
+def spec_path(name: InstanceName, directory: Path) -> Path:
     """Where that file is: the grammar of names leaves no way out of the directory."""
     return directory / f"{KIND.replace('/', '-')}_{name}.json"
 
 
-def write_spec(spec: Json, directory: Path = DIRECTORY) -> Path:
+def write_spec(spec: Json, directory: Path) -> Path:
     """Write a specification in one step, readable to all, making the directory if need be.
 
     InvalidInput if its device's name is not that of an instance.
@@ -96,7 +100,7 @@ def write_spec(spec: Json, directory: Path = DIRECTORY) -> Path:
     return path
 
 
-def remove_spec(name: InstanceName, directory: Path = DIRECTORY) -> None:
+def remove_spec(name: InstanceName, directory: Path) -> None:
     """Remove a vTPM's file; that there is none is fine."""
     spec_path(name, directory).unlink(missing_ok=True)
 

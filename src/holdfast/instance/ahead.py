@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from uuid import UUID, uuid4
 
 from holdfast.errors import HoldfastError
+from holdfast.instance.background import background
 from holdfast.instance.links import Peer
 from holdfast.instance.worker_link import WorkerLink, spawn
 from holdfast.protocol import ipc
@@ -104,7 +105,7 @@ class Ahead:
     def refill(self) -> None:
         """Make what is missing, in the background."""
         if self._count and (self._refilling is None or self._refilling.done()):
-            self._refilling = asyncio.get_running_loop().create_task(self._refill())
+            self._refilling = background(self._refill())
 
     async def _refill(self) -> None:
         while len(self._waiting) < self._count:

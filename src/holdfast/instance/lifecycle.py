@@ -18,7 +18,7 @@ class State(Enum):
     DEFINED = "defined"  # named, not yet made: a crash during manufacture leaves it here
     OFF = "off"  # manufactured and powered off
     ACTIVE = "active"  # powered on: it has, or is being given, a worker
-    FAILED = "failed"  # its state does not open or its start failed: never reset by itself
+    FAILED = "failed"  # its run could not go on: never reset by itself
     DESTROYED = "destroyed"  # gone, and only a name in the log
 
 

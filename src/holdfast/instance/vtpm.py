@@ -28,6 +28,7 @@ from holdfast.eventlog.records import Record
 from holdfast.eventlog.replay import PcrValues, initial, replay
 from holdfast.eventlog.tcg2 import Tcg2Log
 from holdfast.instance.ahead import Parked, begin
+from holdfast.instance.background import background
 from holdfast.instance.bucket import Bucket
 from holdfast.instance.lifecycle import Event, State, after
 from holdfast.instance.links import Peer
@@ -36,6 +37,7 @@ from holdfast.protocol import ipc
 from holdfast.protocol import lifecycle as lc
 from holdfast.store.registry import Instance, KeySet, Registry
 from holdfast.tpm2.algorithms import HASHES_BY_NAME, Alg
+from holdfast.tpm2.constants import HOST_PCRS, MEASURED_PCRS
 
 LOG = structlog.get_logger()
 QUOTES_PER_SECOND: Final = 5.0  # of one vTPM, for long: each costs the host TPM a signature
@@ -43,8 +45,6 @@ QUOTES_BURST: Final = 30.0
 RESTART_DELAYS: Final = (0.0, 0.1, 0.5, 2.0, 5.0, 15.0)  # seconds before each replacement in a row
 WORKER_END_SECONDS: Final = 5.0  # for an orderly end; the longest command takes less
 STEADY_SECONDS: Final = 60.0  # after which a worker's death counts as the first again
-MEASURED_PCRS: Final = range(16)
-HOST_PCRS: Final = (*range(10), 14)  # these speak of the host (DESIGN 5)
 Extends = Sequence[tuple[int, Mapping[Alg, bytes]]]
 
 
@@ -111,7 +111,7 @@ class VirtualTpm:
         self._restarts: list[float] = []
         self._door: Door | None = None
         self._stopping = False
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._replacing: asyncio.Task[None] | None = None
 
     @property
     def state(self) -> State:
@@ -314,7 +314,7 @@ class VirtualTpm:
         self._stopping = True
 
     def _given_up(self) -> bool:
-        return self._stopping
+        return self._stopping  # asked by a call: mypy holds what it saw before an await for true
 
     async def power_off(self) -> None:
         """An orderly end: Shutdown(CLEAR), sealed; the worker gone."""
@@ -342,9 +342,7 @@ class VirtualTpm:
         """Called when a worker's process has ended."""
         if self._stopping or self.run is None or self._worker is None:
             return
-        task = asyncio.get_running_loop().create_task(self._replace(why))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        self._replacing = background(self._replace(why))
 
     async def _replace(self, why: str) -> None:
         """TPM Reset: the same measurements in a new worker, later and later if that goes on."""
@@ -423,8 +421,8 @@ class VirtualTpm:
 
     async def settle(self) -> None:
         """Wait for replacements that are under way."""
-        while self._tasks:
-            await asyncio.gather(*self._tasks, return_exceptions=True)
+        while self._replacing is not None and not self._replacing.done():
+            await asyncio.wait([self._replacing])
 
 
 def _extension(pcr: int, digests: Mapping[Alg, bytes]) -> lc.Extension:

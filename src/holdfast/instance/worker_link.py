@@ -136,6 +136,8 @@ async def spawn(
         with contextlib.suppress(HoldfastError):
             await worker.kill(spawner)
         raise
+    if worker.ended.is_set():  # with its answer: before anybody knew whom to replace
+        raise HostError(f"the worker is gone: {worker.link.last_words or 'it ended'}")
     return worker, answer
 
 

@@ -15,7 +15,7 @@ import hashlib
 import heapq
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, NoReturn
 
@@ -154,6 +154,7 @@ class ConfigFacts:
     rootfs: str
     annotations: Mapping[str, str]
     provision: Provision
+    hooks: tuple[Hook, ...] = ()  # as `hooks` lists them
 
 
 def config_facts(data: bytes, container_id: str) -> ConfigFacts:
@@ -174,6 +175,7 @@ def config_facts(data: bytes, container_id: str) -> ConfigFacts:
             _id_map(linux, "uidMappings"),
             _id_map(linux, "gidMappings"),
         ),
+        hooks=hooks(config),
     )
 
 
@@ -229,13 +231,12 @@ def _hook_strings(hook: Json, name: str) -> tuple[str, ...]:
     return tuple(value)
 
 
-def hooks_after(config: Json, ours: Hook) -> tuple[Hook, ...]:
+def hooks_after(ordered: Sequence[Hook], ours: Hook) -> Sequence[Hook]:
     """Every hook that runs between the first run of ours and user code; NotFound without ours.
 
     Ours is so with its arguments and environment: with others it does something else. A second run
     of ours is among those after it: it too comes after what was measured.
     """
-    ordered = hooks(config)
     for index, hook in enumerate(ordered):
         if hook == ours:
             return ordered[index + 1 :]

@@ -208,13 +208,6 @@ class PoweredOn(Message, code=151):
 
 
 @dataclass(frozen=True)
-class Extend(Message, code=152):
-    """Extend these, in order. Answered with Done."""
-
-    extensions: tuple[Extension, ...]
-
-
-@dataclass(frozen=True)
 class Quote(Message, code=154):
     """Quote these PCRs of these banks with the evidence AK. Answered with Quoted."""
 

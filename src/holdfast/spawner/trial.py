@@ -23,6 +23,7 @@ from holdfast.spawner.pool import Blank, Pool, ending
 from holdfast.store.sealing import KEY_SIZE
 from holdfast.tpm2 import requests as rq
 from holdfast.tpm2.algorithms import Alg
+from holdfast.tpm2.constants import MEASURED_PCRS
 from holdfast.tpm2.wire import u32
 
 SECONDS: Final = 10.0
@@ -112,7 +113,7 @@ def _serve(blank: Blank, key: bytes, state: lc.Commit) -> None:
     ends = _Ends(key)
     try:
         ends.hand_over(blank.channel, serving=True)
-        expected = tuple(ipc.PcrValue(Alg.SHA256, pcr, bytes(32)) for pcr in range(16))
+        expected = tuple(ipc.PcrValue(Alg.SHA256, pcr, bytes(32)) for pcr in MEASURED_PCRS)
         power_on = lc.PowerOn(_PROFILE, state.epoch, state.sealed, 0, (), expected)
         _ask(ends.daemon, power_on, lc.PoweredOn)
         random = rq.get_random(8)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import json
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
@@ -70,6 +70,12 @@ class Instance:
     lineage: int = 0
     why_failed: str = ""
     start_policy: dict[str, object] = field(default_factory=dict)
+
+
+_KINDS: Final[Mapping[str, type]] = {
+    "profile": str, "owner": int, "created": str, "unlinked": bool, "ephemeral": bool, "run": int,
+    "restarts": int, "lineage": int, "why_failed": str, "start_policy": dict,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -307,7 +313,15 @@ def _encode(instance: Instance) -> str:
 
 
 def _decode(instance: str, name: str, state: str, record: str) -> Instance:
-    # Names become paths, so they are looked at again.
+    # Names become paths, so they are looked at again; and who acts on the rest counts on its types.
     fields = json.loads(record)
     fields["banks"] = tuple(fields["banks"])
-    return Instance(instance_id(instance), instance_name(name), state, **fields)
+    found = Instance(instance_id(instance), instance_name(name), state, **fields)
+    for field_name, kind in _KINDS.items():
+        if type(getattr(found, field_name)) is not kind:
+            raise TypeError(f"{field_name} is not {kind.__name__}")
+    if not all(isinstance(bank, str) for bank in found.banks):
+        raise TypeError("banks are not texts")
+    if not all(0 <= number < 1 << 32 for number in (found.owner, found.run, found.lineage)):
+        raise ValueError("a number is out of range")
+    return found

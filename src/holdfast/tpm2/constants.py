@@ -120,6 +120,8 @@ class NvAttr(IntFlag):
 # Where our vTPMs keep what they are made with (TCG EK Credential Profile 2.5, 2.2.1.4; DESIGN 6).
 EK_RSA_HANDLE: Final = 0x81010001
 EK_ECC_HANDLE: Final = 0x8101000A
+MEASURED_PCRS: Final = tuple(range(16))  # of a vTPM, written by the host alone
+HOST_PCRS: Final = (*range(10), 14)  # those of them that speak of the host's boot
 AK_HANDLE: Final = 0x81800002  # in the platform half: the tenant can use it, not evict it
 EK_RSA_CERT_INDEX: Final = 0x01C00002
 EK_ECC_CERT_INDEX: Final = 0x01C0000A

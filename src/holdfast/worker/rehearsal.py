@@ -23,13 +23,14 @@ from holdfast.protocol import lifecycle as lc
 from holdfast.store.sealing import KEY_SIZE, Kind, Owner, seal
 from holdfast.tpm2 import requests as rq
 from holdfast.tpm2.algorithms import HASH_SIZES, Alg
+from holdfast.tpm2.constants import MEASURED_PCRS
 from holdfast.worker.service import Ended, Worker
 from holdfast.worker.tpm import DurableTpm
 
 _NOBODY: Final = UUID(int=0)
 _PROFILE: Final = "linked"
 _ZEROS: Final = tuple(
-    ipc.PcrValue(alg, pcr, bytes(size)) for alg, size in HASH_SIZES.items() for pcr in range(16)
+    ipc.PcrValue(alg, pcr, bytes(size)) for alg, size in HASH_SIZES.items() for pcr in MEASURED_PCRS
 )
 _EXTENSION: Final = lc.Extension(16, (ipc.PcrValue(Alg.SHA256, 16, bytes(32)),))
 

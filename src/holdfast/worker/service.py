@@ -32,7 +32,7 @@ from holdfast.store.sealing import Kind, Owner, seal, unseal
 from holdfast.tpm2 import requests as rq
 from holdfast.tpm2.algorithms import HASH_SIZES, Alg
 from holdfast.tpm2.commands import Cc
-from holdfast.tpm2.constants import AK_HANDLE
+from holdfast.tpm2.constants import AK_HANDLE, MEASURED_PCRS
 from holdfast.tpm2.structures import PcrSelection
 from holdfast.worker import manufacture
 from holdfast.worker.tpm import DurableTpm
@@ -40,7 +40,6 @@ from holdfast.worker.tpm import DurableTpm
 FAULT_STATUS: Final = 70  # EX_SOFTWARE
 DAEMON_WAIT: Final = 15.0  # seconds a commit waits for a new daemon
 KEY_WAIT: Final = 10.0  # seconds the keeper may take
-MEASURED_PCRS: Final = tuple(range(16))
 _READ_AT_ONCE: Final = 8  # PCRs in one PCR_Read response
 
 
@@ -75,7 +74,6 @@ class Worker:
             lc.MakeRsaKey: self._make_rsa_key,
             lc.InstallCertificates: self._install_certificates,
             lc.PowerOn: self._power_on,
-            lc.Extend: self._extend,
             lc.Quote: self._quote,
             lc.PowerOff: self._power_off,
         }
@@ -301,10 +299,6 @@ class Worker:
         for extension in extensions:
             digests = {Alg(value.alg): value.value for value in extension.digests}
             rq.response(Cc.PCR_Extend, execute(rq.pcr_extend(extension.pcr, digests)))
-
-    def _extend(self, message: lc.Extend) -> ipc.Message:
-        self._extend_all(self._running().execute_for_host, message.extensions)
-        return ipc.Done()
 
     def _serve(self, vtpm: Vtpm) -> None:
         """Let clients in."""
