@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import select
 import socket
@@ -76,6 +77,7 @@ def refused(
         ("/v1/vtpms/web/evidence", {"nonce": NONCE, "audience": "a\0b"}, "an audience is"),
         ("/v1/hooks/poststop", {"vtpm": ["web"]}, "vtpm is text, not a list"),
         ("/v1/hooks/poststop", {"vtpm": "web"}, "container state: is not an object"),
+        ("/v1/hooks/poststop", {"vtpm": None, "state": STATE}, "is not an instance name"),
         ("/v1/hooks/poststop", {"vtpm": "web", "state": []}, "state is an object, not a list"),
         ("/v1/hooks/poststop", {"vtpm": "web", "state": {**STATE, "pid": "1"}}, "pid is not"),
         ("/v1/hooks/poststop", {"vtpm": "web", "state": {**STATE, "bundle": "x"}}, "bundle is not"),
@@ -113,6 +115,18 @@ def test_what_is_no_http_is_not_logged(host: Serve) -> None:
             sock.sendall(b"\x16\x03\x01\r\n\r\n")
             assert sock.recv(64).startswith(b"HTTP/1.0 400")
     assert host.log()[before:] == ""
+
+
+def test_what_the_host_does_not_have_is_named_and_audited(host: Serve) -> None:
+    host.create("bundled", unsafe_unlinked=True, profile="linked")
+    state = {**STATE, "status": "created", "pid": os.getpid(), "bundle": "/nowhere"}
+    body = json.dumps({"vtpm": "bundled", "state": state}).encode()
+    why = "/nowhere/config.json: No such file or directory"
+    before = len(host.log())
+    refused(host, 503, why, "POST", "/v1/hooks/createRuntime", body)
+    assert why in host.log()[before:]
+    assert host.inspect("bundled")["state"] == "off"
+    host.call("DELETE", "/v1/vtpms/bundled")
 
 
 def test_what_the_api_does_not_have_is_a_problem_too(host: Serve) -> None:

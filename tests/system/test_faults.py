@@ -770,6 +770,47 @@ def test_a_state_or_bank_that_cannot_be_is_left_alone_and_harms_no_other() -> No
         Stream(host.place("good")).close()
 
 
+def test_a_vtpm_made_ahead_is_of_use_though_the_keeper_has_forgotten_its_keys() -> None:
+    with a_host(running=False) as host:
+        with host.config.open("a") as file:
+            file.write("[workers]\nmanufactured = 1\n")
+        host.start()
+
+        def waits() -> bool:
+            return bool(host.finding("spawner")["says"].startswith("1 workers live"))
+
+        until("one waits", waits)
+        keeper = host.children()["keeper"]
+        os.kill(keeper, signal.SIGKILL)
+        until("another keeper is open", lambda: keeper_is_another(host, keeper))
+        host.create("web")
+        host.power_on("web")
+        Stream(host.place("web")).close()
+
+
+def keeper_is_another(host: Serve, than: int) -> bool:
+    now = host.children().get("keeper", than)
+    return now != than and host.finding("keeper")["level"] == "ok"
+
+
+def test_serve_that_is_told_to_end_while_it_starts_ends_and_was_never_ready() -> None:
+    with a_host(running=False) as host, socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
+        systemd.bind(os.fspath(host.directory / "notify.sock"))
+        systemd.settimeout(10)
+        host.process = subprocess.Popen(
+            [PROGRAM, "serve", "--config", str(host.config)],
+            env={**os.environ, "NOTIFY_SOCKET": str(host.directory / "notify.sock")},
+        )
+        daemon = until("the daemon starts", lambda: host.children().get("daemon", 0))
+        os.kill(daemon, signal.SIGSTOP)
+        host.process.terminate()
+        told = systemd.recv(64)
+        os.kill(daemon, signal.SIGCONT)
+        assert told == b"STOPPING=1"
+        assert host.stop() == 0
+        until("nothing is left", lambda: not host.left_over(), 10)
+
+
 # --- two of them ---------------------------------------------------------------------------------
 
 

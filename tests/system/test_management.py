@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 
+from holdfast.daemon.starting import provider
 from holdfast.errors import Conflict, Forbidden, InvalidInput, NotFound
 from holdfast.tpm2 import requests as rq
 from holdfast.tpm2.constants import NvAttr, Rh
@@ -240,6 +241,19 @@ def test_doctor_shows_the_version_of_libtpms_and_what_is_known_against_it(host: 
         assert "CVE-" in finding["says"]
     assert host.finding("host TPM")["level"] == "warning"  # a stand-in is never silent
     assert "stand-in" in host.finding("host TPM")["says"]
+
+
+def test_the_library_that_is_measured_is_the_one_that_runs(host: Serve, vtpm: str) -> None:
+    host.power_on(vtpm)
+    measured = provider()
+    maps = {
+        line.split()[-1]
+        for pid in host.workers()
+        for line in Path(f"/proc/{pid}/maps").read_text().splitlines()
+        if "/libtpms.so" in line
+    }
+    assert maps == {measured.libtpms_path}
+    assert host.finding("libtpms")["says"].startswith(measured.libtpms_version)
 
 
 # --- who does the work ---------------------------------------------------------------------------

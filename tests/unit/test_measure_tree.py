@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import stat
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -345,6 +346,16 @@ def test_a_file_cache_that_cannot_be_written_stops_nobody(tmp_path: Path, rest: 
     assert cache.get(key_of(rest)) == digest
 
 
+@pytest.fixture
+def restless() -> Iterator[None]:
+    """Threads take turns as often as they can."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(before)
+
+
+@pytest.mark.usefixtures("restless")
 def test_a_file_cache_serves_those_who_measure_at_once(tmp_path: Path) -> None:
     cache = FileTreeCache(tmp_path / "trees.json", "boot")
     keys = [TreeKey(1, inode, bytes(32)) for inode in range(400)]

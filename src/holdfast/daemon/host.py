@@ -354,7 +354,11 @@ class Host:
         self._save_run(vtpm, run, started)
         await vtpm.power_on(run)
         place = self.config.paths.vtpm(vtpm.record.name) / "run" / places.EVENT_LOG
-        place.write_text(encode_json(run.records))
+        try:
+            place.write_text(encode_json(run.records))
+        except OSError:
+            await vtpm.power_off()
+            raise
 
     def _watch(self, vtpm: VirtualTpm, lease: Lease) -> None:
         """The run ends with its container's init."""
