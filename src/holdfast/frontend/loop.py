@@ -124,12 +124,17 @@ class Loop:
             sched_yield()  # to a client that is about to connect, it may be
             return IDLE
         connection = made(fd)
-        # Serve before waiting: a client that connects for one command mostly has sent it already.
-        result = connection.readable()
+        # Serve before waiting: a client that connects for one command mostly has sent it already,
+        # and goes when it has its answer.
+        readable = connection.readable
+        result = readable()
         if self._skip:
             self._skip -= 1
         elif result != GONE:
-            result = self._look_again(connection.readable, yields=True)
+            sched_yield()
+            result = readable()
+            if result == IDLE:
+                result = self._look_again(readable, yields=True)
         if result == GONE:
             connection.close()
             return SERVED
@@ -181,12 +186,18 @@ class Loop:
         while self._left:
             self._left -= 1
             self.hear_host()
-            until = perf_counter() + SPIN_SECONDS
+            until = 0.0  # known once the first look has found nothing
             result = IDLE
-            while result == IDLE and perf_counter() < until:
+            while result == IDLE:
                 if yields:
                     sched_yield()
                 result = serve()
+                if result == IDLE:
+                    now = perf_counter()
+                    if not until:
+                        until = now + SPIN_SECONDS
+                    elif now >= until:
+                        break
             if result != SERVED:
                 break
             self._misses = 0
