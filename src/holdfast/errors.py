@@ -102,6 +102,21 @@ EXIT_CODES: Final[Mapping[type[HoldfastError], int]] = {
 }
 
 
+# Those that are made of a text alone, as a text is all that another process tells of an error.
+_OF_A_TEXT: Final[Mapping[str, type[HoldfastError]]] = {
+    kind.__name__: kind
+    for kind in (
+        HoldfastError, PeerError, ProtocolError, CallerError, InvalidInput, NotFound, Conflict,
+        Forbidden, IntegrityError, HostError,
+    )
+}  # fmt: skip
+
+
+def by_name(name: str, why: str) -> HoldfastError:
+    """The error that another process of ours has named; HostError for what is not of a text."""
+    return _OF_A_TEXT.get(name, HostError)(why)
+
+
 def exit_code(error: Exception) -> int:
     """How a program of ours ends for this error."""
     return next((code for kind, code in EXIT_CODES.items() if isinstance(error, kind)), 1)

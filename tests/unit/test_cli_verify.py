@@ -5,16 +5,17 @@ from __future__ import annotations
 import datetime
 import errno
 import fcntl
+import io
 import os
 import threading
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
-from click.testing import Result
-from typer.testing import CliRunner
 
 from holdfast.appraise import progress
-from holdfast.cli.app import app
+from holdfast.cli.app import run
 
 from .evidence_maker import AUDIENCE, NONCE, USER_DATA, Given, Host, Site, Vtpm, make, policy_text
 
@@ -30,13 +31,24 @@ def policy(tmp_path: Path) -> Path:
     return path
 
 
-def verify(policy: Path, given: Given, *more: str) -> Result:
+class Ended(NamedTuple):
+    """How the command line ended, and what it said."""
+
+    exit_code: int
+    output: str
+
+
+def verify(policy: Path, given: Given, *more: str) -> Ended:
     evidence = policy.with_name("evidence.json")
     evidence.write_bytes(make(given).encode_json())
-    return CliRunner().invoke(app, [
-        "verify", str(evidence), "--policy", str(policy), "--nonce", NONCE.hex(),
-        "--audience", AUDIENCE, "--user-data", USER_DATA.hex(), *more,
-    ])  # fmt: skip
+    said = io.StringIO()
+    with redirect_stdout(said), redirect_stderr(said), pytest.raises(SystemExit) as ended:
+        run([
+            "verify", str(evidence), "--policy", str(policy), "--nonce", NONCE.hex(),
+            "--audience", AUDIENCE, "--user-data", USER_DATA.hex(), *more,
+        ])  # fmt: skip
+    assert isinstance(ended.value.code, int)
+    return Ended(ended.value.code, said.getvalue())
 
 
 def test_what_was_seen_is_kept_and_must_not_go_back(policy: Path) -> None:

@@ -17,12 +17,12 @@ from urllib.parse import quote
 
 import typer
 
-from holdfast import __version__, errors
+from holdfast import __version__
 from holdfast.cli import output, verifying
 from holdfast.cli.output import failures, progress, show
 from holdfast.cli.tpm import run_command
 from holdfast.client import Client
-from holdfast.errors import Forbidden, HostError, InvalidInput
+from holdfast.errors import Forbidden, HostError, InvalidInput, by_name
 from holdfast.frontend.bundle import with_vtpm
 from holdfast.ids import instance_name
 
@@ -54,13 +54,13 @@ _STATE_MARKS: Final = {
 _UsageError: Final = cast(type[Exception], typer.BadParameter.__base__)
 
 
-def run() -> None:
+def run(arguments: list[str] | None = None) -> None:
     """Run the command line: whatever is wrong is one line, and the exit code tells its kind."""
     output.prepare()
     code = 0
     try:
         with failures():
-            code = app(prog_name="holdfast", standalone_mode=False) or 0
+            code = app(arguments, prog_name="holdfast", standalone_mode=False) or 0
     except SystemExit as ended:
         code = ended.code if isinstance(ended.code, int) else 1
     except _UsageError as error:
@@ -82,8 +82,7 @@ def _misused(error: Any) -> int:
 @app.command()
 def version(as_json: Json = False) -> None:
     """Show the version."""
-    with failures():
-        show({"version": __version__}, as_json, lambda v: output.line(f"holdfast {v['version']}"))
+    show({"version": __version__}, as_json, lambda v: output.line(f"holdfast {v['version']}"))
 
 
 # --- the host ---
@@ -117,78 +116,74 @@ def init(
     Move the written files off this host: recovery.age approves later boot states,
     site-root-ca.key.age certifies further hosts, site-root-ca.pem is what verifiers trust.
     """
-    with failures():
-        _root("init")
-        settings = _settings(config)
-        uid, gid = _keeper_user(settings["keeper_user"], make=True)
-        command = [
-            "provision", f"--dir={settings['keeper']}", f"--tcti={settings['tcti']}",
-            f"--recovery-recipient={recovery_recipient}", f"--out={out}", f"--pcrs={pcrs}",
-            f"--site={site}", f"--uid={uid}", f"--gid={gid}",
-        ]  # fmt: skip
-        command += ["--stand-in"] if settings["stand_in"] else []
-        command += [f"--owner-auth={owner_auth}"] if owner_auth else []
-        command += [f"--crl={crl}"] if crl else []
-        command += ["--print-recovery-key"] if print_recovery_key else []
-        with progress("making keys in the host TPM"):
-            made = _keeper(command)
+    _root("init")
+    settings = _settings(config)
+    uid, gid = _keeper_user(settings["keeper_user"], make=True)
+    command = [
+        "provision", f"--dir={settings['keeper']}", f"--tcti={settings['tcti']}",
+        f"--recovery-recipient={recovery_recipient}", f"--out={out}", f"--pcrs={pcrs}",
+        f"--site={site}", f"--uid={uid}", f"--gid={gid}",
+    ]  # fmt: skip
+    command += ["--stand-in"] if settings["stand_in"] else []
+    command += [f"--owner-auth={owner_auth}"] if owner_auth else []
+    command += [f"--crl={crl}"] if crl else []
+    command += ["--print-recovery-key"] if print_recovery_key else []
+    with progress("making keys in the host TPM"):
+        made = _keeper(command)
 
-        def human(value: dict[str, Any]) -> None:
-            output.line("initialised", "[green]✓[/green]")
-            output.line(f"recovery key (encrypted):   {value['recovery_key']}")
-            output.line(f"site root key (encrypted):  {value['site_root_key']}")
-            output.line(f"site root certificate:      {value['site_root_certificate']}")
-            output.line(f"host AK name:               {value['host_ak_name']}")
-            if print_recovery_key:
-                output.line(f"recovery key (secret):      {value['recovery_key_hex']}")
-            output.line("Move the encrypted files off this host. Then: holdfast serve")
+    def human(value: dict[str, Any]) -> None:
+        output.line("initialised", "[green]✓[/green]")
+        output.line(f"recovery key (encrypted):   {value['recovery_key']}")
+        output.line(f"site root key (encrypted):  {value['site_root_key']}")
+        output.line(f"site root certificate:      {value['site_root_certificate']}")
+        output.line(f"host AK name:               {value['host_ak_name']}")
+        if print_recovery_key:
+            output.line(f"recovery key (secret):      {value['recovery_key_hex']}")
+        output.line("Move the encrypted files off this host. Then: holdfast serve")
 
-        show(made, as_json, human)
+    show(made, as_json, human)
 
 
 @app.command()
 def serve(config: ConfigFile = None) -> None:
     """Run Holdfast in the foreground: keeper, spawner and daemon."""
-    with failures():
-        _root("serve")
-        _settings(config)  # what is wrong with it is said here, as by all other commands
-        command = [sys.executable, "-P", "-m", "holdfast.daemon.supervisor"]
-        command += ["--config", str(config)] if config else []
-        os.execv(sys.executable, command)  # noqa: S606 - our own interpreter, our own module
+    _root("serve")
+    _settings(config)  # what is wrong with it is said here, as by all other commands
+    command = [sys.executable, "-P", "-m", "holdfast.daemon.supervisor"]
+    command += ["--config", str(config)] if config else []
+    os.execv(sys.executable, command)  # noqa: S606 - our own interpreter, our own module
 
 
 @app.command()
 def status(as_json: Json = False) -> None:
     """Show host, keeper, spawner, and how many vTPMs are in which state."""
-    with failures():
-        value = Client().call("GET", "/v1/status")
+    value = Client().call("GET", "/v1/status")
 
-        def human(value: dict[str, Any]) -> None:
-            for part in ("host", "keeper", "spawner"):
-                found = value[part]
-                output.line(f"{part}: {found['says']}", _STATE_MARKS[found["level"]])
-            output.line(f"vTPMs: {_counted(value['vtpms'])}")
-            if value["more"]:
-                output.line(f"holdfast doctor has more: {', '.join(value['more'])}")
+    def human(value: dict[str, Any]) -> None:
+        for part in ("host", "keeper", "spawner"):
+            found = value[part]
+            output.line(f"{part}: {found['says']}", _STATE_MARKS[found["level"]])
+        output.line(f"vTPMs: {_counted(value['vtpms'])}")
+        if value["more"]:
+            output.line(f"holdfast doctor has more: {', '.join(value['more'])}")
 
-        show(value, as_json, human)
-        _verdict(value)
+    show(value, as_json, human)
+    _verdict(value)
 
 
 @app.command()
 def doctor(as_json: Json = False) -> None:
     """Look for what this host lacks, and say it in plain words."""
-    with failures():
-        value = Client().call("GET", "/v1/doctor")
+    value = Client().call("GET", "/v1/doctor")
 
-        def human(value: dict[str, Any]) -> None:
-            for finding in value["findings"]:
-                mark = _STATE_MARKS[finding["level"]]
-                output.line(f"{finding['what']}: {finding['says']}", mark)
-            output.line(f"vTPMs: {_counted(value['vtpms'])}")
+    def human(value: dict[str, Any]) -> None:
+        for finding in value["findings"]:
+            mark = _STATE_MARKS[finding["level"]]
+            output.line(f"{finding['what']}: {finding['says']}", mark)
+        output.line(f"vTPMs: {_counted(value['vtpms'])}")
 
-        show(value, as_json, human)
-        _verdict(value)
+    show(value, as_json, human)
+    _verdict(value)
 
 
 def _counted(states: dict[str, int]) -> str:
@@ -218,102 +213,92 @@ def create(
     as_json: Json = False,
 ) -> None:
     """Make a vTPM, and the CDI device a container is started with."""
-    with failures():
-        body: dict[str, Any] = {"name": name, "profile": profile}
-        if owner:
-            body["owner"] = _uid(owner)
-        if bank:
-            body["banks"] = bank
-        if start_policy is not None:
-            body["start_policy"] = _json_file(start_policy)
-        if unsafe_unlinked:
-            body["unsafe_unlinked"] = True
-        with progress(f"making {name}"):
-            value = Client().call("POST", "/v1/vtpms", body)
+    body: dict[str, Any] = {"name": name, "profile": profile}
+    if owner:
+        body["owner"] = _uid(owner)
+    if bank:
+        body["banks"] = bank
+    if start_policy is not None:
+        body["start_policy"] = _json_file(start_policy)
+    if unsafe_unlinked:
+        body["unsafe_unlinked"] = True
+    with progress(f"making {name}"):
+        value = Client().call("POST", "/v1/vtpms", body)
 
-        def human(value: dict[str, Any]) -> None:
-            output.line(f"{value['name']} ({value['id']})", "[green]✓[/green]")
-            if value["profile"] == "linked":
-                output.line(f"podman run --device {value['device']} …")
-            else:
-                output.line(f"holdfast start {value['name']}; TPM2TOOLS_TCTI={value['tcti']}")
+    def human(value: dict[str, Any]) -> None:
+        output.line(f"{value['name']} ({value['id']})", "[green]✓[/green]")
+        if value["profile"] == "linked":
+            output.line(f"podman run --device {value['device']} …")
+        else:
+            output.line(f"holdfast start {value['name']}; TPM2TOOLS_TCTI={value['tcti']}")
 
-        show(value, as_json, human)
+    show(value, as_json, human)
 
 
 @app.command()
 def start(name: Name, as_json: Json = False) -> None:
     """Power on a plain vTPM. A linked one is powered on by starting its container."""
-    with failures():
-        value = Client().call("POST", f"/v1/vtpms/{_quoted(name)}/start", {})
-        show(value, as_json, lambda v: output.line(f"TPM2TOOLS_TCTI={v['tcti']}"))
+    value = Client().call("POST", f"/v1/vtpms/{_quoted(name)}/start", {})
+    show(value, as_json, lambda v: output.line(f"TPM2TOOLS_TCTI={v['tcti']}"))
 
 
 @app.command()
 def stop(name: Name, as_json: Json = False) -> None:
     """Power a vTPM off, in order. Its container finds its device gone."""
-    with failures():
-        value = Client().call("POST", f"/v1/vtpms/{_quoted(name)}/stop", {})
-        show(value, as_json, lambda v: output.line(f"{v['name']} is {v['state']}"))
+    value = Client().call("POST", f"/v1/vtpms/{_quoted(name)}/stop", {})
+    show(value, as_json, lambda v: output.line(f"{v['name']} is {v['state']}"))
 
 
 @app.command()
 def retry(name: Name, as_json: Json = False) -> None:
     """Let a vTPM that failed be started again, its state untouched."""
-    with failures():
-        value = Client().call("POST", f"/v1/vtpms/{_quoted(name)}/retry", {})
-        show(value, as_json, lambda v: output.line(f"{v['name']} is {v['state']}"))
+    value = Client().call("POST", f"/v1/vtpms/{_quoted(name)}/retry", {})
+    show(value, as_json, lambda v: output.line(f"{v['name']} is {v['state']}"))
 
 
 @app.command()
 def rm(name: Name, as_json: Json = False) -> None:
     """Destroy a vTPM: its keys and everything sealed to it are gone for good."""
-    with failures():
-        value = Client().call("DELETE", f"/v1/vtpms/{_quoted(name)}")
-        show(value, as_json, lambda v: output.line(f"{v['name']} is destroyed"))
+    value = Client().call("DELETE", f"/v1/vtpms/{_quoted(name)}")
+    show(value, as_json, lambda v: output.line(f"{v['name']} is destroyed"))
 
 
 @app.command()
 def ls(as_json: Json = False) -> None:
     """List vTPMs."""
-    with failures():
-        value = Client().call("GET", "/v1/vtpms")
+    value = Client().call("GET", "/v1/vtpms")
 
-        def human(value: dict[str, Any]) -> None:
-            rows = [
-                (v["name"], v["state"], v["profile"], v["container"][:12], str(v["run"]),
-                 str(v["restarts"]), v["created"])
-                for v in value["vtpms"]
-            ]  # fmt: skip
-            output.table(
-                ("NAME", "STATE", "PROFILE", "CONTAINER", "RUN", "RESTARTS", "CREATED"), rows
-            )
+    def human(value: dict[str, Any]) -> None:
+        rows = [
+            (v["name"], v["state"], v["profile"], v["container"][:12], str(v["run"]),
+             str(v["restarts"]), v["created"])
+            for v in value["vtpms"]
+        ]  # fmt: skip
+        output.table(("NAME", "STATE", "PROFILE", "CONTAINER", "RUN", "RESTARTS", "CREATED"), rows)
 
-        show(value, as_json, human)
+    show(value, as_json, human)
 
 
 @app.command()
 def inspect(name: Name) -> None:
     """Show everything about a vTPM, as JSON."""
-    with failures():
-        value = Client().call("GET", f"/v1/vtpms/{_quoted(name)}")
-        show(value, True, lambda _: None)
+    value = Client().call("GET", f"/v1/vtpms/{_quoted(name)}")
+    show(value, True, lambda _: None)
 
 
 @app.command()
 def logs(name: Name, as_json: Json = False) -> None:
     """Show what was measured for the last run."""
-    with failures():
-        value = Client().call("GET", f"/v1/vtpms/{_quoted(name)}/log")
+    value = Client().call("GET", f"/v1/vtpms/{_quoted(name)}/log")
 
-        def human(value: dict[str, Any]) -> None:
-            rows = [
-                (str(e["recnum"]), str(e["pcr"]), e["content_type"], json.dumps(e["content"])[:90])
-                for e in value["events"]
-            ]
-            output.table(("EVENT", "PCR", "TYPE", "CONTENT"), rows)
+    def human(value: dict[str, Any]) -> None:
+        rows = [
+            (str(e["recnum"]), str(e["pcr"]), e["content_type"], json.dumps(e["content"])[:90])
+            for e in value["events"]
+        ]
+        output.table(("EVENT", "PCR", "TYPE", "CONTENT"), rows)
 
-        show(value, as_json, human)
+    show(value, as_json, human)
 
 
 # --- evidence ---
@@ -328,14 +313,13 @@ def attest(
     out: Annotated[Path | None, typer.Option(help="Write here instead of printing.")] = None,
 ) -> None:
     """Make evidence: a deep quote of a running vTPM, down to the host's TPM."""
-    with failures():
-        body = {"nonce": nonce, "audience": audience, "user_data": user_data}
-        value = Client().call("POST", f"/v1/vtpms/{_quoted(name)}/evidence", body)
-        text = json.dumps(value, separators=(",", ":"), sort_keys=True)
-        if out is None:
-            sys.stdout.write(text + "\n")
-        else:
-            out.write_text(text)
+    body = {"nonce": nonce, "audience": audience, "user_data": user_data}
+    value = Client().call("POST", f"/v1/vtpms/{_quoted(name)}/evidence", body)
+    text = json.dumps(value, separators=(",", ":"), sort_keys=True)
+    if out is None:
+        sys.stdout.write(text + "\n")
+    else:
+        out.write_text(text)
 
 
 # --- the rest ---
@@ -350,18 +334,17 @@ def cdi(
     ] = None,
 ) -> None:
     """Print the CDI specification of a vTPM (it is in /run/cdi already), or edit a bundle by it."""
-    with failures():
-        value = Client().call("GET", f"/v1/vtpms/{_quoted(name)}/cdi")
-        if bundle is None:
-            show(value, True, lambda _: None)
-            return
-        config = bundle / "config.json"
-        edits = value["devices"][0]["containerEdits"]
-        edited = with_vtpm(_json_file(config), edits)
-        fresh = bundle / "config.json.new"
-        fresh.write_text(json.dumps(edited, indent=2))
-        fresh.rename(config)
-        output.line(f"{config}: runc run -b {bundle} …", "[green]✓[/green]")
+    value = Client().call("GET", f"/v1/vtpms/{_quoted(name)}/cdi")
+    if bundle is None:
+        show(value, True, lambda _: None)
+        return
+    config = bundle / "config.json"
+    edits = value["devices"][0]["containerEdits"]
+    edited = with_vtpm(_json_file(config), edits)
+    fresh = bundle / "config.json.new"
+    fresh.write_text(json.dumps(edited, indent=2))
+    fresh.rename(config)
+    output.line(f"{config}: runc run -b {bundle} …", "[green]✓[/green]")
 
 
 @app.command(
@@ -380,10 +363,9 @@ def tpm(
 
     The TPM is a plain one, in software, linked to nothing; it needs neither root nor daemon.
     """
-    with failures():
-        if not context.args:
-            raise InvalidInput("which command? for example: holdfast tpm -- tpm2_getrandom --hex 8")
-        raise typer.Exit(run_command(context.args, state, replay))
+    if not context.args:
+        raise InvalidInput("which command? for example: holdfast tpm -- tpm2_getrandom --hex 8")
+    raise typer.Exit(run_command(context.args, state, replay))
 
 
 @policy_app.command()
@@ -399,18 +381,17 @@ def authorize(
     as_json: Json = False,
 ) -> None:
     """Approve the host's present boot state, with the recovery key."""
-    with failures():
-        _root("policy authorize")
-        settings = _settings(config)
-        uid, gid = _keeper_user(settings["keeper_user"])
-        command = [
-            "authorize", f"--dir={settings['keeper']}", f"--tcti={settings['tcti']}",
-            f"--identity={identity}", f"--recovery-file={recovery_file}",
-            f"--uid={uid}", f"--gid={gid}",
-        ]  # fmt: skip
-        command += [f"--values={values}"] if values else []
-        made = _keeper([*command, "--retire"] if retire else command)
-        show(made, as_json, lambda v: output.line(f"approved, version {v['version']}"))
+    _root("policy authorize")
+    settings = _settings(config)
+    uid, gid = _keeper_user(settings["keeper_user"])
+    command = [
+        "authorize", f"--dir={settings['keeper']}", f"--tcti={settings['tcti']}",
+        f"--identity={identity}", f"--recovery-file={recovery_file}",
+        f"--uid={uid}", f"--gid={gid}",
+    ]  # fmt: skip
+    command += [f"--values={values}"] if values else []
+    made = _keeper([*command, "--retire"] if retire else command)
+    show(made, as_json, lambda v: output.line(f"approved, version {v['version']}"))
 
 
 # --- parts ---
@@ -464,10 +445,7 @@ def _module(arguments: list[str]) -> Any:
     if process.returncode:
         if value.get("errno"):
             raise OSError(value["errno"], os.strerror(value["errno"]), value["file"])
-        kind = getattr(errors, value["error"], HostError)
-        if kind not in (InvalidInput, Forbidden, errors.Conflict, errors.NotFound):
-            kind = HostError
-        raise kind(value["why"])
+        raise by_name(value["error"], value["why"])
     return value
 
 

@@ -27,7 +27,7 @@ from holdfast.appraise.policy import Policy, Trust, parse_policy
 from holdfast.appraise.result import AttestedContainer, Progress, ear_claims, sign_ear
 from holdfast.appraise.verifier import appraise
 from holdfast.cli import output
-from holdfast.cli.output import failures, show
+from holdfast.cli.output import show
 from holdfast.errors import AppraisalError, DecodeError, InvalidInput
 
 AUDIENCE: Final = "holdfast"  # who does not say who they are: the daemon's default as well
@@ -57,30 +57,29 @@ def verify(
     as_json: Json = False,
 ) -> None:
     """Appraise evidence, offline: accepted, with what was established; or the first thing wrong."""
-    with failures():
-        key = _key(ear_key) if ear_key is not None else None
-        given = (
-            _evidence(evidence), _policy(policy), _hex(nonce, "nonce"), audience,
-            _hex(user_data, "user data"), datetime.now(UTC),
-        )  # fmt: skip
-        try:
-            if progress is None:
-                attested = appraise(*given)
-            else:
-                with _kept(progress) as file:
-                    attested = appraise(*given, earlier=file.earlier)
-                    file.keep(attested.progress)
-        except AppraisalError as error:
-            if as_json:
-                show({"accepted": False, "step": error.step, "why": error.why}, True, _nothing)
-                raise typer.Exit(7) from None
-            output.line(f"at step {error.step}: {error.why}", "[red]refused[/red]")
+    key = _key(ear_key) if ear_key is not None else None
+    given = (
+        _evidence(evidence), _policy(policy), _hex(nonce, "nonce"), audience,
+        _hex(user_data, "user data"), datetime.now(UTC),
+    )  # fmt: skip
+    try:
+        if progress is None:
+            attested = appraise(*given)
+        else:
+            with _kept(progress) as file:
+                attested = appraise(*given, earlier=file.earlier)
+                file.keep(attested.progress)
+    except AppraisalError as error:
+        if as_json:
+            show({"accepted": False, "step": error.step, "why": error.why}, True, _nothing)
             raise typer.Exit(7) from None
-        if key is not None:
-            claims = ear_claims(attested, f"holdfast {__version__}")
-            sys.stdout.write(sign_ear(claims, key) + "\n")
-            return
-        show(_result(attested), as_json, lambda _: _tell(attested))
+        output.line(f"at step {error.step}: {error.why}", "[red]refused[/red]")
+        raise typer.Exit(7) from None
+    if key is not None:
+        claims = ear_claims(attested, f"holdfast {__version__}")
+        sys.stdout.write(sign_ear(claims, key) + "\n")
+        return
+    show(_result(attested), as_json, lambda _: _tell(attested))
 
 
 def create_policy(
@@ -99,22 +98,21 @@ def create_policy(
     out: Annotated[Path | None, typer.Option(help="Write here instead of printing.")] = None,
 ) -> None:
     """Make a policy from the evidence of a known-good run."""
-    with failures():
-        root = _certificate(site_root)
-        fingerprint = hashlib.sha256(root.public_bytes(Encoding.DER)).digest()
-        trust = Trust(
-            frozenset({fingerprint}),
-            tuple(_certificate(path) for path in ek_root or ()),
-            frozenset(map(_ak_name, software_host_tpm or ())),
-        )
-        text = learn_policy(
-            _evidence(evidence), trust, _hex(nonce, "nonce"), audience,
-            _hex(user_data, "user data"), datetime.now(UTC),
-        )  # fmt: skip
-        if out is None:
-            sys.stdout.write(text)
-        else:
-            out.write_text(text)
+    root = _certificate(site_root)
+    fingerprint = hashlib.sha256(root.public_bytes(Encoding.DER)).digest()
+    trust = Trust(
+        frozenset({fingerprint}),
+        tuple(_certificate(path) for path in ek_root or ()),
+        frozenset(map(_ak_name, software_host_tpm or ())),
+    )
+    text = learn_policy(
+        _evidence(evidence), trust, _hex(nonce, "nonce"), audience,
+        _hex(user_data, "user data"), datetime.now(UTC),
+    )  # fmt: skip
+    if out is None:
+        sys.stdout.write(text)
+    else:
+        out.write_text(text)
 
 
 @dataclass

@@ -9,8 +9,7 @@ import socket
 from pathlib import Path
 from typing import Any, Final
 
-from holdfast import errors
-from holdfast.errors import HoldfastError, HostError
+from holdfast.errors import HoldfastError, HostError, by_name
 
 DEFAULT_SOCKET: Final = Path("/run/holdfast/api.sock")
 ENVIRONMENT: Final = "HOLDFAST_SOCKET"
@@ -74,10 +73,4 @@ def _error(problem: Any) -> HoldfastError:
     if not isinstance(problem, dict):
         return HostError("the daemon refused without saying why")
     name = str(problem.get("type", "")).removeprefix(_PREFIX)
-    kind = getattr(errors, name, HostError)
-    detail = str(problem.get("detail", "refused"))
-    if kind in (errors.TpmError, errors.DecodeError, errors.AppraisalError):
-        kind = HostError
-    if isinstance(kind, type) and issubclass(kind, HoldfastError):
-        return kind(detail)
-    return HostError(detail)
+    return by_name(name, str(problem.get("detail", "refused")))
