@@ -179,11 +179,6 @@ def config_facts(data: bytes, container_id: str) -> ConfigFacts:
     )
 
 
-def normalise(data: bytes, container_id: str) -> bytes:
-    """The measured form of config.json, RFC 8785 JSON, as docs/measuring.md specifies it."""
-    return _normalise(parse_config(data), container_id)
-
-
 def parse_config(data: bytes) -> Json:
     """Read config.json, or raise DecodeError.
 

@@ -1,7 +1,7 @@
 """The contents of the events that facts become: what PCRs 11, 12, 13 and 15 are extended with.
 
-Duty: one JSON-able content for each event, with its PCR and type. Not here: records, digests and
-encodings (`eventlog`), when and in which order to extend (`instance`).
+Duty: one JSON-able content for each event, with its type. Not here: records, digests and encodings
+(`eventlog`), when and in which order to extend (`daemon`).
 Rules: contents are versioned by their type and never change within one, because users seal to
 them; digests are `sha256:` and hex; nothing is in them that a predictor cannot know, but in the
 identity (PCR 15), which is that of one run.
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from holdfast.errors import InvalidInput
-from holdfast.eventlog.records import CONFIG, IDENTITY, IMAGE, PCR_OF, PROVIDER
+from holdfast.eventlog.records import CONFIG, IDENTITY, IMAGE, PROVIDER
 from holdfast.ids import InstanceId, InstanceName
 from holdfast.measure.config import ConfigFacts
 from holdfast.measure.rootfs import ImageFacts
@@ -31,9 +31,8 @@ _COMPILED: Final = frozenset({b"__pycache__"})
 
 @dataclass(frozen=True)
 class Measurement:
-    """What an event says, and the PCR it goes to."""
+    """What an event says; its type knows the PCR (`eventlog.records.PCR_OF`)."""
 
-    pcr: int
     content_type: str
     content: Mapping[str, Any]
 
@@ -70,7 +69,7 @@ def provider_facts(
 
 def provider_content(facts: ProviderFacts) -> Measurement:
     """PCR 11: what provides the vTPM from here on."""
-    return _measurement(
+    return Measurement(
         PROVIDER,
         {
             "package": {"format": FORMAT, "digest": _digest(facts.package)},
@@ -87,7 +86,7 @@ def provider_content(facts: ProviderFacts) -> Measurement:
 
 def config_content(facts: ConfigFacts) -> Measurement:
     """PCR 12: the normalised configuration, by its digest; whoever has its text can check it."""
-    return _measurement(CONFIG, {"normalised": _digest(facts.normalised_digest)})
+    return Measurement(CONFIG, {"normalised": _digest(facts.normalised_digest)})
 
 
 def image_contents(facts: ImageFacts) -> tuple[Measurement, ...]:
@@ -103,7 +102,7 @@ def image_contents(facts: ImageFacts) -> tuple[Measurement, ...]:
         }
     contents: list[dict[str, Any]] = [{"part": "claimed", "kind": facts.kind, "claimed": claim}]
     contents += (
-        {"part": "layer", "index": index, "format": FORMAT, "digest": _digest(layer.digest)}
+        {"part": "layer", "index": index, "format": FORMAT, "digest": _digest(layer)}
         for index, layer in enumerate(facts.layers)
     )
     upper = facts.upper
@@ -114,7 +113,7 @@ def image_contents(facts: ImageFacts) -> tuple[Measurement, ...]:
             "digest": _digest(upper) if isinstance(upper, bytes) else upper,
         }
     )
-    return tuple(_measurement(IMAGE, content) for content in contents)
+    return tuple(Measurement(IMAGE, content) for content in contents)
 
 
 def identity_content(
@@ -125,7 +124,7 @@ def identity_content(
     raw_config_digest: bytes,
 ) -> Measurement:
     """PCR 15: whose vTPM this is, in which run, with which configuration byte for byte."""
-    return _measurement(
+    return Measurement(
         IDENTITY,
         {
             "instance": str(instance_id),
@@ -135,10 +134,6 @@ def identity_content(
             "config": _digest(raw_config_digest),
         },
     )
-
-
-def _measurement(content_type: str, content: Mapping[str, Any]) -> Measurement:
-    return Measurement(PCR_OF[content_type], content_type, content)
 
 
 def _digest(value: bytes) -> str:

@@ -1,8 +1,8 @@
 """The root file system of a container that is about to start: its layers, bottom first.
 
-Duty: from the runtime's pre-exec process find the mount of the root file system, its layers and
-what is mounted over it, and digest them. Not here: the digests (`tree`, `cache`), the rule for a
-fresh upper layer (`fresh`), who calls and when (`instance`).
+Duty: from the runtime's pre-exec process find the mount of the root file system and its layers,
+and digest them. Not here: the digests (`tree`, `cache`), the rule for a fresh upper layer
+(`fresh`), who calls and when (`daemon`).
 
 Rules: paths of layers are opened in the mount namespace of that process, whose pidfd the caller
 holds, and through its root directory: what its runtime mounted is what is measured. That works
@@ -52,35 +52,17 @@ Kind = Literal["overlay", "plain"]
 
 
 @dataclass(frozen=True)
-class LayerDigest:
-    """The tree digest of one read-only layer, and the path it was found at."""
-
-    digest: bytes
-    path: str
-
-
-@dataclass(frozen=True)
-class Mounted:
-    """A mount over the root file system. It belongs to the configuration, not to the image."""
-
-    destination: str
-    kind: str
-    source: str  # the directory or file of its file system that is mounted
-    read_only: bool
-
-
-@dataclass(frozen=True)
 class ImageFacts:
-    """What a container's root file system is made of.
+    """What a container's root file system is made of; mounts over it are the configuration's.
 
-    `upper` is EMPTY or the digest of the writable layer, and None where there is none: read-only
-    overlays, and plain directories, whose one layer is the directory itself.
+    `layers` are the digests of the read-only layers, bottom first. `upper` is EMPTY or the digest
+    of the writable layer, and None where there is none: read-only overlays, and plain directories,
+    whose one layer is the directory itself.
     """
 
     kind: Kind
-    layers: tuple[LayerDigest, ...]
+    layers: tuple[bytes, ...]
     upper: Literal["empty"] | bytes | None
-    mounted: tuple[Mounted, ...]
     claimed: ClaimedImage | None
 
 
@@ -97,26 +79,21 @@ def image_facts(
         here = _held(stack, open_in_root(root, os.fsencode(rootfs), _HANDLE))
         mounts = parse_mountinfo(_read_table(process))
         mount = _mount_of(here, mounts)
-        mounted = tuple(_mounted_over(mount, mounts))
         claimed = from_annotations(config.annotations)
         if mount.kind != b"overlay":
             digest = _plain_digest(here, mount, config.provision)
-            layer = LayerDigest(digest, _text(mount.point))
-            return ImageFacts("plain", (layer,), None, mounted, claimed)
+            return ImageFacts("plain", (digest,), None, claimed)
         _check_capable()
         overlay = parse_overlay(mount)
         lower = [_held(stack, _open_layer(root, path, mount)) for path in overlay.lower]
-        digests = tuple(
-            LayerDigest(layer_digest(fd, cache), _text(path))
-            for fd, path in zip(lower, overlay.lower, strict=True)
-        )
+        digests = tuple(layer_digest(fd, cache) for fd in lower)
         upper: Literal["empty"] | bytes | None = None
         if overlay.upper is not None:
             fd = _held(stack, _open_layer(root, overlay.upper, mount))
             upper = upper_digest(fd, lower, config.provision)
             stored = from_storage(root, _absolute(overlay.upper, mount), container_id)
             claimed = stored or claimed
-        return ImageFacts("overlay", digests, upper, mounted, claimed)
+        return ImageFacts("overlay", digests, upper, claimed)
 
 
 def rootfs_path(bundle: str, root: str) -> str:
@@ -168,20 +145,6 @@ def _mount_of(fd: int, mounts: tuple[Mount, ...]) -> Mount:
                 return mount
             raise HostError(f"the root file system {path!a} is not a mount of its own")
     raise HostError(f"the root file system {path!a} is not mounted in the container's namespace")
-
-
-def _mounted_over(base: Mount, mounts: tuple[Mount, ...]) -> Iterator[Mounted]:
-    """The mounts below `base`; a table lists a mount before those upon it."""
-    over = {base.mount_id}
-    for mount in mounts:
-        if mount.parent in over and mount.mount_id != base.mount_id:
-            over.add(mount.mount_id)
-            yield Mounted(
-                _text(mount.point.removeprefix(base.point.rstrip(b"/"))),
-                _text(mount.kind),
-                _text(mount.root),
-                b"ro" in mount.options,
-            )
 
 
 def _plain_digest(here: int, mount: Mount, provision: Provision) -> bytes:
@@ -287,7 +250,3 @@ def _check_capable() -> None:
         if line.startswith("CapEff:") and int(line.split()[1], 16) >> _CAP_SYS_ADMIN & 1:
             return
     raise HostError("measuring an overlay needs CAP_SYS_ADMIN: its attributes are hidden otherwise")
-
-
-def _text(path: bytes) -> str:
-    return path.decode(errors="backslashreplace")
