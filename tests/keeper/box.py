@@ -65,7 +65,7 @@ class Box:
     ) -> dict[str, Any]:
         """`python -m holdfast.keeper`; what it prints, as JSON."""
         command = [*PYTHON, "holdfast.keeper", action, "--dir", str(self.keeper)]
-        command += ["--tcti", self.swtpm.tcti, "--json", *arguments]
+        command += ["--tcti", self.swtpm.tcti, *arguments]
         done = subprocess.run(command, input=given, capture_output=True, check=False)
         assert (done.returncode == 0) is ok, done
         result: dict[str, Any] = json.loads(done.stdout)
@@ -74,7 +74,7 @@ class Box:
     def provision(self) -> None:
         self.summary = self.run(
             "provision", "--recovery-recipient", str(self.identity.to_public()),
-            "--out", str(self.out), "--stand-in", "--site-name", SITE, "--crl", CRL, *self.user(),
+            "--out", str(self.out), "--stand-in", "--site", SITE, "--crl", CRL, *self.user(),
         )  # fmt: skip
 
     def user(self) -> list[str]:
@@ -84,7 +84,7 @@ class Box:
         key = self.directory / "identity"
         key.write_text(f"# a comment, as age-keygen writes\n{self.identity}\n")
         return self.run(
-            "authorize", "--recovery-identity", str(key),
+            "authorize", "--identity", str(key),
             "--recovery-file", str(self.out / "recovery.age"), *self.user(), *arguments, ok=ok,
         )  # fmt: skip
 

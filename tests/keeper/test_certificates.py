@@ -14,8 +14,9 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from cryptography.x509.oid import NameOID, ObjectIdentifier
 
+from holdfast.evidence.oids import EKU_AK, EKU_EK, OID_VIRTUAL
 from holdfast.keeper import vault
-from holdfast.keeper.certificates import CN_MAX, EKU_AK, EKU_EK, NV_SIZE_MAX, OID_VIRTUAL
+from holdfast.keeper.certificates import CN_MAX
 from holdfast.keeper.custody import Custody
 from holdfast.tpm2.keys import public_key
 from holdfast.tpm2.structures import Public
@@ -27,6 +28,7 @@ TPM_ATTRIBUTES = {
     "2.23.133.2.2": "Holdfast vTPM",
     "2.23.133.2.3": "id:00010000",
 }
+NV_SIZE_MAX = 2048  # a certificate must fit into one NV index
 # SEQUENCE OF { 2.23.133.2.16, { "2.0", 0, 164 } }, written out by `openssl asn1parse -genconf`.
 SPECIFICATION = "3019301706056781050210310e300c0c03322e30020100020200a4"
 
@@ -201,31 +203,10 @@ def test_ak_certificate_is_for_attestation_alone(enrolled: Enrolled, guest: Gues
     assert certificate.public_key() == public_key(guest.ak)
 
 
-def test_revocation_list_is_named_and_openssl_heeds_it(
-    box: Box, guest: Guest, tmp_path: Path
-) -> None:
-    custody = box.custody()
-    try:
-        enrolled = enrol(custody, guest)
-        ek = x509.load_der_x509_certificate(enrolled.ek_rsa)
-        now = datetime.datetime.now(datetime.UTC)
-        lists = [
-            custody.revocation_list(revoked, number, now + datetime.timedelta(days=30))
-            for number, revoked in ((1, []), (2, [(ek.serial_number, now)]))
-        ]
-    finally:
-        custody.close()
+def test_the_place_of_a_revocation_list_is_named(enrolled: Enrolled) -> None:
+    ek = x509.load_der_x509_certificate(enrolled.ek_rsa)
     places = ek.extensions.get_extension_for_class(x509.CRLDistributionPoints).value
     assert [name.value for place in places for name in place.full_name or ()] == [CRL]
-    ca, root = (pem(der, tmp_path / str(n)) for n, der in enumerate(enrolled.chain))
-    leaf = pem(enrolled.ek_rsa, tmp_path / "ek")
-    results = []
-    for der in lists:
-        file = tmp_path / "crl"
-        file.write_bytes(x509.load_der_x509_crl(der).public_bytes(Encoding.PEM))
-        done = openssl_verify(root, leaf, "-untrusted", ca, "-crl_check", "-CRLfile", str(file))
-        results.append((done.returncode == 0, "revoked" in done.stderr))
-    assert results == [(True, False), (False, True)]
 
 
 def test_without_a_place_there_is_no_distribution_point(box: Box, guest: Guest) -> None:

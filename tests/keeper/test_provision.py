@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pyrage
 import pytest
+from tpm2_pytss.types import TPMS_ATTEST
 
 from holdfast.errors import HostError, IntegrityError, InvalidInput, NotFound
 from holdfast.hwtpm.policy import RecoverySigner
@@ -20,7 +21,7 @@ from holdfast.keeper import recovery, vault
 from holdfast.keeper.__main__ import main
 from holdfast.keeper.provision import CERTIFY_TAG
 from holdfast.tpm2.keys import verify
-from holdfast.tpm2.structures import Attest, CertifyInfo, Public, Signature
+from holdfast.tpm2.structures import Public, Signature
 
 from .box import Box
 
@@ -69,10 +70,9 @@ def test_summary_names_the_host_and_admits_the_stand_in(box: Box) -> None:
 def test_ca_key_is_certified_by_the_host_ak(box: Box) -> None:
     made = vault.load(box.keeper)
     verify(Public.decode(made.ak.public), Signature.decode(made.ca_signature), made.ca_attest)
-    attest = Attest.decode(made.ca_attest)
-    assert isinstance(attest.attested, CertifyInfo)
-    assert attest.attested.name == Public.decode(made.ca_key.public).name
-    assert attest.extra_data == CERTIFY_TAG
+    attest, _ = TPMS_ATTEST.unmarshal(made.ca_attest)
+    assert bytes(attest.attested.certify.name) == Public.decode(made.ca_key.public).name
+    assert bytes(attest.extraData) == CERTIFY_TAG
 
 
 def test_second_provisioning_is_refused_and_changes_nothing(box: Box) -> None:

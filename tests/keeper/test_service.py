@@ -402,7 +402,7 @@ def test_process_in_the_keepers_box_dies_of(attempt: str) -> None:
     code = (
         "import ctypes, mmap, os, socket\n"
         "from holdfast.sandbox import keeper\n"
-        f"keeper.enter({NOBODY}, {NOBODY}, network=False)\n"
+        f"keeper.enter({NOBODY}, {NOBODY})\n"
         "socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET).close()\n"  # this it may
         "os.write(1, b'in')\n"
         f"{attempt}\n"

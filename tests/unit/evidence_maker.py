@@ -24,6 +24,7 @@ from holdfast.appraise.policy import Policy, parse_policy
 from holdfast.eventlog import cel, ima, replay, tcg2
 from holdfast.eventlog.records import CONFIG, IDENTITY, IMAGE, PROVIDER, Record, make_record
 from holdfast.evidence.bundle import Companions, Evidence, Quote, Statement
+from holdfast.evidence.oids import EKU_EK
 from holdfast.evidence.pcrs import encode_pcrs, ledger_digest
 from holdfast.evidence.round import (
     Leaf,
@@ -450,7 +451,7 @@ class HardwareMaker:
         )
         self.certificate = (
             self._builder(x509.Name([]), subject, self.ek.key.public_key())
-            .add_extension(x509.ExtendedKeyUsage([certificates.EKU_EK]), critical=False)
+            .add_extension(x509.ExtendedKeyUsage([EKU_EK]), critical=False)
             .sign(self.key, hashes.SHA256())
             .public_bytes(serialization.Encoding.DER)
         )

@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 
 from holdfast.appraise.verifier import appraise
 from holdfast.errors import AppraisalError
-from holdfast.evidence import OID_ACTIVATED_EK
 from holdfast.evidence.bundle import Companions
+from holdfast.evidence.oids import OID_ACTIVATED_EK
 from tests.unit.evidence_maker import (
     AUDIENCE,
     NONCE,
@@ -202,7 +202,7 @@ def test_a_root_that_may_not_make_cas_makes_none() -> None:
 
 @pytest.mark.parametrize("value", [b"", b"\x04\x02ab", b"\x04\x7f" + bytes(127), b"\x05\x02ab"])
 def test_a_host_ak_that_names_its_ek_wrongly_is_not_hardware(value: bytes) -> None:
-    named = x509.UnrecognizedExtension(x509.ObjectIdentifier(OID_ACTIVATED_EK), value)
+    named = x509.UnrecognizedExtension(OID_ACTIVATED_EK, value)
     certificate = resigned(HOST.ak_certificate, SITE.key, instead(named, critical=False))
     evidence = make(Given(WEB, companions={"host_ak_certificate": certificate})).encode_cbor()
     with pytest.raises(AppraisalError):
@@ -210,7 +210,9 @@ def test_a_host_ak_that_names_its_ek_wrongly_is_not_hardware(value: bytes) -> No
 
 
 def test_a_host_ak_that_names_no_ek_is_not_hardware() -> None:
-    certificate = resigned(HOST.ak_certificate, SITE.key, lambda es: drop(es, OID_ACTIVATED_EK))
+    certificate = resigned(
+        HOST.ak_certificate, SITE.key, lambda es: drop(es, OID_ACTIVATED_EK.dotted_string)
+    )
     evidence = make(Given(WEB, companions={"host_ak_certificate": certificate})).encode_cbor()
     with pytest.raises(AppraisalError, match="which EK it was activated by") as caught:
         appraise(evidence, HARDWARE, NONCE, AUDIENCE, USER_DATA, NOW)

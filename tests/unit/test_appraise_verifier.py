@@ -17,7 +17,7 @@ from holdfast.errors import AppraisalError, InvalidInput
 from holdfast.eventlog import replay, tcg2
 from holdfast.ids import InstanceId
 from holdfast.tpm2.algorithms import Alg
-from holdfast.tpm2.constants import ST_ATTEST_CERTIFY, ObjectAttr, Rh
+from holdfast.tpm2.constants import ObjectAttr, Rh
 from holdfast.tpm2.structures import Public
 from holdfast.tpm2.templates import AK_P256, EK_P256
 from tests.unit.evidence_judge import (
@@ -320,7 +320,7 @@ def test_an_ek_certificate_from_elsewhere_makes_no_hardware() -> None:
 @pytest.mark.parametrize(
     ("signer", "why"),
     [
-        (Signer(tag=ST_ATTEST_CERTIFY), ""),
+        (Signer(tag=0x8017), "is not of a quote"),  # TPM_ST_ATTEST_CERTIFY
         (Signer(magic=0x12345678), "TPM_GENERATED_VALUE"),
         (Signer(hierarchy=Rh.OWNER), "platform hierarchy"),
     ],

@@ -16,8 +16,7 @@ from hypothesis import strategies as st
 from holdfast.errors import DecodeError, InvalidInput
 from holdfast.evidence import bundle
 from holdfast.evidence.bundle import MEMBERS, RESERVED, Evidence, Statement
-from holdfast.evidence.describe import describe
-from tests.unit.evidence_maker import OVMF, Given, Host, Site, Vtpm, make
+from tests.unit.evidence_maker import Given, Host, Site, Vtpm, make
 
 EVIDENCE = make(Given(Vtpm(Host(Site())), notes=("a note",)))
 JSON = EVIDENCE.encode_json()
@@ -172,28 +171,3 @@ def test_edited_evidence_is_other_evidence_or_a_decode_error(
     except DecodeError:
         return
     assert mutated in (evidence.encode_json(), evidence.encode_cbor())
-    assert json.dumps(describe(evidence))
-
-
-def test_what_evidence_says_can_be_described_and_printed() -> None:
-    described = describe(EVIDENCE)
-    assert described["unverified"]
-    assert described["leaf"]["instance"] == "6c7a1c62-3a0c-4c7e-9c55-2b1f6d4a9e01"
-    assert described["container_log"]["events"][2]["type"] == "holdfast.config/1"
-    assert described["notes"] == ["a note"]
-    assert json.loads(json.dumps(described)) == described
-    linked = describe(make(Given(Vtpm(Host(Site(), log=OVMF)))))
-    assert linked["host_log"]["count"] > 20
-
-
-def test_what_does_not_decode_is_described_as_that() -> None:
-    companions = replace(
-        EVIDENCE.companions, ak=b"junk", ak_certificate=b"junk", container_log=b"junk",
-        host_log=b"junk",
-    )  # fmt: skip
-    described = describe(replace(EVIDENCE, companions=companions, leaf=b"junk"))
-    for part in (
-        described["leaf"], described["names"]["ak"], described["certificates"]["ak"],
-        described["container_log"], described["host_log"],
-    ):  # fmt: skip
-        assert part["unreadable"]

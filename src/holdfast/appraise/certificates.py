@@ -27,19 +27,14 @@ from cryptography.utils import CryptographyDeprecationWarning
 from cryptography.x509.oid import ExtensionOID, NameOID, ObjectIdentifier
 
 from holdfast.errors import IntegrityError, InvalidInput
-from holdfast.evidence import OID_ACTIVATED_EK, OID_HOST_AK
 from holdfast.evidence.bundle import Companions
+from holdfast.evidence.oids import EKU_AK, EKU_EK, OID_ACTIVATED_EK, OID_HOST_AK, OID_VIRTUAL
 from holdfast.ids import InstanceId, InstanceName, instance_id, instance_name
 from holdfast.tpm2.keys import public_key
 from holdfast.tpm2.structures import Public
 from holdfast.tpm2.templates import AK_P256, EK_P256, EK_RSA2048
 
 CERTIFIED_NAME_MAX: Final = 27  # of an instance's name: a common name has 64, `:uuid` takes 37
-EKU_EK: Final = ObjectIdentifier("2.23.133.8.1")
-EKU_AK: Final = ObjectIdentifier("2.23.133.8.3")
-OID_VIRTUAL: Final = ObjectIdentifier("2.23.133.6.4")  # virtualPlatformAttestationService
-_ACTIVATED_EK: Final = ObjectIdentifier(OID_ACTIVATED_EK)
-_HOST_AK: Final = ObjectIdentifier(OID_HOST_AK)
 _CONSTRAINED: Final = (x509.DirectoryName, x509.DNSName, x509.IPAddress)
 _UNDERSTOOD: Final = frozenset(
     {
@@ -112,7 +107,7 @@ def check_identity(
     issuing = _load("the issuing CA's certificate", companions.ca_certificate)
     _check_issued(issuing, root, now)
     constraints = _check_ca(issuing)
-    if _name_held(issuing, _HOST_AK) != host_ak.name:
+    if _name_held(issuing, OID_HOST_AK) != host_ak.name:
         raise IntegrityError(f"{issuing.what}: is not of the host whose AK has quoted")
     ak = Public.decode(companions.ak)
     ek_rsa, ek_ecc = Public.decode(companions.ek_rsa), Public.decode(companions.ek_ecc)
@@ -134,7 +129,7 @@ def check_identity(
     instance, name = _named(subjects.pop())
     return Identity(
         root.fingerprint, _site(root), host_ak, ak, ek_rsa, ek_ecc, instance, name,
-        _name_held(host, _ACTIVATED_EK),
+        _name_held(host, OID_ACTIVATED_EK),
     )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""One deep-quote round after another (DESIGN 6): who asks during a round is in the next.
+"""One deep-quote round after another: who asks during a round is in the next.
 
 For each vTPM: its own quote by the registered AK, checked against the ledger; a leaf; then one
 quote of the host TPM over the tree of all leaves. A round of one is a round.
@@ -164,9 +164,7 @@ def _check_against_ledger(attest: bytes, ledger: PcrValues) -> None:
     """A worker cannot claim another start than the one the daemon made."""
     decoded = Attest.decode(attest).attested
     selection = PcrSelection(tuple((alg, MEASURED_PCRS) for alg in sorted(ledger)))
-    if not isinstance(decoded, QuoteInfo) or decoded != QuoteInfo(
-        selection, pcr_composite(Alg.SHA256, selection, ledger)
-    ):
+    if decoded != QuoteInfo(selection, pcr_composite(Alg.SHA256, selection, ledger)):
         raise IntegrityError("the worker's quote is not of the PCRs that the daemon extended")
 
 

@@ -47,21 +47,22 @@ _EVIDENCE: Final = 1 << 2  # CMW indicator bits: RFC 9999, "cm-type"
 _ENDORSEMENT: Final = 1 << 1
 _ATTEST_TYPE: Final = "application/vnd.holdfast.tpms-attest"
 _SIGNATURE_TYPE: Final = "application/vnd.holdfast.tpmt-signature"
+_LEAF_TYPE: Final = "application/vnd.holdfast.leaf+cbor"
+_PROOF_TYPE: Final = "application/vnd.holdfast.inclusion-proof+cbor"
 _PCRS_TYPE: Final = "application/vnd.holdfast.pcr-values"
 _CERTIFICATE_TYPE: Final = "application/pkix-cert"
 _PUBLIC_TYPE: Final = "application/vnd.holdfast.tpmt-public"
 _BASE64URL: Final = re.compile(r"[A-Za-z0-9_-]*")
-_BY_LEAF: Final = "its digest in the leaf"
 
 
 @dataclass(frozen=True)
 class Member:
-    """One row of the table: `protected` says what makes an edit of its bytes visible."""
+    """One row of the table: with `in_leaf`, the leaf has its digest; of others see MEMBERS."""
 
     label: str
     media_type: str
     limit: int
-    protected: str
+    in_leaf: bool = True
     endorsement: bool = False
     optional: bool = False
 
@@ -70,34 +71,27 @@ class Member:
         """Which conceptual message it is (RFC 9999, cm-type)."""
         return _ENDORSEMENT if self.endorsement else _EVIDENCE
 
-    @property
-    def in_leaf(self) -> bool:
-        """Whether the leaf carries this member's digest."""
-        return self.protected == _BY_LEAF
-
 
 def _certificate(label: str, *, optional: bool = False) -> Member:
-    return Member(label, _CERTIFICATE_TYPE, CERTIFICATE_MAX, _BY_LEAF, True, optional)
+    return Member(label, _CERTIFICATE_TYPE, CERTIFICATE_MAX, endorsement=True, optional=optional)
 
 
 def _public(label: str, *, optional: bool = False) -> Member:
-    return Member(label, _PUBLIC_TYPE, PUBLIC_MAX, _BY_LEAF, True, optional)
+    return Member(label, _PUBLIC_TYPE, PUBLIC_MAX, endorsement=True, optional=optional)
 
 
+# What has no digest in the leaf is protected by what is said beside it.
 MEMBERS: Final[tuple[Member, ...]] = (
-    Member("vtpm-attest", _ATTEST_TYPE, ATTEST_MAX, "the vTPM AK's signature"),
-    Member("vtpm-signature", _SIGNATURE_TYPE, SIGNATURE_MAX, "the quote's digest in the leaf"),
-    Member("vtpm-pcrs", _PCRS_TYPE, pcrs.ENCODED_MAX, "the PCR digest in the vTPM's quote"),
-    Member("leaf", "application/vnd.holdfast.leaf+cbor", LEAF_MAX, "the tree's root"),
+    Member("vtpm-attest", _ATTEST_TYPE, ATTEST_MAX, in_leaf=False),  # the vTPM AK's signature
     Member(
-        "inclusion-proof",
-        "application/vnd.holdfast.inclusion-proof+cbor",
-        PROOF_MAX,
-        "the root and size in the host's quote",
-    ),
-    Member("host-attest", _ATTEST_TYPE, ATTEST_MAX, "the host AK's signature"),
-    Member("host-signature", _SIGNATURE_TYPE, SIGNATURE_MAX, "being the signature over all else"),
-    Member("host-pcrs", _PCRS_TYPE, pcrs.ENCODED_MAX, "the PCR digest in the host's quote"),
+        "vtpm-signature", _SIGNATURE_TYPE, SIGNATURE_MAX, in_leaf=False
+    ),  # the leaf's quote digest
+    Member("vtpm-pcrs", _PCRS_TYPE, pcrs.ENCODED_MAX, in_leaf=False),  # the PCR digest in the quote
+    Member("leaf", _LEAF_TYPE, LEAF_MAX, in_leaf=False),  # the tree's root
+    Member("inclusion-proof", _PROOF_TYPE, PROOF_MAX, in_leaf=False),  # in the host's quote
+    Member("host-attest", _ATTEST_TYPE, ATTEST_MAX, in_leaf=False),  # the host AK's signature
+    Member("host-signature", _SIGNATURE_TYPE, SIGNATURE_MAX, in_leaf=False),  # it is over all else
+    Member("host-pcrs", _PCRS_TYPE, pcrs.ENCODED_MAX, in_leaf=False),  # the PCR digest in the quote
     _certificate("ek-rsa-certificate"),
     _certificate("ek-ecc-certificate"),
     _certificate("ak-certificate"),
@@ -110,13 +104,11 @@ MEMBERS: Final[tuple[Member, ...]] = (
     _public("ak"),
     _public("host-ak"),
     _public("host-ek", optional=True),
-    Member("host-log", "application/vnd.holdfast.tcg2-log", LOG_MAX, _BY_LEAF, optional=True),
-    Member(
-        "container-log", "application/vnd.holdfast.cel+json", CONTAINER_LOG_MAX, _BY_LEAF
-    ),
-    Member("statement", "application/vnd.holdfast.statement+cbor", STATEMENT_MAX, _BY_LEAF),
-)  # fmt: skip
-# For the freshness anchor and its map (DESIGN 4): names that a later version gives a meaning.
+    Member("host-log", "application/vnd.holdfast.tcg2-log", LOG_MAX, optional=True),
+    Member("container-log", "application/vnd.holdfast.cel+json", CONTAINER_LOG_MAX),
+    Member("statement", "application/vnd.holdfast.statement+cbor", STATEMENT_MAX),
+)
+# For an anchor of freshness and its map: names that a later version gives a meaning.
 RESERVED: Final = frozenset({"anchor-attest", "anchor-signature", "anchor-public", "map-path"})
 _TABLE: Final[Mapping[str, Member]] = {member.label: member for member in MEMBERS}
 
@@ -271,11 +263,6 @@ def _bounded(data: bytes) -> bytes:
 
 def _check_members(values: Mapping[str, bytes]) -> None:
     """Exactly the members of the table, each within its bounds."""
-    for label in values:
-        if label in RESERVED:
-            raise DecodeError(_WHAT, f"{label} is not carried by version 1")
-        if label not in _TABLE:
-            raise DecodeError(_WHAT, f"unknown member {label[:64]!a}")
     for member in MEMBERS:
         if member.label not in values:
             if not member.optional:

@@ -1,4 +1,4 @@
-"""The deep-quote round (DESIGN 6): many vTPMs' quotes, one quote of the host TPM.
+"""The round of a deep quote: many vTPMs' quotes, one quote of the host TPM (docs/architecture.md).
 
     qualifying data   what a vTPM signs: the verifier's nonce, its audience, its user data
     leaf              what the host says of one vTPM, and the digest of its quote
@@ -133,11 +133,6 @@ class Leaf:
         value["members"] = MappingProxyType(_members(value["members"]))
         return cls(**value)
 
-    @property
-    def hash(self) -> bytes:
-        """H(0x00 ‖ dCBOR): the leaf's place in the tree."""
-        return leaf_hash(self.encode())
-
 
 _FIELDS: Final[Mapping[str, type]] = {
     "nonce": bytes,
@@ -235,11 +230,6 @@ class InclusionProof:
             raise IntegrityError("the inclusion proof's path is too short")
         return value
 
-    def verify(self, leaf: bytes, root: bytes) -> None:
-        """IntegrityError unless the leaf's hash is in the tree with that root at this place."""
-        if self.root(leaf) != root:
-            raise IntegrityError("the leaf is not in the tree")
-
 
 def _path_length(size: int, index: int) -> int:
     first, last, length = index, size - 1, 0
@@ -285,8 +275,7 @@ def _levels(leaves: Sequence[bytes]) -> list[list[bytes]]:
 def round_extra_data(tree_size: int, root: bytes) -> bytes:
     """What the host AK's quote of a round is qualified with, and nothing else ever is (32 bytes).
 
-    SHA-256("holdfast/round/1" ‖ u16 TPM_ALG_SHA256 ‖ u64 tree size ‖ root). The keeper computes
-    the same on its own.
+    SHA-256("holdfast/round/1" ‖ u16 TPM_ALG_SHA256 ‖ u64 tree size ‖ root).
     """
     if len(root) != _HASH or not 0 < tree_size <= TREE_MAX:
         raise InvalidInput("a round has a 32-byte root over at least one leaf")

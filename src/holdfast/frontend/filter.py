@@ -35,7 +35,7 @@ _SYMMETRIC_KEY_SIZES: Final = frozenset({0, 16, 24, 32})  # TPM2_Import's encryp
 
 
 class Profile(Enum):
-    """Which rules hold for an instance (DESIGN 3)."""
+    """Which rules hold for an instance."""
 
     LINKED = "linked"  # a container's: its measurements are the host's to make
     PLAIN = "plain"  # unlinked: whatever a normal TPM allows

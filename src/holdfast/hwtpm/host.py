@@ -46,13 +46,13 @@ from holdfast.hwtpm.context import (
 from holdfast.hwtpm.endorsement import find_persistent
 from holdfast.hwtpm.version import VersionIndex
 from holdfast.tpm2.algorithms import Alg, Curve
-from holdfast.tpm2.constants import ObjectAttr, Rh
+from holdfast.tpm2.constants import PCR_COUNT, ObjectAttr, Rh
 from holdfast.tpm2.structures import PcrSelection, Public, Symmetric
 from holdfast.tpm2.templates import AK_P256
 from holdfast.tpm2.wire import sized, u64
 
 AUTH_SIZE: Final = 32
-QUOTED_PCRS: Final = tuple(range(24))
+QUOTED_PCRS: Final = tuple(range(PCR_COUNT))
 _BASE: Final = (
     ObjectAttr.FIXED_TPM
     | ObjectAttr.FIXED_PARENT

@@ -1,4 +1,4 @@
-"""A token bucket: how often something may happen, and how long it has to wait (DESIGN 12)."""
+"""A token bucket: how often something may happen, and how long it has to wait."""
 
 from __future__ import annotations
 

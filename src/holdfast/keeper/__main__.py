@@ -26,6 +26,7 @@ from holdfast.keeper.provision import DEFAULT_PCRS, Site, authorize, provision
 from holdfast.keeper.service import PEERS_MAX, Keeper, log
 from holdfast.linux import channel, process
 from holdfast.sandbox import keeper as sandbox
+from holdfast.tpm2.constants import PCR_COUNT
 
 INTERRUPTED: Final = 130
 AUTH_MAX: Final = 32  # bytes in an owner authorization value
@@ -97,7 +98,7 @@ def _serve(options: argparse.Namespace) -> int:
         )
     listener = channel.listen(options.socket, 0o600)
     _raise_descriptor_limit()
-    for what in sandbox.enter(options.uid, options.gid, network=False):
+    for what in sandbox.enter(options.uid, options.gid):
         log(what)
     keeper = Keeper(listener, options.dir, options.tcti, transport)
     signal.signal(signal.SIGTERM, lambda *_: keeper.stop())
@@ -152,7 +153,8 @@ def _values(path: Path | None) -> Mapping[int, bytes] | None:
         values = {int(pcr): bytes.fromhex(text) for pcr, text in given.items()}
     except (ValueError, AttributeError, TypeError):
         values = {}
-    if not values or not set(values) <= set(range(24)) or {len(v) for v in values.values()} != {32}:
+    known = set(values) <= set(range(PCR_COUNT))
+    if not values or not known or {len(value) for value in values.values()} != {32}:
         raise InvalidInput(f'{path} does not hold SHA-256 PCR values as {{"0": "hex", …}}')
     return values
 
@@ -170,18 +172,17 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     common.add_argument("--tcti", required=True)
     common.add_argument("--uid", type=int, default=0)
     common.add_argument("--gid", type=int, default=0)
-    common.add_argument("--json", action="store_true", help="as it is anyhow")
     made = actions.add_parser("provision", parents=[common])
     made.add_argument("--recovery-recipient")
     made.add_argument("--out", type=Path, required=True)
     made.add_argument("--pcrs", default=",".join(map(str, DEFAULT_PCRS)))
-    made.add_argument("--site", "--site-name", default="Holdfast site")
+    made.add_argument("--site", default="Holdfast site")
     made.add_argument("--crl", default="", help="URI of the host CA's revocation list")
     made.add_argument("--owner-auth", type=Path, help="file with the owner's value, or -")
     made.add_argument("--stand-in", action="store_true")
     made.add_argument("--print-recovery-key", action="store_true")
     allowed = actions.add_parser("authorize", parents=[common])
-    allowed.add_argument("--identity", "--recovery-identity", type=Path, required=True)
+    allowed.add_argument("--identity", type=Path, required=True)
     allowed.add_argument("--recovery-file", type=Path, required=True)
     allowed.add_argument("--values", type=Path, help="JSON file with PCR values to approve")
     allowed.add_argument("--retire", action="store_true")

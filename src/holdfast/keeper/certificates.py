@@ -12,7 +12,7 @@ virtualPlatformAttestationService (2.23.133.6.4, TCG Virtualized Platform Archit
 The issuing CA's names are constrained to O=<site>, and, as subtrees hold for the directory name in
 the subjectAltName too (RFC 5280, 4.2.1.10), to TPMs of our make. OpenSSL enforces both; libraries
 without subtrees of directory names (pyca/cryptography's verifier, Go) refuse such a chain.
-Where the site names a place for it, they name the host CA's revocation list (`revocation_list`).
+Where the site names a place for it, they name the host CA's revocation list; nothing makes one.
 
 Pure but for serial numbers. Not here: keys in TPMs (a key is anything that can sign).
 """
@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import datetime
 import secrets
-from collections.abc import Iterable
 from typing import Final
 
 from cryptography import x509
@@ -29,7 +28,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.x509.oid import NameOID, ObjectIdentifier
 
-from holdfast.evidence import OID_ACTIVATED_EK, OID_HOST_AK
+from holdfast.evidence.oids import EKU_AK, EKU_EK, OID_ACTIVATED_EK, OID_HOST_AK, OID_VIRTUAL
 from holdfast.tpm2.keys import public_key
 from holdfast.tpm2.structures import Public
 
@@ -43,15 +42,11 @@ FOREVER: Final = datetime.datetime(9999, 12, 31, 23, 59, 59, tzinfo=datetime.UTC
 _OID_MANUFACTURER: Final = ObjectIdentifier("2.23.133.2.1")
 _OID_MODEL: Final = ObjectIdentifier("2.23.133.2.2")
 _OID_VERSION: Final = ObjectIdentifier("2.23.133.2.3")
-EKU_EK: Final = ObjectIdentifier("2.23.133.8.1")
-EKU_AK: Final = ObjectIdentifier("2.23.133.8.3")
-OID_VIRTUAL: Final = ObjectIdentifier("2.23.133.6.4")
 _OID_DIRECTORY_ATTRIBUTES: Final = ObjectIdentifier("2.5.29.9")
 # SEQUENCE OF Attribute { 2.23.133.2.16, { TPMSpecification { "2.0", 0, 164 } } }
 _SPECIFICATION: Final = bytes.fromhex("3019301706056781050210310e300c0c03322e30020100020200a4")
 
 CN_MAX: Final = 64  # ub-common-name, ub-organization-name (RFC 5280, appendix A.1)
-NV_SIZE_MAX: Final = 2048  # a certificate must fit into one NV index
 
 CaKey = ec.EllipticCurvePrivateKey
 
@@ -161,8 +156,8 @@ def host_ak(
     return _der(builder.sign(root_key, hashes.SHA256()))
 
 
-def _holding(oid: str, name: bytes) -> x509.UnrecognizedExtension:
-    return x509.UnrecognizedExtension(ObjectIdentifier(oid), _octets(name))
+def _holding(oid: ObjectIdentifier, name: bytes) -> x509.UnrecognizedExtension:
+    return x509.UnrecognizedExtension(oid, _octets(name))
 
 
 def vtpm_ek(
@@ -199,25 +194,6 @@ def vtpm_ak(
     """The certificate (DER) of a vTPM's evidence AK, given after its credential was activated."""
     builder = _builder(subject, issuer.subject, public_key(ak), now, FOREVER)
     return _der(_revocable(_attestation(builder, issuer), crl).sign(key, hashes.SHA256()))
-
-
-def revocation_list(
-    issuer: x509.Certificate, key: CaKey, revoked: Iterable[tuple[int, datetime.datetime]],
-    number: int, now: datetime.datetime, next_update: datetime.datetime,
-) -> bytes:  # fmt: skip
-    """The host CA's CRL (DER): serial numbers and since when; `number` grows from list to list."""
-    builder = (
-        x509.CertificateRevocationListBuilder()
-        .issuer_name(issuer.subject)
-        .last_update((now - CLOCK_SKEW).replace(microsecond=0))
-        .next_update(next_update.replace(microsecond=0))
-        .add_extension(x509.CRLNumber(number), critical=False)
-        .add_extension(_authority(issuer), critical=False)
-    )
-    for serial, since in revoked:
-        entry = x509.RevokedCertificateBuilder().serial_number(serial).revocation_date(since)
-        builder = builder.add_revoked_certificate(entry.build())
-    return builder.sign(key, hashes.SHA256()).public_bytes(serialization.Encoding.DER)
 
 
 def vtpm_subject(site: str, name: str, instance: str) -> x509.Name:

@@ -10,7 +10,7 @@ import hashlib
 import hmac
 import os
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 from uuid import UUID
@@ -30,6 +30,7 @@ from holdfast.errors import (
     NotFound,
     TpmError,
 )
+from holdfast.evidence.round import round_extra_data
 from holdfast.hwtpm.context import Context
 from holdfast.hwtpm.host import Approval, HostTpm, quoted_selection
 from holdfast.hwtpm.policy import Signature
@@ -40,15 +41,13 @@ from holdfast.keeper.vault import Vault
 from holdfast.protocol import ipc
 from holdfast.tpm2.algorithms import Alg
 from holdfast.tpm2.keys import make_credential, public_key
-from holdfast.tpm2.structures import Attest, Public, QuoteInfo, pcr_composite
+from holdfast.tpm2.structures import Attest, Public, pcr_composite
 from holdfast.tpm2.templates import AK_P256, EK_P256, EK_RSA2048
-from holdfast.tpm2.wire import u16, u64
 
 DATA_KEY_SIZE: Final = 32
 ENROLMENTS_MAX: Final = 1024
 CREDENTIAL_SIZE: Final = 32
 QUOTE_TRIES: Final = 5
-ROUND_TAG: Final = b"holdfast/round/1"
 _WRAP_INFO: Final = b"holdfast/data-key/1"
 _NONCE: Final = 12
 _EC_BITS: Final = 256
@@ -179,28 +178,15 @@ class Custody:
             del self._enrolments[wanted.instance]
         return ipc.Certified(certificate, (made.ca_certificate, made.root_certificate))
 
-    def revocation_list(
-        self, revoked: Iterable[tuple[int, datetime.datetime]], number: int,
-        next_update: datetime.datetime,
-    ) -> bytes:  # fmt: skip
-        """The host CA's CRL (DER) of these serial numbers and since when; `number` must grow."""
-        now = datetime.datetime.now(datetime.UTC)
-        return certificates.revocation_list(
-            self._issuer, self._ca_key, revoked, number, now, next_update
-        )
-
     # --- attesting ---
 
     def quote_round(self, tree_size: int, root: bytes) -> ipc.HostQuote:
         """Quote a round's tree. The tagged structure is made here, so the AK signs nothing else."""
-        if len(root) != 32 or not tree_size:
-            raise InvalidInput("a round has a 32-byte root over at least one leaf")
-        qualifying = hashlib.sha256(ROUND_TAG + u16(Alg.SHA256) + u64(tree_size) + root).digest()
+        qualifying = round_extra_data(tree_size, root)
         for _ in range(QUOTE_TRIES):
             attest, signature = self._tpm.quote(qualifying)
             values = self._tpm.read_pcrs((Alg.SHA256,))
             quoted = Attest.decode(attest).attested
-            assert isinstance(quoted, QuoteInfo)
             if quoted.pcr_digest == pcr_composite(Alg.SHA256, quoted_selection(), values):
                 pcrs = tuple(
                     ipc.PcrValue(Alg.SHA256, pcr, value)

@@ -267,7 +267,7 @@ class Certified(Message, code=45):
 class RoundQuote(Message, code=36):
     """Quote the host TPM over the root of a round's tree. Answered with HostQuote.
 
-    The keeper itself hashes the tagged structure (DESIGN 6), so its AK signs nothing else.
+    The keeper itself hashes the tagged structure, so its AK signs nothing else.
     `root` is 32 bytes (SHA-256).
     """
 

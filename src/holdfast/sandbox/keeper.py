@@ -5,17 +5,16 @@ It keeps the file system as its user sees it, and Unix sockets, because a TCTI m
 
 from __future__ import annotations
 
-import ctypes
 import os
 import resource
 import signal
 from collections.abc import Mapping
 from typing import Final
 
-from holdfast.linux import process, seccomp
+from holdfast.linux import namespaces, process, seccomp
+from holdfast.linux.namespaces import Clone
 from holdfast.linux.seccomp import Match, Op, Rule
 
-_CLONE_NEWNET: Final = 0x40000000
 _PROT_EXEC: Final = 4
 _AF_UNIX: Final = 1
 _ANY: Final[Rule] = ()
@@ -46,14 +45,14 @@ ALLOWED: Final[Mapping[str, Rule]] = {
 }  # fmt: skip
 
 
-def enter(uid: int, gid: int, *, network: bool) -> tuple[str, ...]:
+def enter(uid: int, gid: int) -> tuple[str, ...]:
     """Shut every door; returns what this host would not let us do, in words."""
     lacking = []
     program = seccomp.build(ALLOWED)
-    if not network:
-        libc = ctypes.CDLL(None, use_errno=True)
-        if libc.unshare(ctypes.c_int(_CLONE_NEWNET)) != 0:
-            lacking.append("no network namespace of its own")
+    try:
+        namespaces.leave(Clone.NEWNET)
+    except OSError:
+        lacking.append("no network namespace of its own")
     process.limit(resource.RLIMIT_CORE, 0)
     try:
         process.limit(resource.RLIMIT_MEMLOCK, resource.RLIM_INFINITY)

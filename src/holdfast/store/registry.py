@@ -1,4 +1,4 @@
-"""The registry on disk: which vTPMs there are, and their sealed state (DESIGN 4).
+"""The registry on disk: which vTPMs there are, and their sealed state.
 
 SQLite in WAL mode with full synchronisation: when a call returns, what it wrote is durable.
 Sealed state, wrapped keys, public areas, certificates: nothing here is secret, and nothing here is

@@ -1,4 +1,4 @@
-"""Sealing a vTPM's state: AES-256-GCM under a key of its own for every epoch (DESIGN 4).
+"""Sealing a vTPM's state: AES-256-GCM under a key of its own for every epoch.
 
 Sealed form: version 1 (1 byte) ‖ salt (32) ‖ nonce (12) ‖ ciphertext and tag. The epoch's key is
 HKDF-SHA256 of the instance's data key with the salt; salt and nonce are fresh randomness, never a

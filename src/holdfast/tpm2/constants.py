@@ -8,8 +8,6 @@ from typing import Final
 ST_RSP_COMMAND: Final = 0x00C4
 ST_NO_SESSIONS: Final = 0x8001
 ST_SESSIONS: Final = 0x8002
-ST_ATTEST_NV: Final = 0x8014
-ST_ATTEST_CERTIFY: Final = 0x8017
 ST_ATTEST_QUOTE: Final = 0x8018
 GENERATED_VALUE: Final = 0xFF544347  # TPM_GENERATED_VALUE, "\xffTCG"
 
@@ -117,11 +115,12 @@ class NvAttr(IntFlag):
     PLATFORMCREATE = 1 << 30
 
 
-# Where our vTPMs keep what they are made with (TCG EK Credential Profile 2.5, 2.2.1.4; DESIGN 6).
-EK_RSA_HANDLE: Final = 0x81010001
-EK_ECC_HANDLE: Final = 0x8101000A
 MEASURED_PCRS: Final = tuple(range(16))  # of a vTPM, written by the host alone
 HOST_PCRS: Final = (*range(10), 14)  # those of them that speak of the host's boot
+
+# Where our vTPMs keep what they are made with (TCG EK Credential Profile 2.5, 2.2.1.4).
+EK_RSA_HANDLE: Final = 0x81010001
+EK_ECC_HANDLE: Final = 0x8101000A
 AK_HANDLE: Final = 0x81800002  # in the platform half: the tenant can use it, not evict it
 EK_RSA_CERT_INDEX: Final = 0x01C00002
 EK_ECC_CERT_INDEX: Final = 0x01C0000A

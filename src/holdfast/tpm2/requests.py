@@ -16,6 +16,7 @@ from holdfast.tpm2.commands import SHAPES, Cc
 from holdfast.tpm2.constants import (
     BUFFER_MAX,
     HEADER_SIZE,
+    PCR_COUNT,
     ST_NO_SESSIONS,
     ST_RSP_COMMAND,
     ST_SESSIONS,
@@ -154,11 +155,10 @@ def pcr_extend(pcr: int, digests: Mapping[Alg, bytes]) -> bytes:
     return command(Cc.PCR_Extend, (pcr,), _EMPTY_AUTH, params)
 
 
-def pcr_allocate(banks: Sequence[Alg], all_banks: Sequence[Alg] = tuple(HASH_NAMES)) -> bytes:
+def pcr_allocate(banks: Sequence[Alg]) -> bytes:
     """Give every PCR to each of `banks` and none to the others; counts from the next power-on."""
-    selection = PcrSelection(
-        tuple((alg, tuple(range(24)) if alg in banks else ()) for alg in all_banks)
-    )
+    every = tuple(range(PCR_COUNT))
+    selection = PcrSelection(tuple((alg, every if alg in banks else ()) for alg in HASH_NAMES))
     return command(Cc.PCR_Allocate, (Rh.PLATFORM,), _EMPTY_AUTH, selection.encode())
 
 

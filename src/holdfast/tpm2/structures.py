@@ -15,8 +15,6 @@ from holdfast.tpm2.algorithms import HASH_NAMES, HASH_SIZES, Alg, Curve, digest
 from holdfast.tpm2.constants import (
     GENERATED_VALUE,
     PCR_COUNT,
-    ST_ATTEST_CERTIFY,
-    ST_ATTEST_NV,
     ST_ATTEST_QUOTE,
     ObjectAttr,
 )
@@ -217,54 +215,30 @@ class QuoteInfo:
 
 
 @dataclass(frozen=True)
-class CertifyInfo:
-    """TPMS_CERTIFY_INFO: Name and qualified Name of the certified object."""
-
-    name: bytes
-    qualified_name: bytes
-
-
-@dataclass(frozen=True)
-class NvCertifyInfo:
-    """TPMS_NV_CERTIFY_INFO: Name of an NV index, and contents from `offset`."""
-
-    index_name: bytes
-    offset: int
-    contents: bytes
-
-
-@dataclass(frozen=True)
 class Attest:
-    """TPMS_ATTEST (Part 2, 10.12.12): what a TPM signs about itself."""
+    """TPMS_ATTEST (Part 2, 10.12.12) of a quote: what a TPM signs about itself."""
 
     qualified_signer: bytes
     extra_data: bytes
     clock_info: ClockInfo
     firmware_version: int
-    attested: QuoteInfo | CertifyInfo | NvCertifyInfo
+    attested: QuoteInfo
     raw: bytes = field(compare=False, repr=False)
 
     @classmethod
     def decode(cls, data: bytes) -> Attest:
-        """Read exactly one TPMS_ATTEST of a quote, certification or NV certification."""
+        """Read exactly one TPMS_ATTEST of a quote."""
         reader = Reader(data, "TPMS_ATTEST")
         if reader.u32() != GENERATED_VALUE:
             raise reader.fail("does not begin with TPM_GENERATED_VALUE")
-        tag = reader.u16()
+        if reader.u16() != ST_ATTEST_QUOTE:
+            raise reader.fail("is not of a quote")
         signer, extra = reader.sized(DIGEST_MAX + 2), reader.sized(DIGEST_MAX + 2)
         clock, resets, restarts, safe = reader.u64(), reader.u32(), reader.u32(), reader.u8()
         if safe > 1:
             raise reader.fail("TPMI_YES_NO is neither 0 nor 1")
         firmware = reader.u64()
-        attested: QuoteInfo | CertifyInfo | NvCertifyInfo
-        if tag == ST_ATTEST_QUOTE:
-            attested = QuoteInfo(PcrSelection.read(reader), reader.sized(DIGEST_MAX))
-        elif tag == ST_ATTEST_CERTIFY:
-            attested = CertifyInfo(reader.sized(DIGEST_MAX + 2), reader.sized(DIGEST_MAX + 2))
-        elif tag == ST_ATTEST_NV:
-            attested = NvCertifyInfo(reader.sized(DIGEST_MAX + 2), reader.u16(), reader.sized(2048))
-        else:
-            raise reader.fail(f"attestation of type 0x{tag:04x} is not one we use")
+        attested = QuoteInfo(PcrSelection.read(reader), reader.sized(DIGEST_MAX))
         reader.end()
         clock_info = ClockInfo(clock, resets, restarts, bool(safe))
         return cls(signer, extra, clock_info, firmware, attested, raw=data)

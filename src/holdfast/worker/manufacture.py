@@ -1,4 +1,4 @@
-"""Making a vTPM: endorsement keys, evidence AK, PCR banks, certificates (DESIGN 6).
+"""Making a vTPM: endorsement keys, evidence AK, PCR banks, certificates.
 
 Steps run on a bare engine, before any client. Sources: TCG EK Credential Profile 2.5 for templates,
 handles and NV indices. What a tenant must not remove is created by the platform hierarchy.
