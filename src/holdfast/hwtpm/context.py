@@ -37,10 +37,8 @@ from holdfast.tpm2.structures import Public
 from holdfast.tpm2.wire import sized, u16
 
 HANDLES_MAX: Final = 64  # transient objects or sessions looked for at once
-IN_THE_CLEAR: Final = TPMA_SESSION.CONTINUESESSION  # authorized by HMAC all the same
 ENCRYPT_BOTH: Final = TPMA_SESSION.CONTINUESESSION | TPMA_SESSION.DECRYPT | TPMA_SESSION.ENCRYPT
 ENCRYPT_IN: Final = TPMA_SESSION.CONTINUESESSION | TPMA_SESSION.DECRYPT
-ENCRYPT_OUT: Final = TPMA_SESSION.CONTINUESESSION | TPMA_SESSION.ENCRYPT
 BANKS: Final = (Alg.SHA1, Alg.SHA256, Alg.SHA384, Alg.SHA512)
 _RC_LAYER: Final = 0xFFFF0000
 _RC_TPM: Final = 0xFFFF
@@ -170,33 +168,41 @@ class Context:
 
     def _flush_all(self) -> None:
         """Flush all that is there and not others'."""
-        try:
-            for handle in self._there():
-                if handle not in self._others:
-                    with suppress(TpmError):
-                        self._raw(Cc.FlushContext, rq.flush_context(handle))
-        except DecodeError as error:
-            self._broken = True
-            raise HostError(f"what answers at {self.tcti} is no TPM: {error}") from None
+        for handle in self._there():
+            if handle not in self._others:
+                with suppress(TpmError):
+                    self.raw(Cc.FlushContext, rq.flush_context(handle))
 
     def _handles(self, first: int) -> tuple[int, ...]:
         """TPML_HANDLE from GetCapability (Part 2, 10.9.3)."""
         query = rq.get_capability(Cap.HANDLES, first, HANDLES_MAX)
-        params = self._raw(Cc.GetCapability, query).params
-        params.take(1 + 4)  # moreData, capability
-        count = params.u32()
-        if count > HANDLES_MAX:
-            raise params.fail(f"{count} handles, at most {HANDLES_MAX} were asked for")
-        return tuple(params.u32() for _ in range(count))
+        with self.reading():
+            params = self.raw(Cc.GetCapability, query).params
+            params.take(1 + 4)  # moreData, capability
+            count = params.u32()
+            if count > HANDLES_MAX:
+                raise params.fail(f"{count} handles, at most {HANDLES_MAX} were asked for")
+            return tuple(params.u32() for _ in range(count))
 
-    def _raw(self, code: Cc, command: bytes) -> rq.Response:
-        """A command past ESAPI, which flushes only what it made itself."""
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """While a response is read: one that does not decode is no TPM's, and a HostError."""
+        try:
+            yield
+        except DecodeError as error:
+            self._broken = True
+            raise HostError(f"what answers at {self.tcti} is no TPM: {error}") from None
+
+    def raw(self, code: Cc, command: bytes) -> rq.Response:
+        """A command past ESAPI."""
 
         def exchange() -> bytes:
             self._tcti.transmit(command)
             return bytes(self._tcti.receive())
 
-        return rq.response(code, self.call(code.name, exchange))
+        answer = self.call(code.name, exchange)
+        with self.reading():
+            return rq.response(code, answer)
 
 
 def tss_public(public: Public) -> Any:

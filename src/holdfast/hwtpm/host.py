@@ -11,7 +11,8 @@ Not here: the host's EK (`endorsement`), certificates, files, and who may ask (`
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -19,40 +20,39 @@ from tpm2_pytss import (
     ESYS_TR,
     TPM2_ALG,
     TPM2_CAP,
-    TPM2_EO,
     TPM2_PT,
     TPM2_SE,
-    TPM2_ST,
     TPM2B_PRIVATE,
     TPM2B_PUBLIC,
     TPM2B_SENSITIVE_CREATE,
     TPMT_SIG_SCHEME,
-    TPMT_TK_HASHCHECK,
 )
 
-from holdfast.errors import HostError, TpmError
+from holdfast.errors import HoldfastError, HostError, TpmError
 from holdfast.hwtpm import policy
 from holdfast.hwtpm.context import (
     BANKS,
     ENCRYPT_BOTH,
     ENCRYPT_IN,
-    ENCRYPT_OUT,
-    IN_THE_CLEAR,
     Context,
     own_public,
     tss_public,
     tss_signature,
 )
 from holdfast.hwtpm.endorsement import find_persistent
-from holdfast.hwtpm.version import VersionIndex
+from holdfast.hwtpm.session import Entity, PolicySession
+from holdfast.hwtpm.version import VERSION_INDEX, VersionIndex
+from holdfast.tpm2 import requests as rq
 from holdfast.tpm2.algorithms import Alg, Curve
-from holdfast.tpm2.constants import PCR_COUNT, ObjectAttr, Rh
-from holdfast.tpm2.structures import PcrSelection, Public, Symmetric
+from holdfast.tpm2.commands import Cc
+from holdfast.tpm2.constants import PCR_COUNT, ST_HASHCHECK, ObjectAttr, Rh
+from holdfast.tpm2.structures import PcrSelection, Public, Signature, Symmetric
 from holdfast.tpm2.templates import AK_P256
-from holdfast.tpm2.wire import sized, u64
+from holdfast.tpm2.wire import sized, u16, u32, u64
 
 AUTH_SIZE: Final = 32
 QUOTED_PCRS: Final = tuple(range(PCR_COUNT))
+_NO_TICKET: Final = u16(ST_HASHCHECK) + u32(Rh.NULL) + sized(b"")  # TPMT_TK_HASHCHECK
 _BASE: Final = (
     ObjectAttr.FIXED_TPM
     | ObjectAttr.FIXED_PARENT
@@ -111,8 +111,8 @@ class HostTpm:
         self._primary: Any = None
         self._ak: Any = None
         self._ca: Any = None
-        self._policy_session: Any = None
-        self._ticket: Any = None
+        self._session: PolicySession | None = None
+        self._ticket: tuple[Approval, bytes, bytes, bytes] | None = None
 
     def describe(self) -> str:
         """Manufacturer, vendor string and firmware as the TPM gives them; nothing is believed."""
@@ -156,7 +156,8 @@ class HostTpm:
                 f"the host TPM does not make the keeper's primary key (0x{error.rc:x}): does the "
                 "owner hierarchy have an authorization that the keeper was not told?"
             ) from None
-        made = own_public(public).name
+        self._primary_public = own_public(public)
+        made = self._primary_public.name
         if name and made != name:
             raise HostError("the host TPM is not the keeper's any more: it was cleared or replaced")
         self._esapi.tr_set_auth(self._primary, auth)
@@ -257,80 +258,73 @@ class HostTpm:
                 )
             except TpmError:
                 raise HostError("an approved boot state's signature does not hold") from None
-        self._ticket = (approval, approved, recovery.name, ticket)
+        self._ticket = (approval, approved, recovery.name, bytes(ticket.marshal()))
 
-    def _authorized(self) -> Any:
-        """The policy session, satisfying the object policy for one use (which then resets it)."""
+    @contextmanager
+    def _authorized(self) -> Iterator[PolicySession]:
+        """The policy session, satisfying the object policy for one use, which spends it.
+
+        Whatever goes wrong, another session is started for the next use.
+        """
         if self._ticket is None:
             raise HostError("no approved boot state matches")
-        approval, approved, recovery_name, ticket = self._ticket
-        if self._policy_session is None:
-            self._policy_session = self._context.start(TPM2_SE.POLICY)
-        session, index = self._policy_session, self.index.handle
-        selection = "sha256:" + ",".join(str(pcr) for pcr in sorted(approval.values))
-        steps: tuple[tuple[str, Callable[[], Any]], ...] = (
-            ("PolicyPCR", lambda: self._esapi.policy_pcr(session, b"", selection)),
-            (
-                "PolicyNV",  # with an empty password, as anybody may read the index
-                lambda: self._esapi.policy_nv(
-                    index, index, session, u64(approval.version), TPM2_EO.UNSIGNED_LE
-                ),
-            ),
-            (
-                "PolicyAuthorize",
-                lambda: self._esapi.policy_authorize(
-                    session, approved, recovery_name, ticket, policy.POLICY_REF
-                ),
-            ),
-            ("PolicyAuthValue", lambda: self._esapi.policy_auth_value(session)),
-        )
+        if self._session is None:
+            number = int(self._esapi.tr_get_tpm_handle(self._primary))
+            self._session = PolicySession(self._context, number, self._primary_public)
+        session, self._session = self._session, None
         try:
-            for command, step in steps:
-                self._context.call(command, step)
-        except TpmError as error:
-            self._drop_policy_session()
-            raise HostError(_why_not(error, approval)) from None
-        return session
+            self._satisfy(session, *self._ticket)
+            yield session
+        except HoldfastError:
+            with suppress(HoldfastError):
+                session.end()
+            raise
+        self._session = session
 
-    def _drop_policy_session(self) -> None:
-        session, self._policy_session = self._policy_session, None
-        self._context.flush(session)
+    def _satisfy(
+        self, session: PolicySession, approval: Approval, approved: bytes, recovery_name: bytes,
+        ticket: bytes,
+    ) -> None:  # fmt: skip
+        selection = PcrSelection.of(Alg.SHA256, approval.values).encode()
+        operand = sized(u64(approval.version)) + u16(0) + u16(policy.EO_UNSIGNED_LE)
+        approved_by = sized(approved) + sized(policy.POLICY_REF) + sized(recovery_name) + ticket
+        try:
+            session.satisfy(Cc.PolicyPCR, sized(b"") + selection)
+            # With an empty password, as anybody may read the index.
+            session.satisfy(Cc.PolicyNV, operand, (VERSION_INDEX, VERSION_INDEX), (rq.Auth(),))
+            session.satisfy(Cc.PolicyAuthorize, approved_by)
+            session.satisfy(Cc.PolicyAuthValue)
+        except TpmError as error:
+            raise HostError(_why_not(error, approval)) from None
 
     def unseal(self, blob: Blob) -> bytearray:
         """Open the sealed root key; HostError unless this boot state is approved."""
-        with self._context.flushed(self.load(blob)) as handle:
-            session = self._authorized()
-            self._esapi.trsess_set_attributes(session, ENCRYPT_OUT)
-            sealed = self._context.call(
-                "Unseal", lambda: self._esapi.unseal(handle, session1=session)
-            )
-            return bytearray(sealed.buffer)
+        with self._context.flushed(self.load(blob)) as handle, self._authorized() as session:
+            params = session.use(Cc.Unseal, self._entity(handle, blob), b"", hidden=True)
+            return bytearray(params.sized())
 
     def use_ca(self, blob: Blob) -> None:
         """Load the issuing CA's key, to be used from now on."""
         self._ca = self.load(blob)
+        self._ca_entity = self._entity(self._ca, blob)
 
     def drop_ca(self) -> None:
         """Unload it, to have its slot."""
         ca, self._ca = self._ca, None
         self._context.flush(ca)
 
+    def _entity(self, handle: Any, blob: Blob) -> Entity:
+        number = int(self._esapi.tr_get_tpm_handle(handle))
+        return Entity(number, Public.decode(blob.public).name, blob.auth)
+
     def sign_as_ca(self, digest: bytes) -> policy.Signature:
         """Sign a SHA-256 digest with the issuing CA's key."""
-        session = self._authorized()
-        self._esapi.trsess_set_attributes(session, IN_THE_CLEAR)  # a certificate's digest
-        scheme = TPMT_SIG_SCHEME(scheme=TPM2_ALG.ECDSA)
-        scheme.details.any.hashAlg = TPM2_ALG.SHA256
-        check = TPMT_TK_HASHCHECK(tag=TPM2_ST.HASHCHECK, hierarchy=Rh.NULL)
-        made = self._context.call(
-            "Sign",
-            lambda: self._esapi.sign(self._ca, digest, scheme, check, session1=session),
-        )
-        ecdsa = made.signature.ecdsa
-        return policy.Signature(
-            int.from_bytes(bytes(ecdsa.signatureR), "big"),
-            int.from_bytes(bytes(ecdsa.signatureS), "big"),
-        )
+        # Nothing is encrypted: it is a certificate's digest.
+        params = sized(digest) + u16(Alg.ECDSA) + u16(Alg.SHA256) + _NO_TICKET
+        with self._authorized() as session, self._context.reading():
+            made = Signature.decode(session.use(Cc.Sign, self._ca_entity, params).rest())
+        r, s = (int.from_bytes(value, "big") for value in made.values)
+        return policy.Signature(r, s)
 
     # --- attesting ---
 

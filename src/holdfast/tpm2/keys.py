@@ -95,23 +95,26 @@ def kdfe(alg: Alg, z: bytes, label: bytes, party_u: bytes, party_v: bytes) -> by
     return digest.finalize()
 
 
-def _protected_seed(key: Public, fresh: Fresh) -> tuple[bytes, bytes]:
-    """A seed, and as what it is sent to the TPM with `key` (Part 1, B.10.4 and C.6.4)."""
+def protected_seed(key: Public, fresh: Fresh, label: bytes) -> tuple[bytes, bytes]:
+    """A seed, and as what it is sent to the TPM with `key` (Part 1, B.10.2 and C.6.1).
+
+    `fresh` as in `make_credential`; `label` says what for: IDENTITY, SECRET.
+    """
     alg, public = key.name_alg, public_key(key)
     if isinstance(public, rsa.RSAPublicKey) and isinstance(fresh, bytes):
         if len(fresh) != HASH_SIZES[alg]:
             raise ValueError("the seed has the length of the nameAlg's digest")
         hash_alg = _HASHES[alg]
-        oaep = padding.OAEP(padding.MGF1(hash_alg), hash_alg, b"IDENTITY\0")
+        oaep = padding.OAEP(padding.MGF1(hash_alg), hash_alg, label + b"\0")
         return fresh, public.encrypt(fresh, oaep)
     if isinstance(public, rsa.RSAPublicKey) or isinstance(fresh, bytes):
-        raise DecodeError("TPMT_PUBLIC", "an endorsement key of another type is expected")
+        raise DecodeError("TPMT_PUBLIC", "a key of another type is expected")
     size = (public.key_size + 7) // 8
     numbers = fresh.public_key().public_numbers()
     x, y = (value.to_bytes(size, "big") for value in (numbers.x, numbers.y))
     z = fresh.exchange(ec.ECDH(), public)
     its_x = public.public_numbers().x.to_bytes(size, "big")
-    return kdfe(alg, z, b"IDENTITY", x, its_x), sized(x) + sized(y)
+    return kdfe(alg, z, label, x, its_x), sized(x) + sized(y)
 
 
 def make_credential(
@@ -124,7 +127,7 @@ def make_credential(
     Returns (TPM2B_ID_OBJECT, TPM2B_ENCRYPTED_SECRET), each with its size field.
     """
     alg = ek.name_alg
-    seed, secret = _protected_seed(ek, fresh)
+    seed, secret = protected_seed(ek, fresh, b"IDENTITY")
     sym_key = kdfa(alg, seed, b"STORAGE", object_name, ek.symmetric.bits)
     encryptor = Cipher(algorithms.AES(sym_key), CFB(bytes(16))).encryptor()
     encrypted = encryptor.update(sized(credential)) + encryptor.finalize()

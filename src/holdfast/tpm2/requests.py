@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, Protocol
 
 from holdfast.errors import DecodeError, TpmError
 from holdfast.tpm2.algorithms import HASH_NAMES, Alg
@@ -32,6 +32,12 @@ SE_POLICY: Final = 0x01
 CONTINUE_SESSION: Final = 0x01
 
 
+class Authorization(Protocol):
+    """One TPMS_AUTH_COMMAND of a command's authorization area."""
+
+    def encode(self) -> bytes: ...
+
+
 @dataclass(frozen=True)
 class Auth:
     """TPMS_AUTH_COMMAND of a password or policy session."""
@@ -45,7 +51,7 @@ class Auth:
 
 
 def command(
-    code: Cc, handles: Sequence[int] = (), auths: Sequence[Auth] = (), params: bytes = b""
+    code: Cc, handles: Sequence[int] = (), auths: Sequence[Authorization] = (), params: bytes = b""
 ) -> bytes:
     """Put a command together (Part 1, 18): header, handles, authorizations, parameters."""
     body = b"".join(u32(handle) for handle in handles)
@@ -60,10 +66,11 @@ def command(
 
 @dataclass(frozen=True)
 class Response:
-    """A successful response: its handle, if its command returns one, and its parameters."""
+    """A successful response: its handle, if its command returns one, parameters, authorizations."""
 
     handle: int
     params: Reader
+    auths: Reader
 
 
 def header(data: bytes, what: str) -> tuple[int, int, int]:
@@ -86,9 +93,8 @@ def response(code: Cc, data: bytes) -> Response:
     reader = Reader(data, what)
     reader.take(HEADER_SIZE)
     handle = reader.u32() if SHAPES[code].returns_handle else 0
-    if tag == ST_SESSIONS:
-        return Response(handle, Reader(reader.take(reader.u32()), what))
-    return Response(handle, Reader(reader.rest(), what))
+    params = reader.take(reader.u32()) if tag == ST_SESSIONS else reader.rest()
+    return Response(handle, Reader(params, what), Reader(reader.rest(), what))
 
 
 def error_response(rc: int) -> bytes:
