@@ -165,6 +165,18 @@ class Registry:
             raise
         self._db.execute("COMMIT")
 
+    @contextmanager
+    def _durable_later(self) -> Iterator[None]:
+        """What is written meanwhile is durable with the next write that is: not before, in order.
+
+        That is what SQLite's log does in mode NORMAL.
+        """
+        self._db.execute("PRAGMA synchronous=NORMAL")
+        try:
+            yield
+        finally:
+            self._db.execute("PRAGMA synchronous=FULL")
+
     # --- instances ---
 
     def add(self, instance: Instance) -> None:
@@ -172,17 +184,14 @@ class Registry:
 
         Durable with its keys: until it is made, nothing was promised to anybody.
         """
-        self._db.execute("PRAGMA synchronous=NORMAL")
         try:
-            with _writing():
+            with _writing(), self._durable_later():
                 self._db.execute(
                     "INSERT INTO instances VALUES (?, ?, ?, ?)",
                     (str(instance.id), instance.name, instance.state, _encode(instance)),
                 )
         except sqlite3.IntegrityError:
             raise Conflict(f"there is a vTPM named {instance.name} already") from None
-        finally:
-            self._db.execute("PRAGMA synchronous=FULL")
 
     def update(self, instance: Instance) -> None:
         """Record a change durably; HostError if the disk refuses."""
@@ -194,11 +203,8 @@ class Registry:
 
     def note(self, instance: Instance) -> None:
         """Record a change that a power cut may undo: the host boots then, and nothing is on."""
-        self._db.execute("PRAGMA synchronous=NORMAL")
-        try:
+        with self._durable_later():
             self.update(instance)
-        finally:
-            self._db.execute("PRAGMA synchronous=FULL")
 
     def all(self) -> tuple[list[Instance], list[str]]:
         """Every instance, and what is wrong with rows that are none: one harms no other."""
@@ -222,6 +228,7 @@ class Registry:
     def commit(self, instance: UUID, state: SealedState) -> None:
         """Make a state durable. Epochs go up by one; the same commit twice is the same as once.
 
+        The first one is durable with the keys (`put_keys`), as the instance itself is.
         IntegrityError for an epoch that is not the next; HostError if the disk refuses.
         """
         with _writing():
@@ -244,10 +251,11 @@ class Registry:
         if state.epoch != present + 1:
             raise IntegrityError(f"epoch {state.epoch} cannot follow epoch {present}")
         try:
-            self._db.execute(
-                "INSERT INTO states VALUES (?, ?, ?, ?)",
-                (str(instance), state.epoch, state.sealed, state.wrapped),
-            )
+            with self._durable_later():
+                self._db.execute(
+                    "INSERT INTO states VALUES (?, ?, ?, ?)",
+                    (str(instance), state.epoch, state.sealed, state.wrapped),
+                )
         except sqlite3.IntegrityError:
             raise NotFound(f"there is no vTPM {instance}") from None
 
