@@ -16,8 +16,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final, TypeVar
 
-from holdfast import errors
-from holdfast.errors import HoldfastError, HostError, PeerError, ProtocolError
+from holdfast.errors import HostError, PeerError, ProtocolError, by_name
 from holdfast.linux import channel
 from holdfast.protocol import ipc
 from holdfast.protocol.ipc import Message
@@ -74,7 +73,7 @@ class Link:
             raise HostError(f"the {self._name} does not answer") from None
         if isinstance(answer, ipc.Refused):
             _close_all(received)
-            raise refusal(answer)
+            raise by_name(answer.error, answer.why)
         if not isinstance(answer, expected):
             _close_all(received)
             raise ProtocolError(f"the {self._name} answered {type(answer).__name__}")
@@ -162,16 +161,6 @@ class Peer:
     def close(self) -> None:
         if self._link is not None:
             self._link.close()
-
-
-def refusal(answer: ipc.Refused) -> HoldfastError:
-    """The error that a Refused stands for; an unknown name is the peer's fault."""
-    kind = getattr(errors, answer.error, None)
-    if isinstance(kind, type) and issubclass(kind, HoldfastError):
-        if kind in (errors.TpmError, errors.DecodeError, errors.AppraisalError):
-            return HostError(answer.why)
-        return kind(answer.why)
-    return ProtocolError(f"{answer.error}: {answer.why}")
 
 
 def _close_all(fds: Sequence[int]) -> None:
