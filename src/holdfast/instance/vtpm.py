@@ -108,6 +108,7 @@ class VirtualTpm:
         self.ledger: PcrValues = {}
         self._around = around
         self._worker: WorkerLink | None = None
+        self._maker: WorkerLink | None = None
         self._restarts: list[float] = []
         self._door: Door | None = None
         self._stopping = False
@@ -151,7 +152,16 @@ class VirtualTpm:
         state = after(self.state, Event.MANUFACTURED)
         self.record = replace(self.record, state=state.value)
         self._around.registry.put_keys(self.record, keys)
-        await asyncio.wait_for(made.worker.ended.wait(), WORKER_END_SECONDS)
+        self._maker = made.worker
+
+    async def _alone(self) -> None:
+        """Wait until the worker that made the TPM has ended, which has the key until then."""
+        maker, self._maker = self._maker, None
+        if maker is not None and not maker.ended.is_set():
+            try:
+                await asyncio.wait_for(maker.ended.wait(), WORKER_END_SECONDS)
+            except TimeoutError:
+                await maker.kill(self._around.spawner)
 
     async def _park(self) -> Parked:
         around, banks = self._around, tuple(int(alg) for alg in self.banks)
@@ -226,6 +236,7 @@ class VirtualTpm:
 
     async def detach(self) -> None:
         """Let go of the run's ends; whoever still has the device open finds it gone."""
+        await self._alone()
         if self._door is not None:
             self._door.close()
             self._door = None
@@ -242,6 +253,7 @@ class VirtualTpm:
         door = self._door
         if door is None:
             raise Conflict("the vTPM has no device to be reached by")
+        await self._alone()
         if run.records:
             self._write_log(run)
         self._stopping = False
