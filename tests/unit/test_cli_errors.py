@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -64,7 +65,7 @@ HERE = [
     # The daemon.
     (("ls",), 6, "no daemon answers at .*none.sock.*No such file.*is holdfast serve running"),
     (("status",), 6, "no daemon answers"),
-    (("doctor", "--json"), 6, "no daemon answers"),
+    (("doctor", "--config", "type.toml"), 2, r"type.toml: host.tcti: is text"),
     (("create", "web"), 6, "no daemon answers"),
     (("create", "web", "--owner", "no-such-user"), 2, "there is no user 'no-such-user'"),
     (("create", "web", "--owner", "²"), 2, "there is no user"),
@@ -399,3 +400,26 @@ def test_interrupted_while_a_file_is_awaited_it_ends_with_130(place: Path) -> No
         os.killpg(process.pid, signal.SIGINT)
         out, err = process.communicate(timeout=20)
     assert (process.returncode, out, err) == (130, b"", b"")
+
+
+def test_without_a_daemon_doctor_says_what_can_be_seen_and_what_is_to_be_done_next(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], place: Path
+) -> None:
+    """What a host lacks is asked most often before Holdfast runs on it."""
+    said = {}
+    for config in ("user.toml", "good.toml"):
+        code, out, err = called(monkeypatch, capfd, ("doctor", "--config", config, "--json"))
+        assert (code, err) == (6, "")
+        findings = json.loads(out)["findings"]
+        said[config] = {found["what"]: (found["level"], found["says"]) for found in findings}
+    assert "holdfast init" in said["user.toml"]["daemon"][1]
+    assert "holdfast serve" in said["good.toml"]["daemon"][1]
+    assert said["good.toml"]["host TPM"] == (
+        "problem", f"there is no {place}/no-tpm.sock: start what serves it"
+    )  # fmt: skip
+    (place / "no-tpm.sock").touch()
+    code, out, _ = called(monkeypatch, capfd, ("doctor", "--config", "good.toml"))
+    assert code == 6
+    assert f"ok host TPM: {place}/no-tpm.sock is there\n" in out
+    assert "ok library: libtpms.so" in out
+    assert "vTPMs:" not in out

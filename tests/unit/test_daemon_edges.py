@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from holdfast.daemon import config
 from holdfast.daemon.__main__ import API_ROOM, EVIDENCE_ROOM
-from holdfast.daemon.doctor import brief, is_virtual
+from holdfast.daemon.doctor import brief
+from holdfast.daemon.ground import is_virtual
 from holdfast.daemon.listening import Present, Room
 from holdfast.errors import InvalidInput
 

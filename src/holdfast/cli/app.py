@@ -21,7 +21,7 @@ from holdfast import __version__
 from holdfast.cli import output, verifying
 from holdfast.cli.output import failures, progress, show
 from holdfast.cli.tpm import run_command
-from holdfast.client import Client
+from holdfast.client import Client, NoDaemon
 from holdfast.errors import Forbidden, HostError, InvalidInput, by_name
 from holdfast.frontend.bundle import with_vtpm
 from holdfast.ids import instance_name
@@ -42,7 +42,7 @@ Name = Annotated[str, typer.Argument(help="The vTPM's name.")]
 ConfigFile = Annotated[Path | None, typer.Option("--config", help="Configuration file (TOML).")]
 _JSON_MAX: Final = 16 << 20  # bytes in a file of JSON
 _UID_DIGITS: Final = 10
-_STATE_MARKS: Final = {
+_MARKS: Final = {
     "ok": "[green]ok[/green]",
     "note": "[cyan]note[/cyan]",
     "warning": "[yellow]warning[/yellow]",
@@ -132,7 +132,7 @@ def init(
         made = _keeper(command)
 
     def human(value: dict[str, Any]) -> None:
-        output.line("initialised", "[green]✓[/green]")
+        output.line("initialised", _MARKS["ok"])
         output.line(f"recovery key (encrypted):   {value['recovery_key']}")
         output.line(f"site root key (encrypted):  {value['site_root_key']}")
         output.line(f"site root certificate:      {value['site_root_certificate']}")
@@ -162,7 +162,7 @@ def status(as_json: Json = False) -> None:
     def human(value: dict[str, Any]) -> None:
         for part in ("host", "keeper", "spawner"):
             found = value[part]
-            output.line(f"{part}: {found['says']}", _STATE_MARKS[found["level"]])
+            output.line(f"{part}: {found['says']}", _MARKS[found["level"]])
         output.line(f"vTPMs: {_counted(value['vtpms'])}")
         if value["more"]:
             output.line(f"holdfast doctor has more: {', '.join(value['more'])}")
@@ -172,15 +172,19 @@ def status(as_json: Json = False) -> None:
 
 
 @app.command()
-def doctor(as_json: Json = False) -> None:
-    """Look for what this host lacks, and say it in plain words."""
-    value = Client().call("GET", "/v1/doctor")
+def doctor(config: ConfigFile = None, as_json: Json = False) -> None:
+    """Look for what this host lacks, and say it in plain words; all of it if a daemon runs."""
+    try:
+        value = Client().call("GET", "/v1/doctor")
+    except NoDaemon:
+        value = _of_config("ground", config)
 
     def human(value: dict[str, Any]) -> None:
         for finding in value["findings"]:
-            mark = _STATE_MARKS[finding["level"]]
+            mark = _MARKS[finding["level"]]
             output.line(f"{finding['what']}: {finding['says']}", mark)
-        output.line(f"vTPMs: {_counted(value['vtpms'])}")
+        if "vtpms" in value:
+            output.line(f"vTPMs: {_counted(value['vtpms'])}")
 
     show(value, as_json, human)
     _verdict(value)
@@ -208,7 +212,10 @@ def create(
         Path | None, typer.Option(help="JSON file: which image or configuration may start it.")
     ] = None,
     unsafe_unlinked: Annotated[
-        bool, typer.Option(help="Start even if the host's event log cannot be replayed.")
+        bool,
+        typer.Option(
+            "--unsafe-unlinked", help="Start even if the host's event log cannot be replayed."
+        ),
     ] = False,
     as_json: Json = False,
 ) -> None:
@@ -226,9 +233,9 @@ def create(
         value = Client().call("POST", "/v1/vtpms", body)
 
     def human(value: dict[str, Any]) -> None:
-        output.line(f"{value['name']} ({value['id']})", "[green]✓[/green]")
+        output.line(f"{value['name']} ({value['id']})", _MARKS["ok"])
         if value["profile"] == "linked":
-            output.line(f"podman run --device {value['device']} …")
+            output.line(f"podman run --device {value['device']} IMAGE")
         else:
             output.line(f"holdfast start {value['name']}; TPM2TOOLS_TCTI={value['tcti']}")
 
@@ -293,7 +300,7 @@ def logs(name: Name, as_json: Json = False) -> None:
 
     def human(value: dict[str, Any]) -> None:
         rows = [
-            (str(e["recnum"]), str(e["pcr"]), e["content_type"], json.dumps(e["content"])[:90])
+            (str(e["recnum"]), str(e["pcr"]), e["content_type"], json.dumps(e["content"]))
             for e in value["events"]
         ]
         output.table(("EVENT", "PCR", "TYPE", "CONTENT"), rows)
@@ -344,7 +351,7 @@ def cdi(
     fresh = bundle / "config.json.new"
     fresh.write_text(json.dumps(edited, indent=2))
     fresh.rename(config)
-    output.line(f"{config}: runc run -b {bundle} …", "[green]✓[/green]")
+    output.line(f"{config}: runc run -b {bundle} NAME", _MARKS["ok"])
 
 
 @app.command(
@@ -372,7 +379,9 @@ def tpm(
 def authorize(
     identity: Annotated[Path, typer.Option(help="age or ssh private key of the recipient.")],
     recovery_file: Annotated[Path, typer.Option(help="The recovery.age that init wrote.")],
-    retire: Annotated[bool, typer.Option(help="Retire all boot states approved before.")] = False,
+    retire: Annotated[
+        bool, typer.Option("--retire", help="Retire all boot states approved before.")
+    ] = False,
     values: Annotated[
         Path | None,
         typer.Option(help="JSON file with PCRs to approve instead: of the next kernel, before it."),
@@ -467,8 +476,13 @@ def _keeper(arguments: list[str]) -> dict[str, Any]:
 
 
 def _settings(config: Path | None) -> dict[str, Any]:
+    return _of_config("settings", config)
+
+
+def _of_config(module: str, config: Path | None) -> dict[str, Any]:
+    """What one of the daemon's modules says of the configuration."""
     given = ["--config", str(config)] if config else []
-    value = _module(["holdfast.daemon.settings", *given])
+    value = _module([f"holdfast.daemon.{module}", *given])
     assert isinstance(value, dict)
     return value
 

@@ -20,6 +20,7 @@ from typing import Final
 from holdfast.errors import HostError, InvalidInput
 
 START_SECONDS: Final = 20.0
+WORDS_MAX: Final = 4096  # bytes of what it says when it does not start
 SIGNALLED: Final = 128  # and the signal's number: how a shell gives such an end
 
 
@@ -43,8 +44,10 @@ def plain_tpm(state: Path | None = None, replay: Path | None = None) -> Iterator
         os.close(write)
         write = -1
         ready = select.select([read], [], [], START_SECONDS)[0]
-        if not ready or not (directory / "tpm.sock").is_socket():  # or it ended
-            raise HostError("the TPM did not start")
+        said = os.read(read, WORDS_MAX) if ready else b""
+        if said != b"\n":
+            why = said.decode(errors="replace").strip()
+            raise HostError(f"the TPM did not start: {why or 'it does not say why'}")
         yield directory / "tpm.sock"
     finally:
         os.close(read)

@@ -18,6 +18,10 @@ ANSWER_MAX: Final = 16 << 20
 _PREFIX: Final = "urn:holdfast:error:"
 
 
+class NoDaemon(HostError):
+    """Nobody listens where the daemon should."""
+
+
 class _Connection(http.client.HTTPConnection):
     def __init__(self, path: Path) -> None:
         super().__init__("localhost", timeout=TIMEOUT)
@@ -37,7 +41,10 @@ class Client:
         self._connection = _Connection(self._path)
 
     def call(self, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
-        """One request; returns the decoded JSON. HostError if no daemon answers."""
+        """One request; returns the decoded JSON.
+
+        NoDaemon if none listens, HostError if it goes away, or the error that it answers.
+        """
         data = None if body is None else json.dumps(body).encode()
         headers = {"Content-Type": "application/json"} if data is not None else {}
         try:
@@ -45,7 +52,7 @@ class Client:
         except OSError as error:
             self._connection.close()
             why = error.strerror or error
-            raise HostError(
+            raise NoDaemon(
                 f"no daemon answers at {self._path} ({why}): is holdfast serve running?"
             ) from None
         try:

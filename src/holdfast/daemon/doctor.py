@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, Final
 
+from holdfast.daemon.ground import Finding, kernel, report, worst
 from holdfast.daemon.host import Host
 from holdfast.errors import HoldfastError
-from holdfast.linux import cgroup
 from holdfast.protocol import ipc
 from holdfast.protocol import lifecycle as lc
 
-CPUINFO: Final = Path("/proc/cpuinfo")
-_LEVELS: Final = ("problem", "warning", "note", "ok")  # the worst first
 # What `status` says of each part: these findings.
 _PARTS: Final = {
     "host": ("host TPM", "virtual host", "host event log"),
@@ -22,25 +18,13 @@ _PARTS: Final = {
 }
 
 
-@dataclass(frozen=True)
-class Finding:
-    """One thing looked at: `level` ok, note, warning or problem."""
-
-    what: str
-    level: str
-    says: str
-
-
 async def examine(host: Host) -> dict[str, Any]:
     """Look at everything; never raises for what it finds."""
-    findings = [*await _keeper(host), *await _host_log(host), *await _spawner(host), *_kernel()]
+    findings = [*await _keeper(host), *await _host_log(host), *await _spawner(host), *kernel()]
     counts: dict[str, int] = {}
     for vtpm in host.all():
         counts[vtpm.record.state] = counts.get(vtpm.record.state, 0) + 1
-    worst = next(
-        (level for level in ("problem", "warning") if any(f.level == level for f in findings)), "ok"
-    )
-    return {"verdict": worst, "findings": [asdict(f) for f in findings], "vtpms": counts}
+    return {**report(findings), "vtpms": counts}
 
 
 async def overview(host: Host) -> dict[str, Any]:
@@ -54,9 +38,9 @@ def brief(seen: dict[str, Any]) -> dict[str, Any]:
     told = set()
     for part, names in _PARTS.items():
         about = [finding for finding in seen["findings"] if finding["what"] in names]
-        worst = min((f["level"] for f in about), key=_LEVELS.index, default="note")
         says = [f["says"] for f in about if f["level"] != "ok"] or [f["says"] for f in about[:1]]
-        value[part] = {"level": worst, "says": "; ".join(says) or "not known without the keeper"}
+        level = worst(f["level"] for f in about)
+        value[part] = {"level": level, "says": "; ".join(says) or "not known without the keeper"}
         told |= set(names)
     value["more"] = [
         f"{f['what']} ({f['level']})"
@@ -119,37 +103,3 @@ async def _spawner(host: Host) -> list[Finding]:
     else:
         findings.append(Finding("libtpms", "ok", held.libtpms))
     return findings
-
-
-def _kernel() -> list[Finding]:
-    findings = []
-    if is_virtual(CPUINFO.read_text()):
-        findings.append(
-            Finding(
-                "virtual host", "note",
-                "this host is a virtual machine: a snapshot of it that includes its TPM, put back, "
-                "cannot be detected",
-            )
-        )  # fmt: skip
-    limits = cgroup.available()
-    missing = sorted({"memory", "pids", "cpu"} - set(limits))
-    if missing:
-        findings.append(
-            Finding("cgroups", "warning", f"workers cannot be limited in {', '.join(missing)}")
-        )
-    else:
-        findings.append(Finding("cgroups", "ok", "workers are limited in memory, pids and cpu"))
-    if not Path("/dev/fuse").exists():
-        findings.append(Finding("FUSE", "problem", "there is no /dev/fuse: modprobe fuse"))
-    if Path("/proc/swaps").read_text().count("\n") > 1:
-        findings.append(
-            Finding("swap", "note", "swap is on; the keeper's memory is locked, workers' is not")
-        )
-    return findings
-
-
-def is_virtual(cpuinfo: str) -> bool:
-    """Whether the processor says that a hypervisor is below (x86 alone says so)."""
-    return any(
-        "hypervisor" in line.split() for line in cpuinfo.splitlines() if line.startswith("flags")
-    )

@@ -5,32 +5,36 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-from holdfast.daemon import config
+from holdfast.daemon.config import Config, load
 from holdfast.errors import HoldfastError
 
 
-def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
+def answer(arguments: list[str], asked: Callable[[Config], dict[str, Any]]) -> int:
+    """Print as JSON what is `asked` of the configuration, or the error; the exit status."""
+    parser = argparse.ArgumentParser()
     parser.add_argument("--config", type=Path)
     options = parser.parse_args(arguments)
     try:
-        settings = config.load(options.config)
+        value = asked(load(options.config))
     except (HoldfastError, OSError) as error:
         json.dump({"error": type(error).__name__, "why": str(error)}, sys.stdout)
         return 1
-    json.dump(
-        {
-            "keeper": str(settings.paths.state / "keeper"),
-            "tcti": settings.host.tcti,
-            "stand_in": settings.host.stand_in,
-            "keeper_user": settings.keeper.user,
-        },
-        sys.stdout,
-    )
+    json.dump(value, sys.stdout)
     return 0
 
 
+def _for_init(config: Config) -> dict[str, Any]:
+    return {
+        "keeper": str(config.paths.state / "keeper"),
+        "tcti": config.host.tcti,
+        "stand_in": config.host.stand_in,
+        "keeper_user": config.keeper.user,
+    }
+
+
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(answer(sys.argv[1:], _for_init))

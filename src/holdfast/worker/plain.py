@@ -126,7 +126,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--directory", type=Path, required=True, help="where the sockets go")
     parser.add_argument("--state", type=Path, help="keep the state here, unprotected")
     parser.add_argument("--replay", type=Path, help="a TCG2 event log to replay at the start")
-    parser.add_argument("--ready-fd", type=int, help="close this descriptor when clients may come")
+    parser.add_argument("--ready-fd", type=int, help="gets a line: empty if ready, else why not")
     parser.add_argument("--stay", action="store_true", help="outlive whoever started this")
     options = parser.parse_args(arguments)
     if not options.stay:
@@ -141,13 +141,21 @@ def main(arguments: list[str]) -> int:
 
         def ready() -> None:
             if options.ready_fd is not None:
+                os.write(options.ready_fd, b"\n")
                 os.close(options.ready_fd)
+                options.ready_fd = None
 
         serve(options.directory, plain, ready)
         with contextlib.suppress(HoldfastError):  # a client may have shut it down for good
             plain.stop()
     except (HoldfastError, OSError) as error:
-        sys.stderr.write(f"holdfast tpm: {error}\n")
+        why = str(error)
+        if isinstance(error, OSError) and error.filename:
+            why = f"{error.filename}: {error.strerror}"
+        if options.ready_fd is not None:
+            os.write(options.ready_fd, f"{why}\n".encode(errors="backslashreplace"))
+        else:
+            sys.stderr.write(f"holdfast tpm: {why}\n")
         return 1
     return 0
 
