@@ -143,6 +143,7 @@ class Supervisor:
     def _begin(self, child: Child) -> None:
         """Start it, and wait until it serves or we are to end; HostError if it does not."""
         if child.socket is not None:
+            child.socket.unlink(missing_ok=True)  # a former one's, which would be taken for its own
             self._start(child)
             self._await_socket(child, child.socket)
             return
