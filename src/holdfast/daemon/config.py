@@ -63,6 +63,11 @@ class Paths(_Section):
         return self.run / "api.sock"
 
     @property
+    def vault(self) -> Path:
+        """Where the keeper keeps what `init` made."""
+        return self.state / "keeper"
+
+    @property
     def keeper(self) -> Path:
         return self.run / "internal" / "keeper.sock"
 

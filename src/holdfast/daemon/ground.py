@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import pwd
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from ctypes.util import find_library
@@ -52,12 +51,10 @@ def before_serving(config: Config) -> dict[str, Any]:
 
 def _steps(config: Config) -> Iterator[Finding]:
     """What is to be done next."""
-    try:
-        pwd.getpwnam(config.keeper.user)
-    except KeyError:
-        yield Finding("daemon", "problem", "this host is not set up yet: holdfast init")
-    else:
+    if config.paths.vault.exists():
         yield Finding("daemon", "problem", "it does not run: holdfast serve, or systemctl status")
+    else:
+        yield Finding("daemon", "problem", "this host is not set up yet: holdfast init")
 
 
 def _tpm(config: Config) -> Iterator[Finding]:

@@ -29,7 +29,7 @@ def answer(arguments: list[str], asked: Callable[[Config], dict[str, Any]]) -> i
 
 def _for_init(config: Config) -> dict[str, Any]:
     return {
-        "keeper": str(config.paths.state / "keeper"),
+        "keeper": str(config.paths.vault),
         "tcti": config.host.tcti,
         "stand_in": config.host.stand_in,
         "keeper_user": config.keeper.user,

@@ -63,7 +63,7 @@ class Supervisor:
             Child(
                 "keeper",
                 [
-                    *python, "holdfast.keeper", "serve", "--dir", str(paths.state / "keeper"),
+                    *python, "holdfast.keeper", "serve", "--dir", str(paths.vault),
                     "--tcti", settings.host.tcti, "--socket", str(paths.keeper),
                     "--uid", str(uid), "--gid", str(gid),
                 ],

@@ -57,7 +57,7 @@ def enter(uid: int, gid: int) -> tuple[str, ...]:
     try:
         process.limit(resource.RLIMIT_MEMLOCK, resource.RLIM_INFINITY)
     except (OSError, ValueError):
-        lacking.append("the limit of locked memory stays")
+        lacking.append("memory can be locked only up to the limit it was started with")
     try:
         process.lock_memory()
     except OSError:
