@@ -391,7 +391,7 @@ def table() -> int:
             continue
         r = json.loads(done.stdout)
         mark = MARKS[name]
-        shown = f"{mark:>7}" if mark else "   3 MB"
+        shown = f"{mark:>7}" if mark else "    3.0"
         held = r["ours"] <= 3.0 if mark is None else r["ratio"] <= mark
         note = "" if held else "  MISSED"
         if name == "roundtrip":
