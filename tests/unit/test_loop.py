@@ -6,6 +6,7 @@ import contextlib
 import socket
 import threading
 from collections.abc import Iterator
+from functools import partial
 
 import pytest
 
@@ -33,7 +34,7 @@ def ends(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, str]]:
     vtpm = Vtpm(lambda _: ANSWER, Profile.LINKED)
     addresses = {}
     for name, made in (
-        ("data", lambda fd: DataConnection(fd, vtpm, loop.hear_host)),
+        ("data", partial(DataConnection, vtpm, loop.hear_host)),
         ("control", lambda fd: ControlConnection(fd, lambda: False, lambda _: "{}")),
     ):
         listener = socket.socket(socket.AF_UNIX)

@@ -98,6 +98,7 @@ class ResourceManager:
         self._clients: set[Client] = set()
         self._sessions: dict[int, _Session] = {}  # every active session of this TPM
         self._clock = itertools.count(1)
+        self.mark = self._clock.__next__  # a point in time for `adopt`
 
     def attach(self, *, evicts: bool = False) -> Client:
         """A new client with nothing of its own."""
@@ -123,10 +124,6 @@ class ResourceManager:
         for handle in [h for h, session in donor.sessions.items() if session.made > since]:
             session = client.sessions[handle] = donor.sessions.pop(handle)
             session.owner = client
-
-    def mark(self) -> int:
-        """A point in time for `adopt`."""
-        return next(self._clock)
 
     def execute(self, client: Client, command: bytes) -> bytes:
         """Run a well-formed command (`filter.malformed`) for `client` and return the response."""

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from functools import partial
 from time import monotonic
 from typing import Final
 
@@ -40,20 +39,17 @@ _INFO_MAX: Final = 3072
 class DataConnection:
     """One client's connection for TPM commands."""
 
-    __slots__ = (
-        "_client", "_frames", "_hear_host", "_mark", "_serve", "_vtpm", "deadline", "fd", "pending",
-    )  # fmt: skip
+    # What most connections keep is the class's: clients that connect for every command make many.
+    pending = b""  # of responses the client has not taken yet
+    deadline = 0.0  # when half a command will have taken too long; 0: no half command
+    _frames: FrameBuffer | None = None  # until a command comes in pieces
+    _client: Client | None = None  # from its second command on
+    _mark = 0  # before its first command; 0: it sent none yet
 
-    def __init__(self, fd: int, vtpm: Vtpm, hear_host: Callable[[], None]) -> None:
+    def __init__(self, vtpm: Vtpm, hear_host: Callable[[], None], fd: int) -> None:
         self.fd = fd  # does not block
-        self.pending = b""  # of responses the client has not taken yet
-        self.deadline = 0.0  # when half a command will have taken too long; 0: no half command
         self._vtpm = vtpm
         self._hear_host = hear_host
-        self._frames: FrameBuffer | None = None  # until a command comes in pieces
-        self._client: Client | None = None
-        self._mark = 0
-        self._serve: Callable[[bytes], bytes] = self._first
 
     def readable(self) -> int:
         """Serve what has arrived: SERVED, IDLE or GONE."""
@@ -86,15 +82,15 @@ class DataConnection:
         self.deadline = monotonic() + HALF_FRAME_SECONDS if frames.partial else 0.0
         return SERVED
 
-    def _first(self, command: bytes) -> bytes:
-        self._serve = self._second
-        self._mark = self._vtpm.mark()
-        return self._vtpm.execute(self._vtpm.shared, command)
-
-    def _second(self, command: bytes) -> bytes:
-        client = self._client = self._vtpm.part(self._mark)
-        self._serve = partial(self._vtpm.execute, client)
-        return self._vtpm.execute(client, command)
+    def _serve(self, command: bytes) -> bytes:
+        vtpm = self._vtpm
+        client = self._client
+        if client is None:
+            if not self._mark:
+                self._mark = vtpm.mark()
+                return vtpm.execute(vtpm.shared, command)
+            client = self._client = vtpm.part(self._mark)
+        return vtpm.execute(client, command)
 
     def _send(self, response: bytes) -> int:
         # Bounded: what waits here answers the commands of one RECEIVE_SIZE.

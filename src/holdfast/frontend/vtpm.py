@@ -27,6 +27,7 @@ class Vtpm:
     def __init__(self, process: Process, profile: Profile, read: Process | None = None) -> None:
         self._read = read or process
         self._resources = ResourceManager(process)
+        self.mark = self._resources.mark
         self._linked = profile is Profile.LINKED
         self.host = self._resources.attach()
         self.shared = self._resources.attach(evicts=True)
@@ -37,9 +38,6 @@ class Vtpm:
     def detach(self, client: Client) -> None:
         if client is not self.shared:
             self._resources.detach(client)
-
-    def mark(self) -> int:
-        return self._resources.mark()
 
     def part(self, mark: int) -> Client:
         """A client that stays: give it, alone, what it made in the shared context since `mark`."""

@@ -16,6 +16,7 @@ import signal
 import socket
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -89,7 +90,7 @@ def serve(directory: Path, plain: PlainTpm, ready: Callable[[], None]) -> None:
     loop = Loop()
     paths = [directory / "tpm.sock", directory / "tpm.sock.ctrl"]
     makers: list[Callable[[int], Connection]] = [
-        lambda fd: DataConnection(fd, vtpm, loop.hear_host),
+        partial(DataConnection, vtpm, loop.hear_host),
         lambda fd: ControlConnection(fd, engine.established, engine.info),
     ]
     for path, made in zip(paths, makers, strict=True):

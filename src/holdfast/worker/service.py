@@ -15,6 +15,7 @@ import socket
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Final, NoReturn
 
 from holdfast.engine.libtpms import Engine
@@ -307,7 +308,7 @@ class Worker:
         self._loop.serve_devices(fuse_fd, devices)
         self._loop.listen(
             socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, 0, data_fd),
-            lambda fd: DataConnection(fd, vtpm, self._loop.hear_host),
+            partial(DataConnection, vtpm, self._loop.hear_host),
         )
         self._loop.listen(
             socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, 0, control_fd),
