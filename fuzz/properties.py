@@ -128,13 +128,17 @@ def _fuse(data: bytes) -> None:
 
 
 def _control(data: bytes) -> None:
-    parsed = control.parse(data)
-    if isinstance(parsed, control.Request):
-        row = control.TABLE[parsed.command]
-        assert row.audience is control.Audience.CONTAINER
-        assert len(parsed.body) in row.body
-    else:
-        assert parsed is None or len(parsed) == _RESPONSE
+    for audience in control.Audience:
+        parsed = control.parse(data, audience)
+        if isinstance(parsed, control.Request):
+            row = control.TABLE[parsed.command]
+            assert row.audience <= audience
+            if isinstance(row.body, control.Sized):
+                assert len(parsed.body) >= row.body.prefix
+            else:
+                assert len(parsed.body) in row.body
+        else:
+            assert parsed is None or len(parsed) in (_RESPONSE, 4 * _RESPONSE)
 
 
 def _oci_state(data: bytes) -> None:

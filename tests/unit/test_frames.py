@@ -54,19 +54,51 @@ def test_any_stream_gives_commands_or_a_decode_error(data: bytes) -> None:
         assert not buffer.partial
 
 
+@pytest.mark.parametrize("audience", list(control.Audience))
 @pytest.mark.parametrize("command", list(control.Command))
-def test_a_container_gets_no_control_command_of_the_hosts(command: control.Command) -> None:
+def test_every_control_command_with_every_length_is_a_request_a_refusal_or_not_yet_whole(
+    command: control.Command, audience: control.Audience
+) -> None:
     row = control.TABLE[command]
-    for size in (*range(70), 4092):
-        parsed = control.parse(u32(command) + bytes(size))
-        if row.audience is control.Audience.HOST:
-            assert parsed == u32(control.RESULT_BAD_ORDINAL)
+    for size in range(4097):
+        body = bytes(size)
+        if isinstance(row.body, control.Sized) and size >= row.body.prefix:
+            length = size - row.body.prefix
+            body = bytes(row.body.prefix - 4) + u32(length) + bytes(length)
+        parsed = control.parse(u32(command) + body, audience)
+        if row.audience > audience:
+            assert parsed == control.refusal(command, control.RESULT_BAD_ORDINAL)
+        elif isinstance(row.body, control.Sized):
+            whole = control.Request(command, body)
+            assert parsed == (whole if size >= row.body.prefix else None)
         elif size in row.body:
-            assert parsed == control.Request(command, bytes(size))
+            assert parsed == control.Request(command, body)
         else:
-            assert parsed is None or parsed == u32(control.RESULT_BAD_PARAMETER)
+            bad = control.refusal(command, control.RESULT_BAD_PARAMETER)
+            assert parsed == (None if size < max(row.body) else bad)
+
+
+@pytest.mark.parametrize(
+    ("command", "most"),
+    [
+        (command, row.body.most)
+        for command, row in control.TABLE.items()
+        if isinstance(row.body, control.Sized)
+    ],
+)
+def test_a_body_that_says_it_is_too_long_is_refused_before_it_has_come(
+    command: control.Command, most: int
+) -> None:
+    layout = control.TABLE[command].body
+    assert isinstance(layout, control.Sized)
+    head = u32(command) + bytes(layout.prefix - 4)
+    for length in (most + 1, 0xFFFFFFFF):
+        refused = control.parse(head + u32(length), control.Audience.HOST)
+        assert refused == control.refusal(command, control.RESULT_BAD_PARAMETER)
+    assert control.parse(head + u32(most), control.Audience.HOST) is None
 
 
 @pytest.mark.parametrize("number", [0, 0x14, 0x100, 0xFFFFFFFF])
 def test_an_unknown_control_command_is_a_bad_ordinal(number: int) -> None:
-    assert control.parse(u32(number) + b"anything") == u32(control.RESULT_BAD_ORDINAL)
+    answer = control.parse(u32(number) + b"anything", control.Audience.HOST)
+    assert answer == u32(control.RESULT_BAD_ORDINAL)

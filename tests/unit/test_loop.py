@@ -12,6 +12,7 @@ import pytest
 
 from holdfast.frontend import loop as loops
 from holdfast.frontend import sockets
+from holdfast.frontend.controls import ContainerControls
 from holdfast.frontend.filter import Profile
 from holdfast.frontend.loop import Loop
 from holdfast.frontend.sockets import ControlConnection, DataConnection
@@ -35,7 +36,7 @@ def ends(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, str]]:
     addresses = {}
     for name, made in (
         ("data", partial(DataConnection, vtpm, loop.hear_host)),
-        ("control", lambda fd: ControlConnection(fd, lambda: False, lambda _: "{}")),
+        ("control", partial(ControlConnection, ContainerControls(lambda: False, lambda _: "{}"))),
     ):
         listener = socket.socket(socket.AF_UNIX)
         listener.bind("")  # an abstract address of the kernel's choice

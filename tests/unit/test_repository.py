@@ -32,7 +32,9 @@ def test_pinned_dependencies_name_no_registry() -> None:
 
 def test_no_control_command_that_could_hurt_evidence_is_a_containers() -> None:
     """INIT wipes PCRs 0-15, HASH_* forge PCR 17, STATEBLOB reads secrets (facts)."""
-    containers = {c for c, row in control.TABLE.items() if row.audience.value == "container"}
+    containers = {
+        c for c, row in control.TABLE.items() if row.audience is control.Audience.CONTAINER
+    }
     assert containers == {
         control.Command.GET_CAPABILITY, control.Command.GET_TPMESTABLISHED,
         control.Command.SET_LOCALITY, control.Command.CANCEL_TPM_CMD,

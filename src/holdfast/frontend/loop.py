@@ -18,7 +18,7 @@ from typing import Final
 
 from holdfast.errors import DecodeError
 from holdfast.frontend.devices import Devices
-from holdfast.frontend.sockets import CONNECTIONS_MAX, GONE, IDLE, SERVED, Connection
+from holdfast.frontend.sockets import CONNECTIONS_MAX, GONE, IDLE, SERVED, Stream
 from holdfast.linux.accepting import accept
 from holdfast.protocol.fuse import REQUEST_MAX
 
@@ -43,7 +43,7 @@ class Loop:
         self._handlers: dict[int, Callable[[int], object]] = {}
         self._urgent: set[int] = set()
         self._listeners: set[int] = set()
-        self._connections: dict[int, Connection] = {}
+        self._connections: dict[int, Stream] = {}
         self._paused = False
         self._misses = 0  # looks in a row that found nothing
         self._skip = 0  # answers after which not to look
@@ -63,7 +63,7 @@ class Loop:
         self._host.unregister(fd)
         self._forget(fd)
 
-    def listen(self, sock: socket.socket, made: Callable[[int], Connection]) -> None:
+    def listen(self, sock: socket.socket, made: Callable[[int], Stream]) -> None:
         """Accept clients on `sock` from now on; `made` gets their descriptors, non-blocking."""
         sock.setblocking(False)
         fd = sock.detach()
@@ -117,7 +117,7 @@ class Loop:
 
     # --- connections ---
 
-    def _accept(self, listener: int, made: Callable[[int], Connection]) -> int:
+    def _accept(self, listener: int, made: Callable[[int], Stream]) -> int:
         """Accept a client and serve it: SERVED if it has gone already, as most of them have."""
         fd = accept(listener)
         if fd < 0:
@@ -152,7 +152,7 @@ class Loop:
             for fd in self._listeners:
                 self._poll.modify(fd, 0 if paused else select.POLLIN)
 
-    def _serve(self, fd: int, connection: Connection, event: int) -> None:
+    def _serve(self, fd: int, connection: Stream, event: int) -> None:
         if event & select.POLLOUT:
             result = connection.writable()
         else:
@@ -207,7 +207,7 @@ class Loop:
                 self._skip = PROBE_EVERY
         return result
 
-    def _close(self, fd: int, connection: Connection) -> None:
+    def _close(self, fd: int, connection: Stream) -> None:
         del self._connections[fd]
         self._forget(fd)
         connection.close()

@@ -1,4 +1,4 @@
-"""Clients on stream sockets: raw TPM commands on one, swtpm's control protocol on the other.
+"""Clients on stream sockets: raw TPM commands on one, a control protocol on the other.
 
 A connection that sends one command is served in the shared context, because clients like
 tpm2-tss's swtpm TCTI connect anew for each; with its second command it becomes a client of its
@@ -11,19 +11,19 @@ Not here: the event loop (`loop`), which calls these with what is readable.
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Callable
 from time import monotonic
-from typing import Final
+from typing import Final, Protocol
 
 from holdfast.errors import DecodeError
 from holdfast.frontend.resources import Client
 from holdfast.frontend.vtpm import Vtpm
 from holdfast.protocol import control
-from holdfast.protocol.control import Command
+from holdfast.protocol.control import Audience
 from holdfast.protocol.frames import FrameBuffer
-from holdfast.tpm2.constants import BUFFER_MAX, HEADER_SIZE, Rc
+from holdfast.tpm2.constants import HEADER_SIZE, Rc
 from holdfast.tpm2.requests import error_response
-from holdfast.tpm2.wire import u32
 
 CONNECTIONS_MAX: Final = 64
 RECEIVE_SIZE: Final = 4096
@@ -32,27 +32,70 @@ HALF_FRAME_SECONDS: Final = 30.0
 SERVED: Final = 1
 IDLE: Final = 0
 GONE: Final = -1
-_BUFFER_MIN: Final = 2808  # what swtpm answers: the least a TPM 2.0 buffer may be set to
-_INFO_MAX: Final = 3072
+# Of a control command that changes things at a host: a state blob comes in one.
+_HOST_RECEIVE_SIZE: Final = 65536
+_DESCRIPTORS_MAX: Final = 1
 
 
-class DataConnection:
-    """One client's connection for TPM commands."""
+class Controls(Protocol):
+    """What carries control commands out, for one audience."""
+
+    @property
+    def audience(self) -> Audience: ...
+
+    def carry_out(self, request: control.Request, fds: list[int]) -> bytes:
+        """The answer. Descriptors that came along are the callee's to keep or close."""
+
+
+class Stream:
+    """A client's connection: what all kinds of them share."""
 
     # What most connections keep is the class's: clients that connect for every command make many.
     pending = b""  # of responses the client has not taken yet
     deadline = 0.0  # when half a command will have taken too long; 0: no half command
+    fd: int  # does not block
+
+    def readable(self) -> int:
+        """Serve what has arrived: SERVED, IDLE or GONE."""
+        raise NotImplementedError
+
+    def writable(self) -> int:
+        """Send what waits: SERVED or GONE."""
+        response, self.pending = self.pending, b""
+        return self._send(response)
+
+    def close(self) -> None:
+        os.close(self.fd)
+
+    def _send(self, response: bytes) -> int:
+        # Bounded: what waits here answers what came in one read.
+        if self.pending:
+            self.pending += response
+            return SERVED
+        try:
+            sent = os.write(self.fd, response)
+        except BlockingIOError:
+            sent = 0
+        except OSError:
+            return GONE
+        if sent != len(response):
+            self.pending = response[sent:]
+        return SERVED
+
+
+class DataConnection(Stream):
+    """One client's connection for TPM commands."""
+
     _frames: FrameBuffer | None = None  # until a command comes in pieces
     _client: Client | None = None  # from its second command on
     _mark = 0  # before its first command; 0: it sent none yet
 
     def __init__(self, vtpm: Vtpm, hear_host: Callable[[], None], fd: int) -> None:
-        self.fd = fd  # does not block
+        self.fd = fd
         self._vtpm = vtpm
         self._hear_host = hear_host
 
     def readable(self) -> int:
-        """Serve what has arrived: SERVED, IDLE or GONE."""
         if self.pending:
             return IDLE
         try:
@@ -92,108 +135,61 @@ class DataConnection:
             client = self._client = vtpm.part(self._mark)
         return vtpm.execute(client, command)
 
-    def _send(self, response: bytes) -> int:
-        # Bounded: what waits here answers the commands of one RECEIVE_SIZE.
-        if self.pending:
-            self.pending += response
-            return SERVED
-        try:
-            sent = os.write(self.fd, response)
-        except BlockingIOError:
-            sent = 0
-        except OSError:
-            return GONE
-        if sent != len(response):
-            self.pending = response[sent:]
-        return SERVED
-
-    def writable(self) -> int:
-        """Send what waits: SERVED or GONE."""
-        response, self.pending = self.pending, b""
-        return self._send(response)
-
     def close(self) -> None:
         os.close(self.fd)
         if self._client is not None:
             self._vtpm.detach(self._client)
 
 
-class ControlConnection:
-    """One client's connection for control commands, with a container's rights."""
+class ControlConnection(Stream):
+    """One client's connection for control commands; `controls` carries them out."""
 
-    __slots__ = ("_data", "_established", "_info", "deadline", "fd", "pending")
-
-    def __init__(
-        self, fd: int, established: Callable[[], bool], info: Callable[[int], str]
-    ) -> None:
-        self.fd = fd  # does not block
-        self.pending = b""
-        self.deadline = 0.0
+    def __init__(self, controls: Controls, fd: int) -> None:
+        self.fd = fd
+        self._controls = controls
         self._data = b""
-        self._established = established
-        self._info = info
+        self._fds: list[int] = []  # that came with it, and are ours to close
 
     def readable(self) -> int:
-        data = _receive(self.fd)
+        if self.pending:
+            return IDLE
+        try:
+            data = self._receive()
+        except BlockingIOError:
+            return IDLE
+        except OSError:
+            return GONE
         if not data:
-            return IDLE if data is None else GONE
+            return GONE
         self._data += data
-        parsed = control.parse(self._data)
+        parsed = control.parse(self._data, self._controls.audience)
         if parsed is None:
             self.deadline = monotonic() + HALF_FRAME_SECONDS
-            return SERVED if len(self._data) < control.REQUEST_MAX else GONE
+            return SERVED
         self._data, self.deadline = b"", 0.0
-        answer = parsed if isinstance(parsed, bytes) else self._answer(parsed)
+        if not isinstance(parsed, bytes):
+            fds, self._fds = self._fds, []
+            parsed = self._controls.carry_out(parsed, fds)
+        return self._send(parsed)
+
+    def _receive(self) -> bytes:
+        # A container's descriptors are never taken: a plain read lets the kernel drop them.
+        if self._controls.audience is Audience.CONTAINER:
+            return os.read(self.fd, RECEIVE_SIZE)
+        return self._receive_with_descriptors()
+
+    def _receive_with_descriptors(self) -> bytes:
+        sock = socket.socket(fileno=self.fd)
         try:
-            sent = os.write(self.fd, answer)
-        except OSError:
-            return GONE  # a client that does not read four bytes is not waited for
-        return SERVED if sent == len(answer) else GONE
-
-    def writable(self) -> int:
-        return SERVED
-
-    def _answer(self, request: control.Request) -> bytes:
-        ok = u32(control.RESULT_OK)
-        match request.command:
-            case Command.GET_CAPABILITY:
-                answer = ok + u32(sum(control.Capability))
-            case Command.GET_TPMESTABLISHED:
-                answer = ok + bytes((self._established(), 0, 0, 0))
-            case Command.SET_LOCALITY:
-                answer = ok if request.body[0] == 0 else u32(control.RESULT_BAD_LOCALITY)
-            case Command.GET_CONFIG:
-                answer = ok + u32(0)
-            case Command.SET_BUFFERSIZE if request.body != bytes(4):
-                answer = u32(control.RESULT_BAD_ORDINAL)  # not while the TPM runs
-            case Command.SET_BUFFERSIZE:
-                answer = ok + u32(BUFFER_MAX) + u32(_BUFFER_MIN) + u32(BUFFER_MAX)
-            case Command.GET_INFO:
-                answer = self._info_answer(request.body)
-            case _:
-                answer = ok  # CANCEL_TPM_CMD: commands are served in turn, none is running now
-        return answer
-
-    def _info_answer(self, body: bytes) -> bytes:
-        flags, offset = int.from_bytes(body[:8], "big"), int.from_bytes(body[8:12], "big")
-        text = self._info(flags & 0xFFFFFFFF).encode() + b"\0"
-        if offset >= len(text):
-            return u32(control.RESULT_BAD_PARAMETER)
-        piece = text[offset : offset + _INFO_MAX]
-        return u32(control.RESULT_OK) + u32(len(text)) + u32(len(piece)) + piece
+            data, fds, _, _ = socket.recv_fds(sock, _HOST_RECEIVE_SIZE, _DESCRIPTORS_MAX)
+        finally:
+            sock.detach()
+        self._fds += fds
+        while len(self._fds) > _DESCRIPTORS_MAX:
+            os.close(self._fds.pop(0))
+        return data
 
     def close(self) -> None:
-        os.close(self.fd)
-
-
-Connection = DataConnection | ControlConnection
-
-
-def _receive(fd: int) -> bytes | None:
-    """What has arrived; None if nothing has, empty at the end."""
-    try:
-        return os.read(fd, RECEIVE_SIZE)
-    except BlockingIOError:
-        return None
-    except OSError:
-        return b""
+        super().close()
+        for fd in self._fds:
+            os.close(fd)

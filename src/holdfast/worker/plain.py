@@ -23,13 +23,10 @@ from typing import Final
 from holdfast.engine.libtpms import Engine, Entropy
 from holdfast.errors import HoldfastError, HostError
 from holdfast.eventlog import tcg2
+from holdfast.frontend.controls import ContainerControls
 from holdfast.frontend.filter import Profile
 from holdfast.frontend.loop import Loop
-from holdfast.frontend.sockets import (
-    Connection,
-    ControlConnection,
-    DataConnection,
-)
+from holdfast.frontend.sockets import ControlConnection, DataConnection, Stream
 from holdfast.frontend.vtpm import Vtpm
 from holdfast.linux import process
 from holdfast.tpm2 import requests as rq
@@ -89,9 +86,9 @@ def serve(directory: Path, plain: PlainTpm, ready: Callable[[], None]) -> None:
     vtpm = Vtpm(plain.tpm.execute, Profile.PLAIN, engine.process)
     loop = Loop()
     paths = [directory / "tpm.sock", directory / "tpm.sock.ctrl"]
-    makers: list[Callable[[int], Connection]] = [
+    makers: list[Callable[[int], Stream]] = [
         partial(DataConnection, vtpm, loop.hear_host),
-        lambda fd: ControlConnection(fd, engine.established, engine.info),
+        partial(ControlConnection, ContainerControls(engine.established, engine.info)),
     ]
     for path, made in zip(paths, makers, strict=True):
         if len(os.fsencode(path)) > PATH_MAX:

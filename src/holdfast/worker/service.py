@@ -20,6 +20,7 @@ from typing import Final, NoReturn
 
 from holdfast.engine.libtpms import Engine
 from holdfast.errors import HoldfastError, IntegrityError, ProtocolError
+from holdfast.frontend.controls import ContainerControls
 from holdfast.frontend.devices import Devices
 from holdfast.frontend.filter import Profile
 from holdfast.frontend.loop import Loop
@@ -312,7 +313,9 @@ class Worker:
         )
         self._loop.listen(
             socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, 0, control_fd),
-            lambda fd: ControlConnection(fd, self._engine.established, self._engine.info),
+            partial(
+                ControlConnection, ContainerControls(self._engine.established, self._engine.info)
+            ),
         )
 
     def _quote(self, message: lc.Quote) -> ipc.Message:
