@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import select
+import signal
 import socket
 import subprocess
 import sys
@@ -17,10 +19,16 @@ from typing import Any
 import pytest
 
 from holdfast.client import Client
-from holdfast.errors import HostError, InvalidInput
+from holdfast.errors import Conflict, HostError, InvalidInput
+from holdfast.evidence.bundle import Evidence
+from holdfast.evidence.round import Leaf
+from holdfast.tpm2.algorithms import Alg
+from holdfast.tpm2.commands import Cc
 from holdfast.tpm2.constants import Rh
-from holdfast.tpm2.requests import create_primary
+from holdfast.tpm2.requests import Auth, command, create_primary
+from holdfast.tpm2.structures import Attest
 from holdfast.tpm2.templates import EK_RSA2048
+from holdfast.tpm2.wire import sized, u16
 
 from .serve import Serve, a_host, connect, container, until
 
@@ -114,8 +122,8 @@ def test_a_busy_tenant_does_not_hold_up_the_end_of_the_others() -> None:
         for name in ("busy", "quiet"):
             one.create(name)
             one.power_on(name)
-        command = create_primary(Rh.NULL, EK_RSA2048)
-        pipelined = command * (4096 // len(command))
+        primary = create_primary(Rh.NULL, EK_RSA2048)
+        pipelined = primary * (4096 // len(primary))
         socks = [connect(one.place("busy") / "run" / "tpm.sock", 60) for _ in range(56)]
         over = threading.Event()
 
@@ -147,6 +155,110 @@ def test_a_busy_tenant_does_not_hold_up_the_end_of_the_others() -> None:
         assert not one.left_over()
         one.start()
         assert {vtpm["state"] for vtpm in one.call("GET", "/v1/vtpms")["vtpms"]} == {"off"}
+
+
+STORE = command(Cc.SetPrimaryPolicy, (Rh.OWNER,), (Auth(),), sized(b"") + u16(Alg.NULL))
+CLEAR = command(Cc.Clear, (Rh.LOCKOUT,), (Auth(),))
+
+
+@contextlib.contextmanager
+def storing(place: Path) -> Iterator[None]:
+    """A tenant that has its TPM store something all the time."""
+    over = threading.Event()
+
+    def store() -> None:
+        with contextlib.suppress(OSError), connect(place / "run" / "tpm.sock", 30) as sock:
+            while not over.is_set():
+                sock.sendall(STORE)
+                assert sock.recv(4096)[6:10] == bytes(4)
+
+    thread = threading.Thread(target=store)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
+def attested(host: Serve, name: str) -> Evidence:
+    body = {"nonce": os.urandom(16).hex()}
+    raw = json.dumps(host.call("POST", f"/v1/vtpms/{name}/evidence", body), separators=(",", ":"))
+    return Evidence.decode(raw.encode())
+
+
+def test_a_tenant_that_stores_all_the_time_is_attested_and_sealed_in_order(host: Serve) -> None:
+    host.create("storing")
+    host.power_on("storing")
+    with storing(host.place("storing")):
+        for _ in range(10):
+            begin = time.monotonic()
+            attested(host, "storing")
+            assert time.monotonic() - begin < 3
+    with storing(host.place("storing")):
+        time.sleep(0.2)  # in the midst of it, whatever it is then doing
+        begin = time.monotonic()
+        host.call("POST", "/v1/vtpms/storing/stop")
+        assert time.monotonic() - begin < 3
+    assert "not sealed at its end" not in host.log()
+    host.power_on("storing")
+    info = Attest.decode(attested(host, "storing").vtpm.attest).clock_info
+    assert info.safe
+
+
+def test_a_worker_that_dies_takes_no_count_of_clears_along(host: Serve) -> None:
+    host.create("clearing")
+    before = set(host.workers())
+    host.power_on("clearing")
+    (worker,) = set(host.workers()) - before
+    with connect(host.place("clearing") / "run" / "tpm.sock", 30) as sock:
+        sock.sendall(CLEAR)
+        assert sock.recv(4096)[6:10] == bytes(4)
+    assert Leaf.decode(attested(host, "clearing").leaf).clear_count == 1
+    os.kill(worker, signal.SIGKILL)
+
+    def from_another() -> Evidence | None:
+        with contextlib.suppress(Conflict, HostError):  # there is none yet
+            return attested(host, "clearing")
+        return None
+
+    assert Leaf.decode(until("another worker", from_another).leaf).clear_count == 1
+    assert host.inspect("clearing")["restarts"] == 1
+    host.call("POST", "/v1/vtpms/clearing/stop")
+    host.power_on("clearing")
+    assert Leaf.decode(attested(host, "clearing").leaf).clear_count == 0
+
+
+def test_who_does_not_read_its_answers_does_not_hold_up_the_end() -> None:
+    with a_host() as one:
+        one.create("victim")
+        one.power_on("victim")
+        with socket.socket(socket.AF_UNIX) as deaf:
+            deaf.connect(os.fspath(one.api))
+            deaf.setblocking(False)
+            asked = b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n" * 500
+            for _ in range(100):
+                with contextlib.suppress(BlockingIOError):
+                    deaf.send(asked)
+                time.sleep(0.01)
+            begin = time.monotonic()
+            assert one.stop() == 0
+            took = time.monotonic() - begin
+        assert took < 10, f"the end took {took:.1f} s"
+        assert not one.left_over()
+        one.start()
+        one.power_on("victim")
+        info = Attest.decode(attested(one, "victim").vtpm.attest).clock_info
+        assert info.safe
+
+
+def test_to_stop_what_is_off_changes_nothing(host: Serve) -> None:
+    host.create("idle")
+    socket_there = (host.place("idle") / "run" / "tpm.sock").stat().st_ino
+    for _ in range(3):
+        host.call("POST", "/v1/vtpms/idle/stop")
+    assert (host.place("idle") / "run" / "tpm.sock").stat().st_ino == socket_there
+    assert "ended vtpm=idle" not in host.log()
 
 
 def select_some(socks: list[socket.socket]) -> None:

@@ -9,6 +9,7 @@ import socket
 import subprocess
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from uuid import uuid4
 
@@ -219,6 +220,32 @@ def test_an_older_state_does_not_open(box: Box, tmp_path: Path, run: Runner) -> 
     run(body)
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"name": InstanceName("mallory")},
+        {"owner": 65534},
+        {"unlinked": True},
+        {"profile": "plain"},
+        {"start_policy": {"any": True}},
+    ],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_a_state_does_not_open_for_another_name_owner_or_policy(
+    box: Box, tmp_path: Path, run: Runner, changes: dict[str, object]
+) -> None:
+    async def body() -> None:
+        async with a_vtpm(box, tmp_path) as vtpm:
+            own = vtpm.record
+            vtpm.record = replace(own, **changes)  # type: ignore[arg-type]
+            with pytest.raises(HoldfastError, match="does not open"):
+                await vtpm.power_on(make_run())
+            vtpm.record = own
+            await vtpm.power_on(make_run())
+
+    run(body)
+
+
 def test_the_control_socket_gives_a_container_only_what_is_its(
     box: Box, tmp_path: Path, run: Runner
 ) -> None:
@@ -242,10 +269,11 @@ def test_the_control_socket_gives_a_container_only_what_is_its(
             for refused in (
                 "00000002" + "00000000",
                 "00000006",
-                "0000000c" + "00" * 12,
                 "000000ff",
             ):
                 assert await asked(refused) == "0000000a"
+            # Its errors have the whole header: so swtpm's drivers read it.
+            assert await asked("0000000c" + "00" * 12) == "0000000a" + "00" * 12
 
     run(body)
 

@@ -13,7 +13,8 @@ from holdfast.errors import IntegrityError
 from holdfast.store.sealing import KEY_SIZE, Kind, Owner, seal, unseal
 
 KEY = bytes(range(KEY_SIZE))
-OWNER = Owner(UUID(int=7), "linked")
+TERMS = bytes(31) + b"t"
+OWNER = Owner(UUID(int=7), "linked", TERMS)
 STATE = b"state" * 100
 
 
@@ -27,9 +28,11 @@ def test_what_was_sealed_opens(state: bytes, epoch: int) -> None:
     ("key", "owner", "epoch"),
     [
         (os.urandom(KEY_SIZE), OWNER, 3),
-        (KEY, Owner(UUID(int=8), "linked"), 3),
-        (KEY, Owner(UUID(int=7), "plain"), 3),
-        (KEY, Owner(UUID(int=7), ""), 3),
+        (KEY, Owner(UUID(int=8), "linked", TERMS), 3),
+        (KEY, Owner(UUID(int=7), "plain", TERMS), 3),
+        (KEY, Owner(UUID(int=7), "", TERMS), 3),
+        (KEY, Owner(UUID(int=7), "linked", bytes(32)), 3),
+        (KEY, Owner(UUID(int=7), "linked", b""), 3),
         (KEY, OWNER, 2),
     ],
 )

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import select
 import socket
+from collections import deque
 from collections.abc import Callable
 from functools import partial
 from os import sched_yield
@@ -40,6 +41,7 @@ class Loop:
         self._poll = select.poll()
         self._host = select.poll()  # the host's channels alone
         self._looked = 0.0  # at them, last
+        self._next: deque[Callable[[], None]] = deque()  # to do before another client's command
         self._handlers: dict[int, Callable[[int], object]] = {}
         self._urgent: set[int] = set()
         self._listeners: set[int] = set()
@@ -101,8 +103,14 @@ class Loop:
             if not events or turns & _TURNS == 0:
                 self._sweep()
 
+    def soon(self, handler: Callable[[], None]) -> None:
+        """Do this before any further command of a client."""
+        self._next.append(handler)
+
     def hear_host(self) -> None:
         """Between two commands of clients: serve the host's channels if that was long ago."""
+        while self._next:
+            self._next.popleft()()
         now = perf_counter()
         if now - self._looked > TURN_SECONDS:
             self._looked = now

@@ -42,6 +42,8 @@ from holdfast.tpm2.constants import HOST_PCRS, MEASURED_PCRS
 LOG = structlog.get_logger()
 QUOTES_PER_SECOND: Final = 5.0  # of one vTPM, for long: each costs the host TPM a signature
 QUOTES_BURST: Final = 30.0
+CHANGES_PER_SECOND: Final = 1.0  # starts and stops by an owner who is not root
+CHANGES_BURST: Final = 30.0
 RESTART_DELAYS: Final = (0.0, 0.1, 0.5, 2.0, 5.0, 15.0)  # seconds before each replacement in a row
 WORKER_END_SECONDS: Final = 5.0  # for an orderly end; the longest command takes less
 STEADY_SECONDS: Final = 60.0  # after which a worker's death counts as the first again
@@ -104,6 +106,7 @@ class VirtualTpm:
         self.record = record
         self.lock = asyncio.Lock()
         self.quotes = Bucket(QUOTES_PER_SECOND, QUOTES_BURST)
+        self.changes = Bucket(CHANGES_PER_SECOND, CHANGES_BURST)
         self.run: Run | None = None
         self.ledger: PcrValues = {}
         self._around = around
@@ -197,7 +200,11 @@ class VirtualTpm:
         try:
             ek_rsa, ek_ecc = await tasks[0], await tasks[1]
             certificates = lc.InstallCertificates(
-                self.record.profile, ek_rsa.certificate, ek_ecc.certificate, ek_rsa.chain
+                self.record.profile,
+                self.record.terms,
+                ek_rsa.certificate,
+                ek_ecc.certificate,
+                ek_rsa.chain,
             )
             await parked.worker.link.ask(certificates, ipc.Done)
             ak = await tasks[2]
@@ -261,7 +268,7 @@ class VirtualTpm:
         self._restarts.clear()
         door.leave()
         try:
-            await self._begin(run)
+            await self._begin(run, anew=True)
         except BaseException:
             self.run = None
             door.answer()
@@ -273,13 +280,17 @@ class VirtualTpm:
         else:
             self._around.registry.note(self.record)
 
-    async def _begin(self, run: Run) -> None:
-        """Give the run a worker, and let clients in when its PCRs are what the ledger says."""
+    async def _begin(self, run: Run, *, anew: bool = False) -> None:
+        """Give the run a worker, and let clients in when its PCRs are what the ledger says.
+
+        What the run's workers before it counted goes on, unless it begins `anew`.
+        """
         around = self._around
         state = around.registry.state(self.record.id)
         ledger = replay(initial(self.banks, run.startup_locality), run.extends)
         task = lc.PowerOn(
-            self.record.profile, state.epoch, state.sealed, run.startup_locality,
+            self.record.profile, self.record.terms, 0 if anew else state.clears,
+            state.epoch, state.sealed, run.startup_locality,
             tuple(_extension(pcr, digests) for pcr, digests in run.extends),
             tuple(
                 ipc.PcrValue(alg, pcr, bank[pcr])

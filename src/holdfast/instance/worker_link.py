@@ -24,6 +24,7 @@ COMMITS_PER_SECOND: Final = 200.0  # durable writes that one vTPM may cause, for
 COMMITS_BURST: Final = 2000.0
 SEALED_MAX: Final = 256 << 10  # bytes; libtpms' permanent state with its NV memory full is less
 WRAPPED_MAX: Final = 1024
+CLEARS_MAX: Final = 0xFFFFFFFF  # what a worker says of how often; it is kept in 64 bits
 WORDS_MAX: Final = 512  # characters of a worker's last words that are kept
 A = TypeVar("A", bound=ipc.Message)
 
@@ -59,7 +60,9 @@ class WorkerLink:
             return ipc.Done()  # nobody reads it: the worker is leaving
         if not isinstance(message, lc.Commit):
             return None
-        state = SealedState(message.epoch, message.sealed, message.wrapped)
+        state = SealedState(
+            message.epoch, message.sealed, message.wrapped, min(message.clears, CLEARS_MAX)
+        )
         if self._committing or len(state.sealed) > SEALED_MAX or len(state.wrapped) > WRAPPED_MAX:
             self.link.last_words = "it sent commits that no worker of ours sends"
             self.link.close()

@@ -169,10 +169,11 @@ class OpenedCredential(Message, code=143):
 class InstallCertificates(Message, code=144):
     """Write them (DER) into NV, shut down and seal. Answered with Commit, then Done.
 
-    `profile`: the filter profile under which alone the state will open.
+    `profile`, `terms` (32 bytes): those under which alone the state will open.
     """
 
     profile: str
+    terms: bytes
     ek_rsa: bytes
     ek_ecc: bytes
     chain: tuple[bytes, ...]
@@ -191,10 +192,14 @@ class PowerOn(Message, code=150):
     """TPM Reset on this state, extend, and let clients in if the PCRs are then as `expected`.
 
     Answered with Commit and PoweredOn. `sealed` as the store has it; `startup_locality` 0 or 3
-    (host log); `expected`: PCRs 0-15 of exactly the banks that are active.
+    (host log); `expected`: PCRs 0-15 of exactly the banks that are active. `clears`: how often it
+    was cleared in this run by workers before this one. `terms` (32 bytes): the digest of what the
+    registry says of it.
     """
 
     profile: str
+    terms: bytes
+    clears: int
     epoch: int
     sealed: bytes
     startup_locality: int
@@ -218,7 +223,7 @@ class Quote(Message, code=154):
 
 @dataclass(frozen=True)
 class Quoted(Message, code=155):
-    """TPMS_ATTEST and TPMT_SIGNATURE."""
+    """TPMS_ATTEST and TPMT_SIGNATURE; how often it was cleared in this run."""
 
     attest: bytes
     signature: bytes
@@ -240,6 +245,7 @@ class Commit(Message, code=170):
     epoch: int
     sealed: bytes
     wrapped: bytes
+    clears: int  # TPM2_Clear that succeeded in this run: a worker that dies takes no count along
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,7 @@ from holdfast.tpm2.wire import u32
 SECONDS: Final = 10.0
 _NOBODY: Final = UUID(int=0)
 _PROFILE: Final = "linked"
+_TERMS: Final = bytes(32)
 _CERTIFICATE: Final = bytes(800)  # as large as one
 
 
@@ -101,7 +102,9 @@ def _make(blank: Blank, key: bytes) -> lc.Commit:
         ends.hand_over(blank.channel, serving=False)
         _ask(ends.daemon, lc.Manufacture((Alg.SHA256,)), lc.Manufactured)
         _ask(ends.daemon, lc.MakeRsaKey(), lc.RsaKey)
-        certificates = lc.InstallCertificates(_PROFILE, _CERTIFICATE, _CERTIFICATE, (_CERTIFICATE,))
+        certificates = lc.InstallCertificates(
+            _PROFILE, _TERMS, _CERTIFICATE, _CERTIFICATE, (_CERTIFICATE,)
+        )
         (state,) = _ask(ends.daemon, certificates, ipc.Done)
         return state
     finally:
@@ -114,7 +117,7 @@ def _serve(blank: Blank, key: bytes, state: lc.Commit) -> None:
     try:
         ends.hand_over(blank.channel, serving=True)
         expected = tuple(ipc.PcrValue(Alg.SHA256, pcr, bytes(32)) for pcr in MEASURED_PCRS)
-        power_on = lc.PowerOn(_PROFILE, state.epoch, state.sealed, 0, (), expected)
+        power_on = lc.PowerOn(_PROFILE, _TERMS, 0, state.epoch, state.sealed, 0, (), expected)
         _ask(ends.daemon, power_on, lc.PoweredOn)
         random = rq.get_random(8)
         for _ in range(2):

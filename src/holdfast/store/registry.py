@@ -10,6 +10,7 @@ Not here: what an instance may do in which state (`instance`).
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import sqlite3
 from collections.abc import Iterator, Mapping
@@ -23,7 +24,7 @@ from uuid import UUID
 from holdfast.errors import Conflict, HoldfastError, HostError, IntegrityError, NotFound
 from holdfast.ids import InstanceId, InstanceName, instance_id, instance_name
 
-SCHEMA: Final = 1
+SCHEMA: Final = 2
 _PAGE: Final = 8192  # bytes; a sealed state mostly fits, so a commit writes one page
 _LOG_PAGES: Final = 256  # in the write-ahead log before it starts over
 _TABLES: Final = """
@@ -37,7 +38,8 @@ CREATE TABLE states (
     id TEXT PRIMARY KEY REFERENCES instances(id) ON DELETE CASCADE,
     epoch INTEGER NOT NULL,
     sealed BLOB NOT NULL,
-    wrapped BLOB NOT NULL
+    wrapped BLOB NOT NULL,
+    clears INTEGER NOT NULL
 ) STRICT;
 CREATE TABLE keys (
     id TEXT PRIMARY KEY REFERENCES instances(id) ON DELETE CASCADE,
@@ -71,6 +73,16 @@ class Instance:
     why_failed: str = ""
     start_policy: dict[str, object] = field(default_factory=dict)
 
+    @property
+    def terms(self) -> bytes:
+        """SHA-256 of what was agreed on when it was made, and never changes."""
+        agreed = {
+            name: getattr(self, name)
+            for name in ("name", "owner", "profile", "banks", "unlinked", "ephemeral")
+        }
+        text = json.dumps({**agreed, "start_policy": self.start_policy}, sort_keys=True)
+        return hashlib.sha256(text.encode()).digest()
+
 
 _KINDS: Final[Mapping[str, type]] = {
     "profile": str, "owner": int, "created": str, "unlinked": bool, "ephemeral": bool, "run": int,
@@ -80,11 +92,15 @@ _KINDS: Final[Mapping[str, type]] = {
 
 @dataclass(frozen=True)
 class SealedState:
-    """A vTPM's durable state: ciphertext of `epoch`, and its wrapped data key."""
+    """A vTPM's durable state: ciphertext of `epoch`, and its wrapped data key.
+
+    `clears`: TPM2_Clear that succeeded in the run that wrote it.
+    """
 
     epoch: int
     sealed: bytes
     wrapped: bytes
+    clears: int = 0
 
 
 @dataclass(frozen=True)
@@ -233,9 +249,9 @@ class Registry:
         """
         with _writing():
             changed = self._db.execute(
-                "UPDATE states SET epoch = ?2, sealed = ?3, wrapped = ?4 "
+                "UPDATE states SET epoch = ?2, sealed = ?3, wrapped = ?4, clears = ?5 "
                 "WHERE id = ?1 AND epoch = ?2 - 1",
-                (str(instance), state.epoch, state.sealed, state.wrapped),
+                _row(instance, state),
             )
             if changed.rowcount != 1:
                 self._commit_otherwise(instance, state)
@@ -252,17 +268,14 @@ class Registry:
             raise IntegrityError(f"epoch {state.epoch} cannot follow epoch {present}")
         try:
             with self._durable_later():
-                self._db.execute(
-                    "INSERT INTO states VALUES (?, ?, ?, ?)",
-                    (str(instance), state.epoch, state.sealed, state.wrapped),
-                )
+                self._db.execute("INSERT INTO states VALUES (?, ?, ?, ?, ?)", _row(instance, state))
         except sqlite3.IntegrityError:
             raise NotFound(f"there is no vTPM {instance}") from None
 
     def state(self, instance: UUID) -> SealedState:
         """The last durable state; NotFound if there never was one."""
         row = self._db.execute(
-            "SELECT epoch, sealed, wrapped FROM states WHERE id = ?", (str(instance),)
+            "SELECT epoch, sealed, wrapped, clears FROM states WHERE id = ?", (str(instance),)
         ).fetchone()
         if row is None:
             raise NotFound(f"there is no state of {instance}")
@@ -291,6 +304,10 @@ class Registry:
             raise NotFound(f"there are no keys of {instance}")
         chain = tuple(bytes.fromhex(text) for text in json.loads(row[7]))
         return KeySet(row[1], row[2], row[3], row[4], row[5], row[6], chain)
+
+
+def _row(instance: UUID, state: SealedState) -> tuple[str, int, bytes, bytes, int]:
+    return str(instance), state.epoch, state.sealed, state.wrapped, state.clears
 
 
 @contextmanager

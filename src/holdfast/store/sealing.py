@@ -3,8 +3,8 @@
 Sealed form: version 1 (1 byte) ‖ salt (32) ‖ nonce (12) ‖ ciphertext and tag. The epoch's key is
 HKDF-SHA256 of the instance's data key with the salt; salt and nonce are fresh randomness, never a
 function of the epoch, so that a restored host image that counts an epoch again repeats neither.
-Associated data is instance id (16) ‖ epoch (8) ‖ length (1) and name of the profile ‖ kind: a blob
-opens only as what it is.
+Associated data is instance id (16) ‖ epoch (8) ‖ length (1) and name of the profile ‖ length (1)
+and digest of the terms ‖ kind: a blob opens only as what it is, and only for whom it was made.
 
 Runs in the worker. Not here: the data key's own wrapping (the keeper's).
 """
@@ -43,10 +43,13 @@ class Owner:
     """Whose state it is, and under which filter profile it may be run: part of the seal.
 
     Under another profile the same state would let its container do what the host alone may.
+    `terms`: the digest of what the registry says of it, its name, owner and start policy: who
+    writes to the disk cannot give one tenant's TPM to another.
     """
 
     instance: UUID
     profile: str
+    terms: bytes
 
 
 def seal(key: bytes, owner: Owner, epoch: int, kind: Kind, state: bytes) -> bytes:
@@ -68,8 +71,8 @@ def unseal(key: bytes, owner: Owner, epoch: int, kind: Kind, sealed: bytes) -> b
         return cipher.decrypt(nonce, sealed[1 + _SALT + _NONCE :], _associated(owner, epoch, kind))
     except InvalidTag:
         raise IntegrityError(
-            "sealed state does not open: it was changed, or is another instance's, epoch's or "
-            "profile's"
+            "sealed state does not open: it, or the name, owner, profile or start policy that the "
+            "registry has of it, was changed, or it is another instance's or epoch's"
         ) from None
 
 
@@ -82,4 +85,6 @@ def _epoch_key(key: bytes, salt: bytes) -> bytes:
 def _associated(owner: Owner, epoch: int, kind: Kind) -> bytes:
     profile = owner.profile.encode()
     head = owner.instance.bytes + epoch.to_bytes(8, "big")
-    return head + len(profile).to_bytes(1, "big") + profile + kind.value
+    for part in (profile, owner.terms):
+        head += len(part).to_bytes(1, "big") + part
+    return head + kind.value

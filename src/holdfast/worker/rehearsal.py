@@ -29,6 +29,7 @@ from holdfast.worker.tpm import DurableTpm
 
 _NOBODY: Final = UUID(int=0)
 _PROFILE: Final = "linked"
+_TERMS: Final = bytes(32)
 _ZEROS: Final = tuple(
     ipc.PcrValue(alg, pcr, bytes(size)) for alg, size in HASH_SIZES.items() for pcr in MEASURED_PCRS
 )
@@ -38,8 +39,8 @@ _EXTENSION: Final = lc.Extension(16, (ipc.PcrValue(Alg.SHA256, 16, bytes(32)),))
 def rehearse(engine: Engine, permanent: bytes) -> None:
     """Live through `permanent`, which is nobody's."""
     key = os.urandom(KEY_SIZE)
-    sealed = seal(key, Owner(_NOBODY, _PROFILE), 1, Kind.PERMANENT, permanent)
-    power_on = lc.PowerOn(_PROFILE, 1, sealed, 0, (_EXTENSION,), _ZEROS)
+    sealed = seal(key, Owner(_NOBODY, _PROFILE, _TERMS), 1, Kind.PERMANENT, permanent)
+    power_on = lc.PowerOn(_PROFILE, _TERMS, 0, 1, sealed, 0, (_EXTENSION,), _ZEROS)
     with contextlib.ExitStack() as opened:
         pairs = [socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET) for _ in range(6)]
         for pair in pairs:

@@ -57,7 +57,7 @@ class Worker:
     ) -> None:
         self._spawner = spawner
         self._instance = begin.instance
-        self._owner = Owner(begin.instance, "")
+        self._owner = Owner(begin.instance, "", b"")
         self.daemon = socket.socket(fileno=fds[0])
         self._keys = socket.socket(fileno=fds[1])
         self._page = SharedPage(fds[2])
@@ -110,7 +110,11 @@ class Worker:
             self._loop.unwatch(self.daemon.fileno())
             self.daemon.close()
             return
-        self._handle(ipc.decode(data))
+        self._backlog.append(ipc.decode(data))
+        self._work_off()
+
+    def _work_off(self) -> None:
+        """Answer what the daemon has sent, in the order in which it came."""
         while self._backlog:
             self._handle(self._backlog.popleft())
 
@@ -144,7 +148,7 @@ class Worker:
         self._have_key()
         epoch = self._epoch + 1
         sealed = seal(self._data_key, self._owner, epoch, Kind.PERMANENT, permanent)
-        request = lc.Commit(epoch, sealed, self._wrapped).encode()
+        request = lc.Commit(epoch, sealed, self._wrapped, self._tpm.clears).encode()
         deadline = time.monotonic() + DAEMON_WAIT
         while True:
             asked = self._ask(request)
@@ -180,7 +184,9 @@ class Worker:
                 return True
             if isinstance(message, ipc.Refused):
                 return False
+            # A client that makes commit after commit must not keep the daemon waiting.
             self._backlog.append(message)
+            self._loop.soon(self._work_off)
 
     def _await_daemon(self, deadline: float) -> None:
         """Wait for the spawner to bring a new daemon; without one in time, end without answering.
@@ -237,7 +243,7 @@ class Worker:
 
     def _install_certificates(self, message: lc.InstallCertificates) -> ipc.Message:
         execute = self._engine.process
-        self._owner = Owner(self._instance, message.profile)
+        self._owner = Owner(self._instance, message.profile, message.terms)
         manufacture.install_certificates(execute, message.ek_rsa, message.ek_ecc, message.chain)
         return self._shut_down(execute)
 
@@ -254,7 +260,8 @@ class Worker:
         """TPM Reset, the host's measurements, a platformAuth that nobody knows; then durable."""
         self._have_key()
         self._epoch = message.epoch
-        self._owner = Owner(self._instance, message.profile)
+        self._owner = Owner(self._instance, message.profile, message.terms)
+        self._tpm.clears = message.clears
         state = unseal(self._data_key, self._owner, self._epoch, Kind.PERMANENT, message.sealed)
         execute = self._engine.process
         self._tpm.restore(state)

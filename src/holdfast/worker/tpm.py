@@ -38,7 +38,7 @@ class DurableTpm:
         self._engine = engine
         self._commit = commit
         self._durable = b""  # the permanent state that was committed last
-        self.clears = 0  # TPM2_Clear that succeeded since power-on
+        self.clears = 0  # TPM2_Clear that succeeded in this run, as the commit under way says too
 
     def restore(self, permanent: bytes) -> None:
         """Power on from a durable state and stir in fresh entropy, before anything else runs.
@@ -65,11 +65,12 @@ class DurableTpm:
         answer = engine.process(command, locality)
         noted = engine.take_noted()
         if noted is not None:
+            cleared = command[_CODE] == _CLEAR and answer[_CODE] == bytes(4)
+            self.clears += cleared
             if not self._commit(noted):
+                self.clears -= cleared
                 return self._undo(snapshot)
             self._durable = noted
-            if command[_CODE] == _CLEAR and answer[_CODE] == bytes(4):
-                self.clears += 1
         return answer
 
     def _undo(self, snapshot: bytes | None) -> bytes:
