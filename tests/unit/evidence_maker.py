@@ -39,7 +39,8 @@ from holdfast.ids import InstanceId
 from holdfast.keeper import certificates
 from holdfast.tpm2.algorithms import Alg
 from holdfast.tpm2.constants import GENERATED_VALUE, ST_ATTEST_QUOTE, Rh
-from holdfast.tpm2.structures import PcrSelection, Public, pcr_composite
+from holdfast.tpm2.keys import one_form
+from holdfast.tpm2.structures import PcrSelection, Public, Signature, pcr_composite
 from holdfast.tpm2.templates import AK_P256, EK_P256, EK_RSA2048
 from holdfast.tpm2.wire import sized, u8, u16, u32, u64
 
@@ -125,7 +126,8 @@ class Signer:
     def sign(self, message: bytes) -> bytes:
         r, s = utils.decode_dss_signature(self.key.sign(message, ec.ECDSA(hashes.SHA256())))
         parts = sized(r.to_bytes(32, "big")) + sized(s.to_bytes(32, "big"))
-        return u16(Alg.ECDSA) + u16(Alg.SHA256) + parts
+        signature = Signature.decode(u16(Alg.ECDSA) + u16(Alg.SHA256) + parts)
+        return one_form(self.public, signature)
 
 
 @dataclass

@@ -8,12 +8,18 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric import ec
 
 from holdfast.appraise.verifier import STEPS, appraise
 from holdfast.errors import AppraisalError
-from holdfast.evidence.bundle import MEMBERS
+from holdfast.evidence.bundle import MEMBERS, Evidence
+from holdfast.tpm2.algorithms import Alg
+from holdfast.tpm2.keys import verify
+from holdfast.tpm2.structures import Signature
+from holdfast.tpm2.wire import sized, u16
 from tests.unit.evidence_maker import (
     AUDIENCE,
     NONCE,
@@ -42,6 +48,29 @@ def judged(data: bytes) -> str:
     except AppraisalError as error:
         return error.step
     raise AssertionError("accepted")
+
+
+ORDER = ec.SECP256R1().group_order
+R, S = (
+    int.from_bytes(part, "big")
+    for part in Signature.decode(Evidence.decode(EVIDENCE.encode_json()).host.signature).values
+)
+
+
+@pytest.mark.parametrize(
+    ("r", "s"),
+    [
+        (R.to_bytes(32, "big"), (ORDER - S).to_bytes(32, "big")),
+        (bytes(1) + R.to_bytes(32, "big"), S.to_bytes(32, "big")),
+        (R.to_bytes(32, "big"), bytes(400) + S.to_bytes(32, "big")),
+    ],
+    ids=["the other s", "a zero before r", "zeros before s"],
+)
+def test_another_form_of_the_host_s_signature_is_refused(r: bytes, s: bytes) -> None:
+    signature = u16(Alg.ECDSA) + u16(Alg.SHA256) + sized(r) + sized(s)
+    verify(HOST.ak.public, Signature.decode(signature), EVIDENCE.host.attest)
+    changed = replace(EVIDENCE, host=replace(EVIDENCE.host, signature=signature))
+    assert judged(changed.encode_json()) == "host quote"
 
 
 def survivors(data: bytes, places: Iterable[int], masks: Sequence[int]) -> list[int]:

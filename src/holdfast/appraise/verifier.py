@@ -52,7 +52,7 @@ from holdfast.evidence.round import (
 )
 from holdfast.tpm2.algorithms import Alg, digest
 from holdfast.tpm2.constants import HOST_PCRS, MEASURED_PCRS, Rh
-from holdfast.tpm2.keys import verify
+from holdfast.tpm2.keys import one_form, verify
 from holdfast.tpm2.structures import Attest, ClockInfo, Public, Signature, pcr_composite
 from holdfast.tpm2.wire import u16, u32
 
@@ -157,6 +157,7 @@ def check_structure(
         tpm, issuer = _host_tpm(evidence, identity, policy.trust, now)
     with _step("host quote"):
         host = _quoted(evidence.host, identity.host_ak)
+        _check_one_form(evidence.host, identity.host_ak)
         _check_host_selection(host.pcrs)
     with _step("inclusion"):
         _check_inclusion(evidence, host.attest)
@@ -227,6 +228,12 @@ def _quoted(quote: Quote, ak: Public) -> Quoted:
     if composite != attest.attested.pcr_digest:
         raise IntegrityError("the PCR values given are not those that were quoted")
     return Quoted(attest, values)
+
+
+def _check_one_form(quote: Quote, ak: Public) -> None:
+    # Nothing else speaks for the bytes of this signature, and others would verify as well.
+    if one_form(ak, Signature.decode(quote.signature)) != quote.signature:
+        raise IntegrityError("the signature is not in the form in which evidence has it")
 
 
 def _check_host_selection(values: PcrValues) -> None:

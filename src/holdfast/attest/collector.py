@@ -12,8 +12,7 @@ import asyncio
 import contextlib
 import hashlib
 import os
-import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from holdfast.errors import Conflict, IntegrityError
 from holdfast.eventlog.cel import encode_json
@@ -36,7 +35,15 @@ from holdfast.instance.vtpm import Run, VirtualTpm
 from holdfast.protocol import ipc
 from holdfast.tpm2.algorithms import Alg
 from holdfast.tpm2.constants import MEASURED_PCRS
-from holdfast.tpm2.structures import Attest, PcrSelection, Public, QuoteInfo, pcr_composite
+from holdfast.tpm2.keys import one_form
+from holdfast.tpm2.structures import (
+    Attest,
+    PcrSelection,
+    Public,
+    QuoteInfo,
+    Signature,
+    pcr_composite,
+)
 
 _Answer = tuple[InclusionProof, Quote]
 
@@ -65,8 +72,6 @@ class Collector:
         Conflict if the vTPM is off, InvalidInput if the challenge is out of bounds.
         """
         qualifying = qualifying_data(nonce, audience, user_data)
-        if not vtpm.quotes.allow(time.monotonic()):
-            raise Conflict(f"{vtpm.record.name} is asked for evidence too often: wait a second")
         run = vtpm.run
         if run is None:
             raise Conflict(
@@ -97,6 +102,8 @@ class Collector:
             members=companions.digests(),
         ).encode()
         proof, host = await self._in_a_round(leaf)
+        host_ak = Public.decode(companions.host_ak)
+        host = replace(host, signature=one_form(host_ak, Signature.decode(host.signature)))
         own = Quote(quoted.attest, quoted.signature, encode_pcrs(ledger_part(ledger)))
         return Evidence(own, leaf, proof, host, companions).encode_json()
 

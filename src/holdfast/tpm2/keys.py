@@ -18,7 +18,7 @@ from cryptography.hazmat.primitives.ciphers import Cipher, algorithms
 from holdfast.errors import DecodeError, IntegrityError
 from holdfast.tpm2.algorithms import HASH_NAMES, HASH_SIZES, Alg, Curve
 from holdfast.tpm2.structures import Public, Signature
-from holdfast.tpm2.wire import sized, u32
+from holdfast.tpm2.wire import sized, u16, u32
 
 _HASHES: Final[dict[Alg, hashes.HashAlgorithm]] = {
     Alg.SHA256: hashes.SHA256(),
@@ -72,6 +72,24 @@ def verify(public: Public, signature: Signature, message: bytes) -> None:
             raise IntegrityError("the signature's algorithm is not its key's")
     except InvalidSignature:
         raise IntegrityError("the signature does not verify") from None
+
+
+def one_form(public: Public, signature: Signature) -> bytes:
+    """The one of all equivalent signatures (TPMT_SIGNATURE) that everybody can agree on.
+
+    Of ECDSA's (r, s) and (r, n - s) both verify (SEC 1, 4.1.4), and zeros may stand before each
+    number: the smaller s is taken, and numbers as long as the curve's order. An RSA signature has
+    one form already.
+    """
+    if signature.alg is not Alg.ECDSA or public.kind is not Alg.ECC:
+        return signature.raw
+    order = _CURVES[public.curve].group_order
+    size = (order.bit_length() + 7) // 8
+    r, s = (int.from_bytes(part, "big") for part in signature.values)
+    if not (0 < r < order and 0 < s < order):
+        raise IntegrityError("the signature's numbers are not of its curve")
+    head = u16(signature.alg) + u16(signature.hash)
+    return head + b"".join(sized(n.to_bytes(size, "big")) for n in (r, min(s, order - s)))
 
 
 def kdfa(alg: Alg, key: bytes, label: bytes, context: bytes, bits: int) -> bytes:
