@@ -255,6 +255,20 @@ def test_a_sparse_file_of_exabytes_is_refused_at_once(tmp_path: Path) -> None:
         digest_of(tmp_path)
 
 
+def test_hard_links_to_a_file_with_large_attributes_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tree_module, "NOTES_MAX", 64 << 10)
+    first = tmp_path / "0"
+    first.touch()
+    os.setxattr(first, "user.overlay.x", bytes(3900))
+    digest_of(tmp_path)
+    for number in range(1, 20):
+        os.link(first, tmp_path / str(number))
+    with pytest.raises(InvalidInput, match="names and attributes"):
+        digest_of(tmp_path)
+
+
 def test_a_file_is_no_tree(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(NotADirectoryError):

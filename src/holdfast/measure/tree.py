@@ -17,6 +17,7 @@ import hashlib
 import os
 import stat
 from collections.abc import Iterable, Iterator
+from itertools import chain
 from typing import Final, NamedTuple
 
 from holdfast.errors import Conflict, HostError, InvalidInput
@@ -28,6 +29,9 @@ DEPTH_MAX: Final = 200  # directories inside one another; each holds a descripto
 XATTRS_MAX: Final = 256  # attributes of one entry
 # Content of one tree. A container may put a sparse file of exabytes into its own upper layer.
 BYTES_MAX: Final = 64 << 30
+# Names, link targets and attributes of one tree, which are in memory until it has been hashed: each
+# of many hard links has its own.
+NOTES_MAX: Final = 128 << 20
 _CHUNK: Final = 1 << 20
 
 FILE: Final = b"f"
@@ -161,11 +165,11 @@ def read_tree(root: int, skip: frozenset[bytes] = frozenset()) -> Tree:
     """Read the tree below the open directory `root`, leaving out entries named in `skip`.
 
     Raises Conflict if anything changes meanwhile, HostError where another mount is in the way,
-    InvalidInput beyond ENTRIES_MAX, DEPTH_MAX, XATTRS_MAX or BYTES_MAX, and OSError.
+    InvalidInput beyond ENTRIES_MAX, DEPTH_MAX, XATTRS_MAX, BYTES_MAX or NOTES_MAX, and OSError.
     """
     found: list[tuple[Entry, tuple[int, int] | None]] = []
     state = hashlib.sha256()
-    newest = size = 0
+    newest = size = notes = 0
     buffer = bytearray(_CHUNK)
     for item in walk(root, skip):
         size += item.status.st_size
@@ -173,7 +177,11 @@ def read_tree(root: int, skip: frozenset[bytes] = frozenset()) -> Tree:
             raise InvalidInput(f"the tree has more than {BYTES_MAX} bytes of content")
         state.update(_fingerprint(item))
         newest = max(newest, item.status.st_ctime_ns)
-        found.append(_read(item, buffer))
+        entry, inode = _read(item, buffer)
+        notes += len(entry.path) + len(entry.target) + sum(map(len, chain(*entry.xattrs)))
+        if notes > NOTES_MAX:
+            raise InvalidInput(f"the tree has more than {NOTES_MAX} bytes of names and attributes")
+        found.append((entry, inode))
     return Tree(_with_links(found), state.digest(), newest)
 
 
