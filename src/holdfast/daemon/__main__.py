@@ -28,10 +28,18 @@ from holdfast.linux import process
 # A connection is closed that brings no whole request head for so long.
 EVIDENCE_SECONDS = 5.0
 API_SECONDS = 10.0
+# Who does not read its answers is not waited for longer at the end: the vTPMs have to be sealed.
+END_SECONDS = 2.0
 # A container is one tenant, however many users it has; it has a user 0 as well.
 EVIDENCE_ROOM = Room(root=8, user=8, others=8)
 API_ROOM = Room(root=512, user=16, others=256)
 API_BACKLOG = 128
+
+
+def _runner(application: web.Application, idle: float) -> web.AppRunner:
+    return web.AppRunner(
+        application, keepalive_timeout=idle, shutdown_timeout=END_SECONDS, access_log=None
+    )
 
 
 async def serve(settings: config.Config, ready_fd: int | None) -> None:
@@ -52,9 +60,7 @@ async def serve(settings: config.Config, ready_fd: int | None) -> None:
     async def open_evidence(vtpm: VirtualTpm, sock: socket.socket) -> None:
         assert api is not None
         await close_evidence(vtpm)
-        runner = web.AppRunner(
-            api.own_application(vtpm), keepalive_timeout=EVIDENCE_SECONDS, access_log=None
-        )
+        runner = _runner(api.own_application(vtpm), EVIDENCE_SECONDS)
         await runner.setup()
         server = await listen(runner, sock, EVIDENCE_ROOM)
         evidence[vtpm.record.name] = server, runner
@@ -66,7 +72,7 @@ async def serve(settings: config.Config, ready_fd: int | None) -> None:
     )
     api = Api(host, Collector(host.keeper))
     await host.start()
-    runner = web.AppRunner(api.application(), keepalive_timeout=API_SECONDS, access_log=None)
+    runner = _runner(api.application(), API_SECONDS)
     await runner.setup()
     path = settings.paths.api
     path.unlink(missing_ok=True)
@@ -80,9 +86,7 @@ async def serve(settings: config.Config, ready_fd: int | None) -> None:
         os.close(ready_fd)
     await stop.wait()
     server.close()
-    await runner.cleanup()
-    for vtpm in host.all():
-        await close_evidence(vtpm)
+    await asyncio.gather(runner.cleanup(), *(close_evidence(vtpm) for vtpm in host.all()))
     await host.stop()
     path.unlink(missing_ok=True)
 

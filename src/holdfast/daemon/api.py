@@ -207,7 +207,7 @@ class Api:
         """What is served inside a container: evidence of its own vTPM, and nothing else."""
 
         async def evidence(request: web.Request) -> web.Response:
-            return await self._collect(vtpm, await _body(request))
+            return await self._collect(vtpm, request)
 
         async def log(_request: web.Request) -> web.Response:
             return web.json_response(_log_of(vtpm))
@@ -269,19 +269,19 @@ class Api:
         return web.json_response({"name": name, "state": "destroyed"})
 
     async def _start(self, request: web.Request) -> web.Response:
-        vtpm = self._owned(request)
+        vtpm = await self._changed_by_owner(request)
         await self._host.start_plain(vtpm.record.name)
         self._audit(caller(request), "start", vtpm.record.name)
         return web.json_response(self._details(vtpm))
 
     async def _stop(self, request: web.Request) -> web.Response:
-        vtpm = self._owned(request)
+        vtpm = await self._changed_by_owner(request)
         await self._host.end(vtpm.record.name)
         self._audit(caller(request), "stop", vtpm.record.name)
         return web.json_response(self._details(vtpm))
 
     async def _retry(self, request: web.Request) -> web.Response:
-        vtpm = self._owned(request)
+        vtpm = await self._changed_by_owner(request)
         await self._host.retry(vtpm.record.name)
         self._audit(caller(request), "retry", vtpm.record.name)
         return web.json_response(self._details(vtpm))
@@ -295,11 +295,15 @@ class Api:
 
     async def _evidence(self, request: web.Request) -> web.Response:
         vtpm = self._owned(request)
-        response = await self._collect(vtpm, await _body(request))
+        response = await self._collect(vtpm, request)
         self._audit(caller(request), "attest", vtpm.record.name)
         return response
 
-    async def _collect(self, vtpm: VirtualTpm, body: dict[str, Any]) -> web.Response:
+    async def _collect(self, vtpm: VirtualTpm, request: web.Request) -> web.Response:
+        # First of all: to read a body costs the daemon time too.
+        if not vtpm.quotes.allow(time.monotonic()):
+            raise Conflict(f"{vtpm.record.name} is asked for evidence too often: wait a second")
+        body = await _body(request)
         _typed(body, _EVIDENCE)
         nonce = _hex(body, "nonce")
         audience = body.get("audience") or DEFAULT_AUDIENCE
@@ -333,6 +337,13 @@ class Api:
     def _owned(self, request: web.Request) -> VirtualTpm:
         vtpm = self._host.find(request.match_info["name"])
         caller(request).must_own(vtpm)
+        return vtpm
+
+    async def _changed_by_owner(self, request: web.Request) -> VirtualTpm:
+        """The vTPM to be changed; in a while if an owner who is not root does so all the time."""
+        vtpm = self._owned(request)
+        if caller(request).uid:
+            await asyncio.sleep(vtpm.changes.wait(time.monotonic()))
         return vtpm
 
     def _audit(self, who: Caller, what: str, vtpm: str, **more: str) -> None:

@@ -384,6 +384,8 @@ class Host:
             present = self._leases.get(vtpm.record.id)
             if lease is not None and present is not lease:
                 return
+            if present is None and vtpm.state is State.OFF:
+                return  # nobody has used its device
             await self._end(vtpm)
             await self._detach(vtpm, keep_cdi=True)
             if vtpm.state is State.OFF:
