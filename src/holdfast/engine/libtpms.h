@@ -26,5 +26,7 @@ TPM_RESULT TPM_IO_Hash_Start(void);
 TPM_RESULT TPM_IO_Hash_Data(const unsigned char *data, uint32_t length);
 TPM_RESULT TPM_IO_Hash_End(void);
 TPM_RESULT TPM_IO_TpmEstablished_Get(unsigned char *established);
+TPM_RESULT TPM_IO_TpmEstablished_Reset(void);
+uint32_t TPMLIB_SetBufferSize(uint32_t wanted, uint32_t *least, uint32_t *most);
 void *malloc(size_t);
 void free(void *);

@@ -72,6 +72,7 @@ class Engine:
         self._size_now = memoryview(self._ffi.buffer(self._size)).cast("B").cast("I")
         self._address = 0  # of libtpms' response buffer when `_output` was made
         self._output: Any = b""
+        self._check(self._lib.TPMLIB_ChooseTPMVersion(_TPM2), "ChooseTPMVersion")
         self._callbacks = self._register()
 
     @property
@@ -81,7 +82,6 @@ class Engine:
     def manufacture(self) -> None:
         """Make a new TPM with fresh seeds; its state is noted for storing."""
         self._noted = None
-        self._check(self._lib.TPMLIB_ChooseTPMVersion(_TPM2), "ChooseTPMVersion")
         self._check(self._lib.TPMLIB_MainInit(), "MainInit")
 
     def restore(self, permanent: bytes, volatile: bytes | None = None) -> None:
@@ -89,13 +89,11 @@ class Engine:
 
         IntegrityError if libtpms does not recognise the blobs.
         """
-        self._check(self._lib.TPMLIB_ChooseTPMVersion(_TPM2), "ChooseTPMVersion")
         blobs = [(StateKind.PERMANENT, permanent)]
         if volatile is not None:
             blobs.append((StateKind.VOLATILE, volatile))
         for kind, blob in blobs:
-            # SAFETY: libtpms copies the blob before it returns.
-            if self._lib.TPMLIB_SetState(kind, blob, len(blob)):
+            if not self.accepts(kind, blob):
                 raise IntegrityError(f"libtpms does not accept this {kind.name.lower()} state")
         if self._lib.TPMLIB_MainInit():
             raise IntegrityError("libtpms does not start on this state")
@@ -147,8 +145,18 @@ class Engine:
 
     def late_launch(self, bundle: bytes) -> None:
         """The D-RTM sequence (Part 1, 34.3): PCR 17 becomes H(0 ‖ H(bundle)), 18-22 zero."""
+        self.hash_start()
+        self.hash_data(bundle)
+        self.hash_end()
+
+    def hash_start(self) -> None:
+        """_TPM_Hash_Start; before TPM2_Startup it begins an H-CRTM sequence instead."""
         self._check(self._lib.TPM_IO_Hash_Start(), "Hash_Start")
-        self._check(self._lib.TPM_IO_Hash_Data(bundle, len(bundle)), "Hash_Data")
+
+    def hash_data(self, data: bytes) -> None:
+        self._check(self._lib.TPM_IO_Hash_Data(data, len(data)), "Hash_Data")
+
+    def hash_end(self) -> None:
         self._check(self._lib.TPM_IO_Hash_End(), "Hash_End")
 
     def established(self) -> bool:
@@ -156,6 +164,24 @@ class Engine:
         bit = self._ffi.new("unsigned char *")
         self._check(self._lib.TPM_IO_TpmEstablished_Get(bit), "TpmEstablished_Get")
         return bool(bit[0])
+
+    def reset_established(self, locality: int) -> None:
+        """Clear TPM_ESTABLISHMENT. TpmError at a locality other than 3 and 4."""
+        self._locality = locality
+        try:
+            self._check(self._lib.TPM_IO_TpmEstablished_Reset(), "TpmEstablished_Reset")
+        finally:
+            self._locality = 0
+
+    def set_buffer_size(self, wanted: int) -> tuple[int, int, int]:
+        """While off: the size set, the least and the most, in bytes; 0 only asks."""
+        least, most = self._ffi.new("uint32_t *"), self._ffi.new("uint32_t *")
+        return int(self._lib.TPMLIB_SetBufferSize(wanted, least, most)), least[0], most[0]
+
+    def accepts(self, kind: StateKind, blob: bytes) -> bool:
+        """While off: whether libtpms would go on from this state."""
+        # SAFETY: libtpms copies the blob before it returns.
+        return int(self._lib.TPMLIB_SetState(kind, blob, len(blob))) == 0
 
     def info(self, flags: int) -> str:
         """libtpms' JSON about itself; `flags` of TPMLIB_GetInfo."""
