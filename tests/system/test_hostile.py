@@ -216,13 +216,14 @@ def test_a_worker_that_dies_takes_no_count_of_clears_along(host: Serve) -> None:
         assert sock.recv(4096)[6:10] == bytes(4)
     assert Leaf.decode(attested(host, "clearing").leaf).clear_count == 1
     os.kill(worker, signal.SIGKILL)
+    until("another worker", lambda: set(host.workers()) - before - {worker})
 
     def from_another() -> Evidence | None:
         with contextlib.suppress(Conflict, HostError):  # there is none yet
             return attested(host, "clearing")
         return None
 
-    assert Leaf.decode(until("another worker", from_another).leaf).clear_count == 1
+    assert Leaf.decode(until("its evidence", from_another).leaf).clear_count == 1
     assert host.inspect("clearing")["restarts"] == 1
     host.call("POST", "/v1/vtpms/clearing/stop")
     host.power_on("clearing")
