@@ -120,7 +120,7 @@ class Loop:
                     handler(event)
 
     def _forget(self, fd: int) -> None:
-        del self._handlers[fd]
+        self._handlers.pop(fd, None)  # none has one any more after `stop`
         self._poll.unregister(fd)
 
     # --- connections ---
@@ -146,12 +146,17 @@ class Loop:
         if result == GONE:
             connection.close()
             return SERVED
+        self.add(connection)
+        return IDLE
+
+    def add(self, connection: Stream) -> None:
+        """Serve a connection from now on."""
+        fd = connection.fd
         self._connections[fd] = connection
         self._handlers[fd] = partial(self._serve, fd, connection)
         self._poll.register(fd, select.POLLOUT if connection.pending else select.POLLIN)
         if len(self._connections) >= CONNECTIONS_MAX:
             self._pause(True)
-        return IDLE
 
     def _pause(self, paused: bool) -> None:
         """At the limit, let further clients wait in the backlog, without spinning on them."""

@@ -57,6 +57,21 @@ class Stream:
 
     def readable(self) -> int:
         """Serve what has arrived: SERVED, IDLE or GONE."""
+        if self.pending:
+            return IDLE
+        try:
+            data = self._receive()
+        except BlockingIOError:
+            return IDLE
+        except OSError:
+            return GONE
+        return self._arrived(data) if data else GONE
+
+    def _receive(self) -> bytes:
+        return os.read(self.fd, RECEIVE_SIZE)
+
+    def _arrived(self, data: bytes) -> int:
+        """Serve what of `data` is whole by now."""
         raise NotImplementedError
 
     def writable(self) -> int:
@@ -95,7 +110,7 @@ class DataConnection(Stream):
         self._vtpm = vtpm
         self._hear_host = hear_host
 
-    def readable(self) -> int:
+    def readable(self) -> int:  # all in one, for it is most of what there is to do here
         if self.pending:
             return IDLE
         try:
@@ -107,9 +122,9 @@ class DataConnection(Stream):
         # The common case: exactly one command.
         if self._frames is None and len(data) == int.from_bytes(data[2:6], "big") >= HEADER_SIZE:
             return self._send(self._serve(data))
-        return self._reassemble(data) if data else GONE
+        return self._arrived(data) if data else GONE
 
-    def _reassemble(self, data: bytes) -> int:
+    def _arrived(self, data: bytes) -> int:
         """Commands in pieces, or several at once."""
         frames = self._frames or FrameBuffer()
         try:
@@ -150,17 +165,7 @@ class ControlConnection(Stream):
         self._data = b""
         self._fds: list[int] = []  # that came with it, and are ours to close
 
-    def readable(self) -> int:
-        if self.pending:
-            return IDLE
-        try:
-            data = self._receive()
-        except BlockingIOError:
-            return IDLE
-        except OSError:
-            return GONE
-        if not data:
-            return GONE
+    def _arrived(self, data: bytes) -> int:
         self._data += data
         parsed = control.parse(self._data, self._controls.audience)
         if parsed is None:
@@ -175,7 +180,7 @@ class ControlConnection(Stream):
     def _receive(self) -> bytes:
         # A container's descriptors are never taken: a plain read lets the kernel drop them.
         if self._controls.audience is Audience.CONTAINER:
-            return os.read(self.fd, RECEIVE_SIZE)
+            return super()._receive()
         return self._receive_with_descriptors()
 
     def _receive_with_descriptors(self) -> bytes:

@@ -1,0 +1,189 @@
+"""The TPM that the program runs: its power, its states, its locality.
+
+It is off until `start`; a start takes the states that were given to it (`offer`), else those in its
+storage, else it makes a new TPM. What a command changes is in storage before its response leaves.
+
+Not here: how commands and controls arrive (`connections`, `controls`).
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from enum import Enum
+from typing import Final
+
+from holdfast.engine.libtpms import Engine, StateKind
+from holdfast.errors import HoldfastError, IntegrityError, TpmError
+from holdfast.protocol.stateblob import Key, decode_file, encode_file
+from holdfast.swtpm.storage import Storage
+from holdfast.tpm2 import requests as rq
+from holdfast.tpm2.commands import Cc
+from holdfast.tpm2.constants import HEADER_SIZE, Rc
+from holdfast.tpm2.requests import error_response
+from holdfast.worker.tpm import DurableTpm
+
+FILES: Final = {StateKind.PERMANENT: "permall", StateKind.VOLATILE: "volatilestate"}
+LOCALITY_MAX: Final = 4
+_CODE: Final = slice(6, 10)
+_SHUTDOWN: Final = Cc.Shutdown.to_bytes(4, "big")
+_STARTUP: Final = Cc.Startup.to_bytes(4, "big")
+_SET_LOCALITY: Final = (0x20001000).to_bytes(4, "big")  # TPM2_CC_SET_LOCALITY of Linux' vtpm_proxy
+_IV: Final = 32
+
+
+class Startup(Enum):
+    """Which TPM2_Startup to send by ourselves, when the TPM starts."""
+
+    NONE = "none"
+    CLEAR = "clear"
+    STATE = "state"
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What the caller chose of a TPM's behaviour."""
+
+    startup: Startup = Startup.NONE
+    auto_shutdown: bool = True
+    reject_locality_4: bool = False
+    allow_set_locality: bool = False
+
+
+class Machine:
+    """One TPM and its storage, which is encrypted under `key` if that is given."""
+
+    def __init__(self, engine: Engine, storage: Storage, key: Key | None, rules: Rules) -> None:
+        self.engine = engine
+        self.storage = storage
+        self.key = key
+        self.running = False
+        self.locality = 0
+        self._rules = rules
+        self._offered: dict[StateKind, bytes] = {}
+        self._orderly = True  # nothing has run since the last TPM2_Shutdown
+        self._failed = False
+        self._tpm = DurableTpm(engine, self._commit)
+
+    def start(self, *, delete_volatile: bool = False) -> None:
+        """Power on, from off or not.
+
+        IntegrityError: the states are not a TPM's, or not of this key; Conflict: it runs elsewhere.
+        """
+        self.stop()
+        self.storage.lock()
+        permanent, volatile = self._state(StateKind.PERMANENT), self._state(StateKind.VOLATILE)
+        if permanent is None:
+            self.engine.manufacture()
+            permanent = self.engine.take_noted()
+            assert permanent is not None  # libtpms stores what it manufactures
+            self.save(StateKind.PERMANENT, permanent)
+        else:
+            self.engine.restore(permanent, volatile)
+            if StateKind.PERMANENT in self._offered:
+                self.save(StateKind.PERMANENT, permanent)
+        self._offered.clear()
+        self._tpm.committed(permanent)
+        if volatile is not None:
+            self._stir()
+        if delete_volatile or volatile is not None:
+            self.storage.delete(FILES[StateKind.VOLATILE])
+        self.running, self._failed = True, False
+        self._orderly = volatile is None
+        if self._rules.startup is not Startup.NONE:
+            command = rq.startup(state=self._rules.startup is Startup.STATE)
+            rq.response(Cc.Startup, self._tpm.execute(command))
+            self._orderly = False
+
+    def stop(self) -> None:
+        """Power off, with a TPM2_Shutdown that the client left out."""
+        if not self.running:
+            return
+        if self._rules.auto_shutdown and not self._orderly and not self._failed:
+            self._shut_down()
+        self.engine.power_off()
+        self.running = False
+
+    def _shut_down(self) -> None:
+        for state in (True, False):
+            try:
+                rq.response(Cc.Shutdown, self._tpm.execute(rq.shutdown(state=state)))
+            except (TpmError, IntegrityError):
+                continue
+            return
+
+    def execute(self, command: bytes, locality: int | None) -> bytes:
+        """Answer a command, at the locality that was set if it names none."""
+        if not self.running or self._failed:
+            return error_response(Rc.FAILURE)
+        if locality is None:
+            locality = self.locality
+        if command[_CODE] == _SET_LOCALITY:
+            return self._set_locality_in_band(command)
+        if not self.allows(locality):
+            return error_response(Rc.LOCALITY)
+        try:
+            response = self._tpm.execute(command, locality)
+        except IntegrityError:
+            self._failed = True  # as libtpms does when it cannot store
+            return error_response(Rc.FAILURE)
+        if response[_CODE] == bytes(4):
+            self._orderly = command[_CODE] == _SHUTDOWN
+            if command[_CODE] == _STARTUP:
+                self._stir()
+        return response
+
+    def _stir(self) -> None:
+        """Random numbers of a state that is restored twice would repeat."""
+        try:
+            self._tpm.stir()
+        except TpmError as error:
+            if error.rc != Rc.INITIALIZE:  # it was saved before its Startup, which is to come
+                raise
+
+    def allows(self, locality: int) -> bool:
+        most = LOCALITY_MAX - 1 if self._rules.reject_locality_4 else LOCALITY_MAX
+        return 0 <= locality <= most
+
+    def offer(self, kind: StateKind, state: bytes) -> bool:
+        """Start from this state next time, or from none if it is empty; whether libtpms would."""
+        if not state:
+            self._offered.pop(kind, None)
+            self.storage.delete(FILES[kind])
+            return True
+        if not self.engine.accepts(kind, state):
+            self._offered.clear()
+            return False
+        self._offered[kind] = state
+        return True
+
+    def state(self, kind: StateKind) -> bytes | None:
+        """A state as it is now; None if there is none."""
+        return self.engine.dump(kind) if self.running else self._state(kind)
+
+    def save(self, kind: StateKind, state: bytes) -> None:
+        """Keep a state. OSError if it cannot be made durable."""
+        self.storage.save(FILES[kind], encode_file(state, self.key, os.urandom(_IV)))
+
+    def _state(self, kind: StateKind) -> bytes | None:
+        if kind in self._offered:
+            return self._offered[kind]
+        if self._offered:
+            return None  # states of two TPMs are not mixed
+        data = self.storage.load(FILES[kind])
+        return None if data is None else decode_file(data, self.key)
+
+    def _commit(self, permanent: bytes) -> bool:
+        try:
+            self.save(StateKind.PERMANENT, permanent)
+        except (OSError, HoldfastError):
+            return False
+        return True
+
+    def _set_locality_in_band(self, command: bytes) -> bytes:
+        if not self._rules.allow_set_locality or len(command) != HEADER_SIZE + 1:
+            return error_response(Rc.FAILURE)
+        if not self.allows(command[HEADER_SIZE]):
+            return error_response(Rc.LOCALITY)
+        self.locality = command[HEADER_SIZE]
+        return error_response(0)
