@@ -1,11 +1,12 @@
 # Every target sets up what it needs first (scripts/setup: Debian packages, virtual environment).
-.PHONY: help setup demo test lint bench soak clean
+.PHONY: help setup demo test lint bench lab soak clean
 
 help:
 	@echo "make demo    two containers with a TPM each, attested, then tampered with and refused"
 	@echo "make test    the tests"
 	@echo "make lint    ruff, mypy, the import contract"
 	@echo "make bench   the figures, against Debian's swtpm"
+	@echo "make lab     what needs another kernel, in QEMU: virtual machines with a TPM of ours"
 	@echo "make soak    longer fault and fuzz runs"
 
 setup:
@@ -25,6 +26,10 @@ lint: setup
 
 bench: setup
 	bench/run --all
+
+lab: setup
+	@scripts/setup-lab
+	.venv/bin/python -m pytest -q lab
 
 soak: setup
 	HOLDFAST_SOAK=1 .venv/bin/python -m pytest -q tests/system/test_faults.py tests/system/test_frames.py

@@ -333,6 +333,12 @@ def test_what_is_no_command_ends_the_connection_and_nothing_else(
         assert len(program.send(rq.get_random(8))) == 20
 
 
+def test_a_command_of_tpm_1_2_is_told_that_this_is_none(program: Program) -> None:
+    with running(program, *STARTED):  # SeaBIOS and OVMF find out in this way
+        answer = program.send(bytes.fromhex("00c10000000a000000f1"))
+    assert answer == bytes.fromhex("00c40000000a0000001e")
+
+
 def test_split_and_pipelined_commands_are_answered_each(program: Program) -> None:
     with running(program, *STARTED), socket.socket(socket.AF_UNIX) as sock:
         sock.settimeout(SECONDS)

@@ -4,7 +4,8 @@
     its answer      size (4) ‖ response ‖ 0 (4)
     platform port   code (4), answered by 0 (4)
 
-All big-endian. swtpm takes bare TPM commands on the same connection, and tells them by their tag.
+All big-endian. swtpm takes bare TPM commands on the same connection: whatever does not begin with
+SEND_COMMAND.
 
 Pure. Not here: what power, NV and cancel signals do.
 """
@@ -15,10 +16,9 @@ from enum import Enum, IntEnum
 from typing import Final, NamedTuple
 
 from holdfast.errors import DecodeError
-from holdfast.tpm2.constants import BUFFER_MAX, HEADER_SIZE, ST_NO_SESSIONS, ST_SESSIONS
+from holdfast.tpm2.constants import BUFFER_MAX, HEADER_SIZE
 from holdfast.tpm2.wire import u32
 
-_TAGS: Final = (ST_NO_SESSIONS, ST_SESSIONS)
 _PREFIX: Final = 9
 _CODE: Final = 4
 SERVER_VERSION: Final = 1
@@ -117,8 +117,6 @@ class CommandStream:
         pending = self._pending
         if len(pending) < _CODE:
             return None
-        if self._dialect is Dialect.SWTPM and int.from_bytes(pending[:2], "big") in _TAGS:
-            return self._bare()
         code = int.from_bytes(pending[:_CODE], "big")
         if code == Signal.SEND_COMMAND:
             if len(pending) < _PREFIX:
@@ -129,7 +127,9 @@ class CommandStream:
             return self._prefixed(pending[4], said)
         if self._dialect is Dialect.MSSIM:
             return self._signal(code)
-        raise self._fail(f"neither a TPM command nor a prefix, but 0x{code:08x}")
+        return (
+            self._bare()
+        )  # whatever its tag: firmware asks a TPM 1.2 first, and is told it is none
 
     def _signal(self, code: int) -> Item | None:
         if code == Signal.SESSION_END:

@@ -8,6 +8,7 @@ Not here: how commands and controls arrive (`connections`, `controls`).
 
 from __future__ import annotations
 
+import contextlib
 import os
 from dataclasses import dataclass
 from enum import Enum
@@ -105,12 +106,10 @@ class Machine:
         self.running = False
 
     def _shut_down(self) -> None:
-        for state in (True, False):
-            try:
-                rq.response(Cc.Shutdown, self._tpm.execute(rq.shutdown(state=state)))
-            except (TpmError, IntegrityError):
-                continue
-            return
+        # CLEAR: what comes next is a TPM Reset then, as a machine's power cycle is. Firmware that
+        # wants to resume has had its system send Shutdown(STATE), and this is not called.
+        with contextlib.suppress(TpmError, IntegrityError):
+            rq.response(Cc.Shutdown, self._tpm.execute(rq.shutdown()))
 
     def execute(self, command: bytes, locality: int | None) -> bytes:
         """Answer a command, at the locality that was set if it names none."""
