@@ -42,7 +42,7 @@ def ends(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, str]]:
         listener.bind("")  # an abstract address of the kernel's choice
         addresses[name] = listener.getsockname()
         listener.listen(8)
-        loop.listen(listener, made)
+        loop.listen(listener.detach(), made)
     left, right = socket.socketpair()
     loop.watch(left.fileno(), loop.stop)
     thread = threading.Thread(target=loop.run)

@@ -217,6 +217,13 @@ def create(
             "--unsafe-unlinked", help="Start even if the host's event log cannot be replayed."
         ),
     ] = False,
+    ports: Annotated[
+        str,
+        typer.Option(
+            metavar="swtpm|mssim",
+            help="Listen on 127.0.0.1:2321 and 2322 in the container's network, speaking this.",
+        ),
+    ] = "",
     as_json: Json = False,
 ) -> None:
     """Make a vTPM, and the CDI device a container is started with."""
@@ -229,6 +236,8 @@ def create(
         body["start_policy"] = _json_file(start_policy)
     if unsafe_unlinked:
         body["unsafe_unlinked"] = True
+    if ports:
+        body["ports"] = ports
     with progress(f"making {name}"):
         value = Client().call("POST", "/v1/vtpms", body)
 

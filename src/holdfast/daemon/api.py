@@ -67,6 +67,7 @@ _CREATE: Final[Mapping[str, type]] = {
     "banks": list,
     "unsafe_unlinked": bool,
     "start_policy": dict,
+    "ports": str,
 }
 _EVIDENCE: Final[Mapping[str, type]] = {"nonce": str, "audience": str, "user_data": str}
 _HOOK: Final[Mapping[str, type]] = {"vtpm": str, "state": dict}
@@ -357,6 +358,7 @@ class Api:
             "banks": list(vtpm.record.banks),
             "start_policy": vtpm.record.start_policy,
             "unsafe_unlinked": vtpm.record.unlinked,
+            "ports": vtpm.record.ports,
             "device": f"holdfast.dev/vtpm={vtpm.record.name}",
             "tcti": f"swtpm:path={place / 'run' / 'tpm.sock'}",
             "pcrs": {

@@ -41,7 +41,7 @@ from holdfast.errors import (
 )
 from holdfast.eventlog.cel import encode_json
 from holdfast.frontend import attach as places
-from holdfast.frontend import cdi
+from holdfast.frontend import cdi, ports
 from holdfast.frontend.attach import Attachment
 from holdfast.frontend.door import Door
 from holdfast.frontend.filter import Profile
@@ -238,6 +238,7 @@ class Host:
             created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             unlinked=wanted.unlinked,
             start_policy=wanted.start_policy,
+            ports=wanted.ports,
         )
         vtpm = VirtualTpm(record, self._around)
         try:
@@ -310,13 +311,27 @@ class Host:
                     self._measuring, measured_run,
                     vtpm.record, vtpm.banks, state, self.config, self.log,
                 )  # fmt: skip
+                await self._open_ports(vtpm, state.pid)
                 await self._power_on(vtpm, run, _start_time(state.pid))
             except BaseException:
                 os.close(pidfd)
+                if vtpm.record.ports:
+                    with contextlib.suppress(HoldfastError):
+                        await vtpm.hold_ports(())  # or its network would live as long as they do
                 raise
             self._watch(vtpm, Lease(pidfd, run.container))
         LOG.info("started", vtpm=name, container=run.container, run=vtpm.record.run)
         return vtpm
+
+    async def _open_ports(self, vtpm: VirtualTpm, pid: int) -> None:
+        """Listen in the network of the container whose init this is, if that was asked for."""
+        if vtpm.record.ports:
+            sockets = await asyncio.to_thread(ports.listen, pid)
+            try:
+                await vtpm.hold_ports(tuple(sock.fileno() for sock in sockets))
+            finally:
+                for sock in sockets:
+                    sock.close()
 
     async def log_contradiction(self) -> str | None:
         """Where the host's event log and its TPM disagree, if they do."""

@@ -10,6 +10,7 @@ from holdfast.daemon.starting import check_policy
 from holdfast.errors import InvalidInput
 from holdfast.frontend.filter import Profile
 from holdfast.ids import InstanceName, instance_name
+from holdfast.protocol.mssim import Dialect
 from holdfast.tpm2.algorithms import HASHES_BY_NAME
 
 DEFAULT_BANKS: Final = ("sha256", "sha384")
@@ -26,6 +27,7 @@ class Wanted:
     owner: int
     banks: tuple[str, ...]
     unlinked: bool
+    ports: str
     start_policy: dict[str, Any]
 
 
@@ -41,7 +43,7 @@ def wanted(body: Mapping[str, Any]) -> Wanted:
         check_policy(policy)
     return Wanted(
         name, profile, owner, _banks(body.get("banks"), profile),
-        body.get("unsafe_unlinked") is True, policy or {},
+        body.get("unsafe_unlinked") is True, _ports(body.get("ports"), profile), policy or {},
     )  # fmt: skip
 
 
@@ -50,6 +52,18 @@ def _profile(text: Any) -> Profile:
         return Profile(text)
     except ValueError:
         raise InvalidInput(f"a profile is linked or plain, not {text!a}") from None
+
+
+def _ports(asked: Any, profile: Profile) -> str:
+    if not asked:
+        return ""
+    try:
+        dialect = Dialect(asked)
+    except ValueError:
+        raise InvalidInput(f"on ports is spoken swtpm or mssim, not {asked!a}") from None
+    if profile is not Profile.LINKED:
+        raise InvalidInput("ports are in a container's network: a plain vTPM has no container")
+    return dialect.value
 
 
 def _banks(asked: Any, profile: Profile) -> tuple[str, ...]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import select
-import socket
 from collections import deque
 from collections.abc import Callable
 from functools import partial
@@ -65,10 +64,9 @@ class Loop:
         self._host.unregister(fd)
         self._forget(fd)
 
-    def listen(self, sock: socket.socket, made: Callable[[int], Stream]) -> None:
-        """Accept clients on `sock` from now on; `made` gets their descriptors, non-blocking."""
-        sock.setblocking(False)
-        fd = sock.detach()
+    def listen(self, fd: int, made: Callable[[int], Stream]) -> None:
+        """Accept clients on a listener from now on; `made` gets their descriptors, non-blocking."""
+        os.set_blocking(fd, False)
         accept_one = partial(self._accept, fd, made)
         self._listeners.add(fd)
         self._handlers[fd] = lambda _: self._serve_eagerly(accept_one)

@@ -233,6 +233,15 @@ class VirtualTpm:
         await self._around.spawner.ask(lc.Hold(self.record.id), ipc.Done, ends)
         await self._share()
 
+    async def hold_ports(self, listeners: tuple[int, ...]) -> None:
+        """Serve the next run's clients on these too: listeners for commands and for controls."""
+        message = lc.HoldPorts(self.record.id, self.record.ports)
+        try:
+            await self._around.spawner.ask(message, ipc.Done, listeners)
+        except NotFound:  # a spawner that took a dead one's place holds nothing
+            await self._hold()
+            await self._around.spawner.ask(message, ipc.Done, listeners)
+
     async def _share(self) -> None:
         """Have the door know the page that the workers write."""
         assert self._door is not None
@@ -304,6 +313,8 @@ class VirtualTpm:
         try:
             self._worker, _ = await started()
         except NotFound:  # a spawner that took a dead one's place holds nothing
+            if self.record.ports:  # whose container's network is not ours to enter from here
+                raise HostError("the spawner has just been replaced: start it again") from None
             await self._hold()
             self._worker, _ = await started()
         self.ledger = ledger

@@ -8,3 +8,4 @@ int prctl(int option, unsigned long arg2, unsigned long arg3, unsigned long arg4
 int capset(void *header, void *data);
 int mlockall(int flags);
 int unshare(int flags);
+int setns(int fd, int nstype);

@@ -72,6 +72,13 @@ def leave(flags: Clone) -> None:
         raise OSError(ffi.errno, f"unshare: {os.strerror(ffi.errno)}")
 
 
+def enter(namespace: int, kind: Clone) -> None:
+    """setns(2): this thread goes on in the namespace that a descriptor stands for."""
+    ffi: Any = libc_abi.ffi
+    if ffi.dlopen(None).setns(namespace, int(kind)) != 0:
+        raise OSError(ffi.errno, f"setns: {os.strerror(ffi.errno)}")
+
+
 def map_single_user(pid: int, uid: int) -> None:
     """In the parent: the child's root is `uid` outside, and it has no other user or group."""
     proc = Path(f"/proc/{pid}")

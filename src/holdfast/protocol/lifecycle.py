@@ -24,6 +24,19 @@ class Hold(Message, code=100):
 
 
 @dataclass(frozen=True)
+class HoldPorts(Message, code=110):
+    """In its next run, serve clients of the instance on these as well. Answered with Done.
+
+    Descriptors: listeners for commands and for controls, or none for none. `dialect`: what is
+    spoken there (`protocol.mssim.Dialect`). NotFound if nothing is held for it, Conflict while a
+    worker lives.
+    """
+
+    instance: UUID
+    dialect: str
+
+
+@dataclass(frozen=True)
 class Release(Message, code=101):
     """Let go of what is held for the instance; its device and sockets end. Answered with Done."""
 
@@ -111,10 +124,12 @@ class Kill(Message, code=108):
 @dataclass(frozen=True)
 class Begin(Message, code=120):
     """You are this instance's. Descriptors: daemon channel, key channel, shared page; and if
-    `held`, /dev/fuse, data listener, control listener."""
+    `held`, /dev/fuse, data listener, control listener; and if there is a `dialect`, listeners for
+    commands and for controls on which that is spoken."""
 
     instance: UUID
     held: bool
+    dialect: str
 
 
 @dataclass(frozen=True)

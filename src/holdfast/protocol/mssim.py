@@ -60,7 +60,7 @@ PLATFORM: Final = frozenset(
 
 
 class Dialect(Enum):
-    """What may arrive on a connection for commands."""
+    """What is spoken on a pair of ports; the names are those of tpm2-tss' TCTIs."""
 
     SWTPM = "swtpm"  # bare commands, and prefixed ones
     MSSIM = "mssim"  # signals, of which SEND_COMMAND is one

@@ -39,7 +39,10 @@ KEEPER_SECONDS: Final = 10.0
 FAILURES_MAX: Final = 5  # blank workers in a row, after which they get a new mother
 PATIENCE_MAX: Final = 8  # doublings of the time between two tries
 Reply = tuple[ipc.Message, tuple[int, ...]]
-_DESCRIPTORS: Final[Mapping[type[ipc.Message], int]] = {lc.Hold: 3, lc.Spawn: 1}
+# How many may come with a message; none with any other.
+_DESCRIPTORS: Final[Mapping[type[ipc.Message], tuple[int, ...]]] = {
+    lc.Hold: (3,), lc.HoldPorts: (0, 2), lc.Spawn: (1,),
+}  # fmt: skip
 
 
 @dataclass(eq=False)
@@ -48,6 +51,8 @@ class Entry:
 
     page_fd: int
     held: tuple[int, ...] = ()  # /dev/fuse, data listener, control listener
+    ports: tuple[int, ...] = ()  # listeners in the container's network, on which is spoken:
+    dialect: str = ""
     worker: Blank | None = None
     serving: bool = False  # whether that worker has what is held
 
@@ -74,6 +79,7 @@ class Spawner:
         signal.set_wakeup_fd(self._waker.fileno())
         self._handlers: Mapping[type[ipc.Message], Callable[..., Reply]] = {
             lc.Hold: self._hold,
+            lc.HoldPorts: self._hold_ports,
             lc.Release: self._release,
             lc.Spawn: self._spawn,
             lc.ListHeld: self._list,
@@ -150,7 +156,7 @@ class Spawner:
         for entry in self._entries.values():
             if entry.worker is not None:
                 entry.worker.discard()
-            for fd in (*entry.held, entry.page_fd):
+            for fd in (*entry.held, *entry.ports, entry.page_fd):
                 os.close(fd)
         self._entries.clear()
         self._pool.close()
@@ -196,7 +202,7 @@ class Spawner:
             handler = self._handlers.get(type(message))
             if handler is None:
                 raise ProtocolError(f"{type(message).__name__} is not for the spawner")
-            if len(fds) != _DESCRIPTORS.get(type(message), 0):
+            if len(fds) not in _DESCRIPTORS.get(type(message), (0,)):
                 raise ProtocolError(f"{type(message).__name__} came with {len(fds)} descriptors")
             return handler(message, *fds)
         except (HoldfastError, OSError) as error:
@@ -221,6 +227,18 @@ class Spawner:
         self._entries[message.instance] = Entry(create_page(), tuple(map(os.dup, ends)))
         return ipc.Done(), ()
 
+    def _hold_ports(self, message: lc.HoldPorts, *ends: int) -> Reply:
+        self._reap(message.instance)
+        entry = self._entries.get(message.instance)
+        if entry is None or not entry.held:
+            raise NotFound("nothing is held for this instance")
+        if entry.worker is not None:
+            raise Conflict("its worker lives")
+        for fd in entry.ports:
+            os.close(fd)
+        entry.ports, entry.dialect = tuple(map(os.dup, ends)), message.dialect if ends else ""
+        return ipc.Done(), ()
+
     def _release(self, message: lc.Release) -> Reply:
         self._reap(message.instance)
         entry = self._entries.get(message.instance)
@@ -232,7 +250,7 @@ class Spawner:
 
     def _let_go(self, instance: UUID) -> None:
         entry = self._entries.pop(instance)
-        for fd in (*entry.held, entry.page_fd):
+        for fd in (*entry.held, *entry.ports, entry.page_fd):
             os.close(fd)
 
     def _fetch(self, message: lc.FetchHeld) -> Reply:
@@ -265,7 +283,9 @@ class Spawner:
         try:
             entry = self._entries.setdefault(instance, entry or Entry(create_page()))
             held = entry.held if message.serving else ()  # one that makes a TPM serves nobody
-            self._begin(blank, message, (its_end, entry.page_fd, *held))
+            ports = entry.ports if held else ()
+            begin = lc.Begin(instance, bool(held), entry.dialect if ports else "")
+            self._begin(blank, message, begin, (its_end, entry.page_fd, *held, *ports))
         except BaseException:
             blank.discard()
             if entry is not None and not entry.held:
@@ -275,7 +295,9 @@ class Spawner:
         self._selector.register(blank.pidfd, selectors.EVENT_READ, lambda: self._reap(instance))
         return lc.Spawned(blank.pid), (os.dup(blank.pidfd),)
 
-    def _begin(self, blank: Blank, message: lc.Spawn, ends: tuple[int, ...]) -> None:
+    def _begin(
+        self, blank: Blank, message: lc.Spawn, begin: lc.Begin, ends: tuple[int, ...]
+    ) -> None:
         """Tell a blank worker which vTPM it is, with its data key on the way."""
         its_end, page, *held = ends
         key_worker, key_keeper = channel.pair()
@@ -284,8 +306,8 @@ class Spawner:
             channel.send(key_worker, ipc.KeyRequest(message.wrapped).encode())
             if held:
                 _ask_again(held[0])
-            begin = lc.Begin(message.instance, bool(held)).encode()
-            channel.send(blank.channel, begin, (its_end, key_worker.fileno(), page, *held))
+            fds = (its_end, key_worker.fileno(), page, *held)
+            channel.send(blank.channel, begin.encode(), fds)
             # While the worker looks at that: without a lease it gets no key, and is ended.
             self._lease(message.instance, key_keeper.fileno(), blank.pidfd)
 

@@ -71,6 +71,7 @@ class Instance:
     restarts: int = 0
     lineage: int = 0
     why_failed: str = ""
+    ports: str = ""  # what is spoken on TCP ports in its container's network; empty: there are none
     start_policy: dict[str, object] = field(default_factory=dict)
 
     @property
@@ -78,7 +79,7 @@ class Instance:
         """SHA-256 of what was agreed on when it was made, and never changes."""
         agreed = {
             name: getattr(self, name)
-            for name in ("name", "owner", "profile", "banks", "unlinked", "ephemeral")
+            for name in ("name", "owner", "profile", "banks", "unlinked", "ephemeral", "ports")
         }
         text = json.dumps({**agreed, "start_policy": self.start_policy}, sort_keys=True)
         return hashlib.sha256(text.encode()).digest()
@@ -86,7 +87,7 @@ class Instance:
 
 _KINDS: Final[Mapping[str, type]] = {
     "profile": str, "owner": int, "created": str, "unlinked": bool, "ephemeral": bool, "run": int,
-    "restarts": int, "lineage": int, "why_failed": str, "start_policy": dict,
+    "restarts": int, "lineage": int, "why_failed": str, "ports": str, "start_policy": dict,
 }  # fmt: skip
 
 

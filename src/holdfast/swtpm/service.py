@@ -38,7 +38,7 @@ class Service:
 
     def serve_commands(self, sock: socket.socket, *, once: bool, ends: bool) -> None:
         """Accept clients with TPM commands; `once`: one command each; `ends`: we go with one."""
-        self._loop.listen(sock, partial(self._client, self._end_if(ends), once=once))
+        self._loop.listen(sock.detach(), partial(self._client, self._end_if(ends), once=once))
 
     def serve_client(self, fd: int, *, ends: bool) -> None:
         """Serve one client that is there already."""
@@ -52,7 +52,7 @@ class Service:
         self._loop.add(self._client(gone, fd))
 
     def serve_control(self, sock: socket.socket, *, ends: bool) -> None:
-        self._loop.listen(sock, partial(self._control, self._end_if(ends)))
+        self._loop.listen(sock.detach(), partial(self._control, self._end_if(ends)))
 
     def serve_control_client(self, fd: int, *, ends: bool) -> None:
         os.set_blocking(fd, False)

@@ -97,7 +97,7 @@ def serve(directory: Path, plain: PlainTpm, ready: Callable[[], None]) -> None:
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         listener.bind(os.fspath(path))
         listener.listen(128)
-        loop.listen(listener, made)
+        loop.listen(listener.detach(), made)
     wake, waker = socket.socketpair()
     waker.setblocking(False)
     signal.set_wakeup_fd(waker.fileno())

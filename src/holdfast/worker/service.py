@@ -24,12 +24,14 @@ from holdfast.frontend.controls import ContainerControls
 from holdfast.frontend.devices import Devices
 from holdfast.frontend.filter import Profile
 from holdfast.frontend.loop import Loop
+from holdfast.frontend.mssim import CommandPort, PlatformPort
 from holdfast.frontend.page import SharedPage
-from holdfast.frontend.sockets import ControlConnection, DataConnection
+from holdfast.frontend.sockets import ControlConnection, DataConnection, Stream
 from holdfast.frontend.vtpm import Vtpm
 from holdfast.linux import channel
 from holdfast.protocol import ipc
 from holdfast.protocol import lifecycle as lc
+from holdfast.protocol.mssim import Dialect
 from holdfast.store.sealing import Kind, Owner, seal, unseal
 from holdfast.tpm2 import requests as rq
 from holdfast.tpm2.algorithms import HASH_SIZES, Alg
@@ -61,7 +63,9 @@ class Worker:
         self.daemon = socket.socket(fileno=fds[0])
         self._keys = socket.socket(fileno=fds[1])
         self._page = SharedPage(fds[2])
-        self._held = fds[3:] if begin.held else []
+        self._held = fds[3:6] if begin.held else []
+        self._ports = fds[6:]
+        self._dialect = begin.dialect
         self._engine = engine
         self._tpm = DurableTpm(engine, self._commit)
         self._loop = Loop()
@@ -314,16 +318,17 @@ class Worker:
         fuse_fd, data_fd, control_fd = self._held
         devices = Devices(vtpm, self._page, time.monotonic, int(time.time()))
         self._loop.serve_devices(fuse_fd, devices)
-        self._loop.listen(
-            socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, 0, data_fd),
+        controls = ContainerControls(self._engine.established, self._engine.info)
+        makers: list[Callable[[int], Stream]] = [
             partial(DataConnection, vtpm, self._loop.hear_host),
-        )
-        self._loop.listen(
-            socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, 0, control_fd),
-            partial(
-                ControlConnection, ContainerControls(self._engine.established, self._engine.info)
-            ),
-        )
+            partial(ControlConnection, controls),
+        ]
+        if self._dialect == Dialect.SWTPM.value:
+            makers *= 2
+        elif self._dialect:
+            makers += [partial(CommandPort, vtpm, self._loop.hear_host), PlatformPort]
+        for fd, made in zip((data_fd, control_fd, *self._ports), makers, strict=True):
+            self._loop.listen(fd, made)
 
     def _quote(self, message: lc.Quote) -> ipc.Message:
         selection = PcrSelection(tuple((Alg(bank), message.pcrs) for bank in message.banks))
@@ -358,8 +363,10 @@ def await_begin(spawner: socket.socket) -> tuple[lc.Begin, list[int]]:
     if not data:
         raise Ended
     message = ipc.decode(data)
-    if not isinstance(message, lc.Begin) or len(fds) != (6 if message.held else 3):
+    if not isinstance(message, lc.Begin):
         raise ProtocolError(f"{type(message).__name__} from the spawner")
+    if len(fds) != 3 + 3 * message.held + 2 * bool(message.dialect):
+        raise ProtocolError(f"Begin with {len(fds)} descriptors from the spawner")
     return message, fds
 
 

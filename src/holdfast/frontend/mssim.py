@@ -1,0 +1,82 @@
+"""Clients that speak the TPM simulator's protocol: commands on one port, signals on the other.
+
+For a container the signals of power, NV and physical presence are acknowledged and do nothing: the
+host powers its vTPM. A locality other than 0 is answered as a TPM answers it.
+
+Not here: the framing (`protocol.mssim`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from time import monotonic
+
+from holdfast.errors import DecodeError
+from holdfast.frontend.resources import Client
+from holdfast.frontend.sockets import GONE, HALF_FRAME_SECONDS, SERVED, Stream
+from holdfast.frontend.vtpm import Vtpm
+from holdfast.protocol.mssim import PLATFORM, CommandStream, Dialect, End, Sent
+from holdfast.tpm2.constants import Rc
+from holdfast.tpm2.requests import error_response
+from holdfast.tpm2.wire import u32
+
+_CODE = 4
+
+
+class CommandPort(Stream):
+    """One client's connection for commands: a client of its own, until it goes."""
+
+    _client: Client | None = None
+
+    def __init__(self, vtpm: Vtpm, hear_host: Callable[[], None], fd: int) -> None:
+        self.fd = fd
+        self._vtpm = vtpm
+        self._hear_host = hear_host
+        self._stream = CommandStream(Dialect.MSSIM)
+
+    def _arrived(self, data: bytes) -> int:
+        try:
+            items = self._stream.feed(data)
+        except DecodeError:
+            return GONE
+        for item in items:
+            if isinstance(item, End):
+                return GONE
+            answer = self._answer(item) if isinstance(item, Sent) else item.answer()
+            if self._send(answer) == GONE:
+                return GONE
+            self._hear_host()
+        self.deadline = monotonic() + HALF_FRAME_SECONDS if self._stream.partial else 0.0
+        return SERVED
+
+    def _answer(self, item: Sent) -> bytes:
+        if item.locality:
+            return item.answer(error_response(Rc.LOCALITY))
+        if self._client is None:
+            self._client = self._vtpm.attach()
+        return item.answer(self._vtpm.execute(self._client, item.command))
+
+    def close(self) -> None:
+        super().close()
+        if self._client is not None:
+            self._vtpm.detach(self._client)
+
+
+class PlatformPort(Stream):
+    """One client's connection for signals."""
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+        self._pending = b""
+
+    def _arrived(self, data: bytes) -> int:
+        self._pending += data
+        while len(self._pending) >= _CODE:
+            code = int.from_bytes(self._pending[:_CODE], "big")
+            self._pending = self._pending[_CODE:]
+            if code not in PLATFORM:  # SESSION_END, or what nobody knows the length of
+                return GONE
+            if self._send(u32(0)) == GONE:
+                return GONE
+        self.deadline = monotonic() + HALF_FRAME_SECONDS if self._pending else 0.0
+        return SERVED
