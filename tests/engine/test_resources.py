@@ -166,3 +166,66 @@ def test_a_signed_list_of_everybodys_handles_is_refused(vtpm: Vtpm) -> None:
     params = u32(Cap.HANDLES) + u32(0x80000000) + u32(10)
     asked = rq.command(Cc.GetCapability, (), (rq.Auth(session),), params)
     assert code(vtpm.execute(client, asked)) == 0x145
+
+
+def policy_session(vtpm: Vtpm, client: Client) -> int:
+    return rq.response(Cc.StartAuthSession, vtpm.execute(client, rq.start_policy_session())).handle
+
+
+def turn_over(vtpm: Vtpm, client: Client, sessions: list[int], saves: int) -> None:
+    """Use more sessions than there are slots, in turn: each use saves another's context."""
+    for number in range(saves):
+        restart = rq.command(Cc.PolicyRestart, (sessions[number % len(sessions)],))
+        assert code(vtpm.execute(client, restart)) == 0, number
+
+
+GAP = 0x10000  # contexts that libtpms counts before the oldest would be counted twice
+
+
+def test_an_idle_session_outlives_the_context_gap(vtpm: Vtpm) -> None:
+    idle, busy = vtpm.attach(), vtpm.attach()
+    kept = policy_session(vtpm, idle)
+    command = rq.command(Cc.PolicyCommandCode, (kept,), (), u32(Cc.Sign))
+    assert code(vtpm.execute(idle, command)) == 0
+    digest = vtpm.execute(idle, rq.command(Cc.PolicyGetDigest, (kept,)))
+    turn_over(vtpm, busy, [policy_session(vtpm, busy) for _ in range(4)], GAP + 1000)
+    assert vtpm.execute(idle, rq.command(Cc.PolicyGetDigest, (kept,))) == digest
+
+
+def test_a_context_that_its_client_saved_and_forgot_stops_nobody(vtpm: Vtpm) -> None:
+    careless, busy = vtpm.attach(), vtpm.attach()
+    saved = policy_session(vtpm, careless)
+    context = vtpm.execute(careless, rq.command(Cc.ContextSave, (saved,)))
+    assert code(context) == 0
+    turn_over(vtpm, busy, [policy_session(vtpm, busy) for _ in range(4)], GAP + 1000)
+    load = rq.command(Cc.ContextLoad, (), (), context[10:])
+    assert code(vtpm.execute(careless, load)) != 0  # as useless as on a bare TPM
+
+
+def test_ten_thousand_sessions_are_refused_and_harm_nobody(vtpm: Vtpm) -> None:
+    greedy, other = vtpm.attach(), vtpm.attach()
+    handle = make(vtpm, other)
+    codes = [code(vtpm.execute(greedy, rq.start_policy_session())) for _ in range(10_000)]
+    assert codes.count(0) == 64
+    assert quote(vtpm, other, handle) == 0
+    vtpm.detach(greedy)
+    assert code(vtpm.execute(other, rq.start_policy_session())) == 0
+
+
+def test_a_context_is_its_clients_to_load_again_and_not_guessed(vtpm: Vtpm) -> None:
+    one, other = vtpm.attach(), vtpm.attach()
+    handle = make(vtpm, one)
+    saved = vtpm.execute(one, rq.command(Cc.ContextSave, (handle,)))
+    assert code(saved) == 0
+    loaded = vtpm.execute(one, rq.command(Cc.ContextLoad, (), (), saved[10:]))
+    again = int.from_bytes(loaded[10:14], "big")
+    assert code(loaded) == 0
+    assert again != handle
+    assert quote(vtpm, one, again) == quote(vtpm, one, handle) == 0
+    for place in range(10, len(saved)):
+        changed = saved[10:place] + bytes((saved[place] ^ 1,)) + saved[place + 1 :]
+        answer = vtpm.execute(other, rq.command(Cc.ContextLoad, (), (), changed))
+        if code(answer) == 0:  # a sequence number of an object's context may be anything
+            assert place < 10 + 8
+            vtpm.execute(other, rq.flush_context(int.from_bytes(answer[10:14], "big")))
+    assert quote(vtpm, other, handle) == Rc.REFERENCE_H0
