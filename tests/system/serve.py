@@ -100,9 +100,10 @@ class Serve:
 
     # --- serve ---
 
-    def write_config(self) -> None:
+    def write_config(self, tcti: str = "") -> None:
+        tcti = tcti or f"swtpm:path={self.directory}/tpm.sock"
         self.config.write_text(
-            f'[host]\ntcti = "swtpm:path={self.directory}/tpm.sock"\n'
+            f'[host]\ntcti = "{tcti}"\n'
             f'event_log = "{self.event_log}"\nstand_in = true\n'
             f'[paths]\nstate = "{self.directory}/state"\nrun = "{self.directory}/run"\n'
             f'cdi = "{self.cdi}"\n[keeper]\nuser = "root"\n'
@@ -268,12 +269,16 @@ def a_host(
     state_size: str = "",
     *,
     running: bool = True,
+    tcti: str = "",
 ) -> Iterator[Serve]:
-    """A host that was set up; and its stand-in TPM. `state_size`: its state on a tmpfs of that."""
+    """A host that was set up; and its stand-in TPM. `state_size`: its state on a tmpfs of that.
+
+    `tcti`: the host TPM, if not a stand-in of its own.
+    """
     directory = Path(tempfile.mkdtemp(prefix="hfs-"))
     host = Serve(directory, cdi or directory / "cdi", event_log)
     try:
-        host.write_config()
+        host.write_config(tcti)
         if state_size:
             (directory / "state").mkdir()
             subprocess.run(

@@ -224,10 +224,21 @@ def create(
             help="Listen on 127.0.0.1:2321 and 2322 in the container's network, speaking this.",
         ),
     ] = "",
+    mode: Annotated[
+        str,
+        typer.Option(metavar="vtpm|passthrough", help="A TPM of its own, or one of the host's."),
+    ] = "vtpm",
+    tpm: Annotated[
+        str, typer.Option(metavar="DEVICE", help="The TPM that is passed through, as /dev/tpm1.")
+    ] = "",
     as_json: Json = False,
 ) -> None:
     """Make a vTPM, and the CDI device a container is started with."""
-    body: dict[str, Any] = {"name": name, "profile": profile}
+    body: dict[str, Any] = {"name": name}
+    if mode != "vtpm" or tpm:
+        body |= {"mode": mode, "tpm": tpm}
+    if profile != "linked" or not tpm:
+        body["profile"] = profile
     if owner:
         body["owner"] = _uid(owner)
     if bank:
@@ -243,7 +254,7 @@ def create(
 
     def human(value: dict[str, Any]) -> None:
         output.line(f"{value['name']} ({value['id']})", _MARKS["ok"])
-        if value["profile"] == "linked":
+        if value["profile"] == "linked" or value["tpm"]:
             output.line(f"podman run --device {value['device']} IMAGE")
         else:
             output.line(f"holdfast start {value['name']}; TPM2TOOLS_TCTI={value['tcti']}")

@@ -68,6 +68,8 @@ _CREATE: Final[Mapping[str, type]] = {
     "unsafe_unlinked": bool,
     "start_policy": dict,
     "ports": str,
+    "mode": str,
+    "tpm": str,
 }
 _EVIDENCE: Final[Mapping[str, type]] = {"nonce": str, "audience": str, "user_data": str}
 _HOOK: Final[Mapping[str, type]] = {"vtpm": str, "state": dict}
@@ -359,6 +361,8 @@ class Api:
             "start_policy": vtpm.record.start_policy,
             "unsafe_unlinked": vtpm.record.unlinked,
             "ports": vtpm.record.ports,
+            "mode": "passthrough" if vtpm.record.device else "vtpm",
+            "tpm": vtpm.record.device,
             "device": f"holdfast.dev/vtpm={vtpm.record.name}",
             "tcti": f"swtpm:path={place / 'run' / 'tpm.sock'}",
             "pcrs": {

@@ -15,13 +15,14 @@ import signal
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 from uuid import uuid4
 
 import structlog
 
+from holdfast.daemon import passthrough
 from holdfast.daemon.config import Config
 from holdfast.daemon.starting import (
     HostLog,
@@ -227,7 +228,10 @@ class Host:
             raise Conflict(f"there is a vTPM named {name} already")
         if len(self._vtpms) >= INSTANCES_MAX:
             raise Conflict(f"there are {INSTANCES_MAX} vTPMs, no more fit")
-        parked = self._ahead.take(tuple(HASHES_BY_NAME[bank] for bank in banks))
+        if wanted.device:
+            self._may_pass_through(wanted.device)
+        alg_banks = tuple(HASHES_BY_NAME[bank] for bank in banks)
+        parked = None if wanted.device else self._ahead.take(alg_banks)
         record = Instance(
             id=InstanceId(parked.instance if parked else uuid4()),
             name=name,
@@ -239,6 +243,7 @@ class Host:
             unlinked=wanted.unlinked,
             start_policy=wanted.start_policy,
             ports=wanted.ports,
+            device=wanted.device,
         )
         vtpm = VirtualTpm(record, self._around)
         try:
@@ -272,6 +277,14 @@ class Host:
         LOG.info("created", vtpm=name, id=str(record.id))
         return vtpm
 
+    def _may_pass_through(self, device: str) -> None:
+        passthrough.check(device, self.config.host.tcti)
+        for other in self.all():
+            if other.record.device and passthrough.same(device, other.record.device):
+                raise Conflict(
+                    f"{device} is {other.record.name}'s: a TPM is passed through to one container"
+                )
+
     def _banks(self, wanted: Wanted) -> tuple[str, ...]:
         """Banks that the host's log has; another would stay empty and satisfy any policy."""
         if wanted.profile is not Profile.LINKED or wanted.unlinked:
@@ -300,17 +313,23 @@ class Host:
         """Measure a container and power its vTPM on; whatever fails, nothing starts."""
         async with self._held(name) as vtpm:
             self._may_start(vtpm)
-            if not vtpm.record.unlinked:
+            device = vtpm.record.device
+            if device:  # the configuration, and what a device is called, may be another by now
+                passthrough.check(device, self.config.host.tcti)
+            elif not vtpm.record.unlinked:
                 wrong = await self.log_contradiction()
                 if wrong is not None:
                     raise HostError(f"{name} cannot be linked to this host: {wrong}")
             pidfd = os.pidfd_open(state.pid)
             try:
-                loop = asyncio.get_running_loop()
-                run = await loop.run_in_executor(
-                    self._measuring, measured_run,
-                    vtpm.record, vtpm.banks, state, self.config, self.log,
-                )  # fmt: skip
+                if device:  # measured by nobody: that TPM speaks for what its own host booted
+                    run = replace(plain_run(), container=state.id, init_pid=state.pid)
+                else:
+                    loop = asyncio.get_running_loop()
+                    run = await loop.run_in_executor(
+                        self._measuring, measured_run,
+                        vtpm.record, vtpm.banks, state, self.config, self.log,
+                    )  # fmt: skip
                 await self._open_ports(vtpm, state.pid)
                 await self._power_on(vtpm, run, _start_time(state.pid))
             except BaseException:
@@ -344,8 +363,10 @@ class Host:
     async def start_plain(self, name: str) -> VirtualTpm:
         """Power on a vTPM that is not linked: for whoever on the host may reach its socket."""
         async with self._held(name) as vtpm:
-            if vtpm.record.profile != Profile.PLAIN.value:
-                raise Conflict(f"{name} is linked: it is powered on by starting its container")
+            if vtpm.record.profile != Profile.PLAIN.value or vtpm.record.device:
+                raise Conflict(
+                    f"{name} is a container's: it is powered on by starting that container"
+                )
             if vtpm.state is State.ACTIVE:
                 raise Conflict(f"{name} is on already")
             self._may_start(vtpm)
@@ -483,7 +504,9 @@ class Host:
         run = plain_run()
         try:
             value = json.loads(self._run_file(vtpm).read_text())
-            if vtpm.record.profile == Profile.LINKED.value:
+            if vtpm.record.device:
+                run = replace(run, container=value["container"], init_pid=value["init_pid"])
+            elif vtpm.record.profile == Profile.LINKED.value:
                 run = run_again(
                     value["container"], value["init_pid"], bytes.fromhex(value["host_log"]),
                     value["records"], vtpm.banks,

@@ -28,6 +28,7 @@ class Wanted:
     banks: tuple[str, ...]
     unlinked: bool
     ports: str
+    device: str
     start_policy: dict[str, Any]
 
 
@@ -41,9 +42,13 @@ def wanted(body: Mapping[str, Any]) -> Wanted:
     policy = body.get("start_policy")
     if policy is not None:
         check_policy(policy)
+    device = _device(body)
+    if device:
+        profile = Profile.PLAIN
     return Wanted(
         name, profile, owner, _banks(body.get("banks"), profile),
-        body.get("unsafe_unlinked") is True, _ports(body.get("ports"), profile), policy or {},
+        body.get("unsafe_unlinked") is True, _ports(body.get("ports"), profile), device,
+        policy or {},
     )  # fmt: skip
 
 
@@ -52,6 +57,24 @@ def _profile(text: Any) -> Profile:
         return Profile(text)
     except ValueError:
         raise InvalidInput(f"a profile is linked or plain, not {text!a}") from None
+
+
+def _device(body: Mapping[str, Any]) -> str:
+    """The TPM that is passed through; empty in mode vtpm."""
+    mode, device = body.get("mode") or "vtpm", body.get("tpm") or ""
+    if mode not in ("vtpm", "passthrough"):
+        raise InvalidInput(f"a mode is vtpm or passthrough, not {mode!a}")
+    if (mode == "passthrough") != bool(device):
+        raise InvalidInput("mode passthrough and the TPM that is passed through go together")
+    refused = [
+        name for name in ("profile", "banks", "start_policy", "unsafe_unlinked", "ports")
+        if body.get(name)
+    ]  # fmt: skip
+    if device and refused:
+        raise InvalidInput(
+            f"{refused[0]} is of a vTPM of ours: a TPM that is passed through is as it is"
+        )
+    return str(device)
 
 
 def _ports(asked: Any, profile: Profile) -> str:

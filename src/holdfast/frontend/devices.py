@@ -145,7 +145,7 @@ class Devices:
         self._files[handle] = self._file(self._vtpm, request.node)
         if request.node == _TPM0:
             self._page.exclusive = handle
-        flags = fuse.FOPEN_DIRECT_IO | fuse.FOPEN_NONSEEKABLE
+        flags = fuse.FOPEN_DIRECT_IO | fuse.FOPEN_NONSEEKABLE | fuse.FOPEN_STREAM
         return fuse.open_reply(request.unique, handle, flags)
 
     @staticmethod

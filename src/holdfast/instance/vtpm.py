@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -144,6 +145,9 @@ class VirtualTpm:
     async def manufacture(self, parked: Parked | None) -> None:
         """Make the TPM: keys in a worker of its own, enrolment, certificates, sealed."""
         after(self.state, Event.MANUFACTURED)
+        if self.record.device:
+            self._move(Event.MANUFACTURED)  # by somebody else
+            return
         made = parked or await self._park()
         try:
             keys = await self._certify(made)
@@ -294,6 +298,9 @@ class VirtualTpm:
 
         What the run's workers before it counted goes on, unless it begins `anew`.
         """
+        if self.record.device:
+            await self._begin_relay()
+            return
         around = self._around
         state = around.registry.state(self.record.id)
         ledger = replay(initial(self.banks, run.startup_locality), run.extends)
@@ -318,6 +325,19 @@ class VirtualTpm:
             await self._hold()
             self._worker, _ = await started()
         self.ledger = ledger
+
+    async def _begin_relay(self) -> None:
+        """Give the run a worker that serves the TPM behind the instance's device."""
+        around = self._around
+        device = _open_device(self.record.device)
+        try:
+            self._worker, _ = await spawn(
+                around.spawner, self.record.id, around.registry, self._died, b"", lc.Relay(),
+                lc.PoweredOn, (device,),
+            )  # fmt: skip
+        finally:
+            os.close(device)
+        self.ledger = {}
 
     def _write_log(self, run: Run) -> None:
         """The write-ahead record: what is about to be extended, durable first."""
@@ -439,6 +459,11 @@ class VirtualTpm:
 
     async def quote(self, qualifying: bytes, pcrs: tuple[int, ...]) -> lc.Quoted:
         """A quote by the evidence AK over these PCRs of all banks."""
+        if self.record.device:
+            raise Conflict(
+                f"{self.record.name} is {self.record.device}, passed through: "
+                "that TPM has an identity of its own, of which this host says nothing"
+            )
         if self._worker is None:
             raise Conflict("the vTPM is not powered on")
         message = lc.Quote(qualifying, tuple(sorted(int(alg) for alg in self.banks)), pcrs)
@@ -457,6 +482,16 @@ class VirtualTpm:
         """Wait for replacements that are under way."""
         while self._replacing is not None and not self._replacing.done():
             await asyncio.wait([self._replacing])
+
+
+def _open_device(path: str) -> int:
+    """The device, for this caller alone. Conflict if somebody has it, HostError if it is gone."""
+    try:
+        return os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    except OSError as error:
+        if error.errno == errno.EBUSY:
+            raise Conflict(f"{path} is in use by another program") from None
+        raise HostError(f"{path}: {error.strerror}") from None
 
 
 def _extension(pcr: int, digests: Mapping[Alg, bytes]) -> lc.Extension:

@@ -8,7 +8,7 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Final, TypeVar
 from uuid import UUID
 
@@ -116,17 +116,19 @@ async def spawn(
     wrapped: bytes,
     task: ipc.Message,
     expected: type[A],
+    given: Sequence[int] = (),
 ) -> tuple[WorkerLink, A]:
     """Get a fresh worker for the instance, which finds its data key and its first task waiting.
 
-    Returns it with its answer to that task; if anything goes wrong there is no worker.
+    `given`: descriptors that go with the task. Returns it with its answer to that task; if anything
+    goes wrong there is no worker.
     """
     ours, theirs = channel.pair()
     worker = WorkerLink(instance, registry, ours, died)
     with theirs:
-        doing = asyncio.ensure_future(worker.link.ask(task, expected))
+        doing = asyncio.ensure_future(worker.link.ask(task, expected, given))
         try:
-            spawned = lc.Spawn(instance, wrapped, isinstance(task, lc.PowerOn))
+            spawned = lc.Spawn(instance, wrapped, isinstance(task, lc.PowerOn | lc.Relay))
             _, fds = await spawner.ask(spawned, lc.Spawned, (theirs.fileno(),))
             worker.watch(*_exactly(1, fds))
         except BaseException:

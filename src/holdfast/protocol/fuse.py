@@ -20,6 +20,7 @@ ROOT_ID: Final = 1
 
 FOPEN_DIRECT_IO: Final = 1 << 0
 FOPEN_NONSEEKABLE: Final = 1 << 2
+FOPEN_STREAM: Final = 1 << 4  # no position at all: each write is at 0, and meets no size limit
 
 _IN_HEADER: Final = struct.Struct("=IIQQIIIHH")
 _OUT_HEADER: Final = struct.Struct("=IiQ")

@@ -223,6 +223,14 @@ class PowerOn(Message, code=150):
 
 
 @dataclass(frozen=True)
+class Relay(Message, code=152):
+    """Serve clients with a TPM that is not ours. Descriptor: its device.
+
+    Answered with PoweredOn.
+    """
+
+
+@dataclass(frozen=True)
 class PoweredOn(Message, code=151):
     """Clients are let in."""
 

@@ -18,6 +18,7 @@ from holdfast.linux import process, seccomp
 from holdfast.linux.mounts import Ms, mount, pivot_root_here
 from holdfast.linux.namespaces import Clone, become_mapped_root, leave
 from holdfast.linux.seccomp import Match, Op, Rule
+from holdfast.tpm2.constants import BUFFER_MAX
 
 OPEN_FILES: Final = 128  # 64 connections, channels, listeners, /dev/fuse, epoll
 _PROT_EXEC: Final = 4
@@ -112,4 +113,5 @@ def _limits() -> None:
     process.limit(resource.RLIMIT_NOFILE, OPEN_FILES)
     process.limit(resource.RLIMIT_CORE, 0)
     process.limit(resource.RLIMIT_NPROC, 0)
-    process.limit(resource.RLIMIT_FSIZE, 0)
+    # A TPM command to a device that is a regular file, as FUSE's are; there is no file to write.
+    process.limit(resource.RLIMIT_FSIZE, BUFFER_MAX)

@@ -72,6 +72,7 @@ class Instance:
     lineage: int = 0
     why_failed: str = ""
     ports: str = ""  # what is spoken on TCP ports in its container's network; empty: there are none
+    device: str = ""  # of the TPM that is passed through to it; empty: it has one of its own
     start_policy: dict[str, object] = field(default_factory=dict)
 
     @property
@@ -79,7 +80,16 @@ class Instance:
         """SHA-256 of what was agreed on when it was made, and never changes."""
         agreed = {
             name: getattr(self, name)
-            for name in ("name", "owner", "profile", "banks", "unlinked", "ephemeral", "ports")
+            for name in (
+                "name",
+                "owner",
+                "profile",
+                "banks",
+                "unlinked",
+                "ephemeral",
+                "ports",
+                "device",
+            )
         }
         text = json.dumps({**agreed, "start_policy": self.start_policy}, sort_keys=True)
         return hashlib.sha256(text.encode()).digest()
@@ -87,7 +97,8 @@ class Instance:
 
 _KINDS: Final[Mapping[str, type]] = {
     "profile": str, "owner": int, "created": str, "unlinked": bool, "ephemeral": bool, "run": int,
-    "restarts": int, "lineage": int, "why_failed": str, "ports": str, "start_policy": dict,
+    "restarts": int, "lineage": int, "why_failed": str, "ports": str, "device": str,
+    "start_policy": dict,
 }  # fmt: skip
 
 

@@ -39,6 +39,7 @@ from holdfast.tpm2.commands import Cc
 from holdfast.tpm2.constants import AK_HANDLE, MEASURED_PCRS
 from holdfast.tpm2.structures import PcrSelection
 from holdfast.worker import manufacture
+from holdfast.worker.relay import DeviceTpm
 from holdfast.worker.tpm import DurableTpm
 
 FAULT_STATUS: Final = 70  # EX_SOFTWARE
@@ -70,6 +71,8 @@ class Worker:
         self._tpm = DurableTpm(engine, self._commit)
         self._loop = Loop()
         self._backlog: deque[ipc.Message] = deque()
+        self._given: list[int] = []  # descriptors from the daemon: only Relay comes with one
+        self._relay: DeviceTpm | None = None
         self._vtpm: Vtpm | None = None
         self._data_key = b""
         self._wrapped = b""
@@ -80,6 +83,7 @@ class Worker:
             lc.MakeRsaKey: self._make_rsa_key,
             lc.InstallCertificates: self._install_certificates,
             lc.PowerOn: self._power_on,
+            lc.Relay: self._begin_relay,
             lc.Quote: self._quote,
             lc.PowerOff: self._power_off,
         }
@@ -109,7 +113,8 @@ class Worker:
         self._loop.watch(self.daemon.fileno(), self._on_daemon)
 
     def _on_daemon(self) -> None:
-        data, _ = channel.receive(self.daemon)
+        data, fds = channel.receive(self.daemon)
+        self._given += fds
         if not data:
             self._loop.unwatch(self.daemon.fileno())
             self.daemon.close()
@@ -178,9 +183,10 @@ class Worker:
         """Whether the daemon has made this epoch durable; None if it went away before it said."""
         while True:
             try:
-                data, _ = channel.receive(self.daemon)
+                data, fds = channel.receive(self.daemon)
             except OSError:
                 return None
+            self._given += fds
             if not data:
                 return None
             message = ipc.decode(data)
@@ -282,11 +288,22 @@ class Worker:
         def meanwhile() -> None:
             self._check_pcrs(message.expected)
             self._vtpm = Vtpm(self._tpm.execute, profile, self._engine.process)
-            self._serve(self._vtpm)  # whoever is there waits until the loop turns again
+            controls = ContainerControls(self._engine.established, self._engine.info)
+            self._serve(self._vtpm, controls)  # whoever is there waits until the loop turns again
 
         if not self._commit(noted, meanwhile):
             return ipc.Refused("HostError", "the store refused the state of this power-on")
         self._tpm.committed(noted)
+        return lc.PoweredOn()
+
+    def _begin_relay(self, _message: lc.Relay) -> ipc.Message:
+        """Serve somebody else's TPM."""
+        if len(self._given) != 1:
+            raise ProtocolError(f"Relay with {len(self._given)} descriptors")
+        self._relay = DeviceTpm(self._given.pop())
+        self._relay.flush()
+        self._vtpm = Vtpm(self._relay.execute, Profile.PLAIN)
+        self._serve(self._vtpm, ContainerControls(lambda: False, lambda _: "{}"))
         return lc.PoweredOn()
 
     def _check_pcrs(self, expected: tuple[ipc.PcrValue, ...]) -> None:
@@ -313,12 +330,11 @@ class Worker:
             digests = {Alg(value.alg): value.value for value in extension.digests}
             rq.response(Cc.PCR_Extend, execute(rq.pcr_extend(extension.pcr, digests)))
 
-    def _serve(self, vtpm: Vtpm) -> None:
+    def _serve(self, vtpm: Vtpm, controls: ContainerControls) -> None:
         """Let clients in."""
         fuse_fd, data_fd, control_fd = self._held
         devices = Devices(vtpm, self._page, time.monotonic, int(time.time()))
         self._loop.serve_devices(fuse_fd, devices)
-        controls = ContainerControls(self._engine.established, self._engine.info)
         makers: list[Callable[[int], Stream]] = [
             partial(DataConnection, vtpm, self._loop.hear_host),
             partial(ControlConnection, controls),
@@ -339,6 +355,9 @@ class Worker:
     def _power_off(self, _message: lc.PowerOff) -> ipc.Message:
         """An orderly end: Shutdown(CLEAR), so that `safe` stays set and clocks go forward."""
         if self._vtpm is None:
+            return ipc.Done()
+        if self._relay is not None:
+            self._relay.flush()
             return ipc.Done()
         return self._shut_down(self._engine.process)
 
