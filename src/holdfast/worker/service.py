@@ -21,11 +21,13 @@ from typing import Final, NoReturn
 from holdfast.engine.libtpms import Engine
 from holdfast.errors import HoldfastError, IntegrityError, ProtocolError
 from holdfast.frontend.controls import ContainerControls
-from holdfast.frontend.devices import Devices
+from holdfast.frontend.devices import TPM0, TPMRM0, Devices
 from holdfast.frontend.filter import Profile
 from holdfast.frontend.loop import Loop
 from holdfast.frontend.mssim import CommandPort, PlatformPort
+from holdfast.frontend.nodes import NodeKind
 from holdfast.frontend.page import SharedPage
+from holdfast.frontend.proxy import ProxyConnection
 from holdfast.frontend.sockets import ControlConnection, DataConnection, Stream
 from holdfast.frontend.vtpm import Vtpm
 from holdfast.linux import channel
@@ -64,14 +66,17 @@ class Worker:
         self.daemon = socket.socket(fileno=fds[0])
         self._keys = socket.socket(fileno=fds[1])
         self._page = SharedPage(fds[2])
+        self._node_kind = NodeKind(begin.nodes)
+        ports = 6 + self._node_kind.descriptors
         self._held = fds[3:6] if begin.held else []
-        self._ports = fds[6:]
+        self._nodes = fds[6:ports]
+        self._ports = fds[ports:]
         self._dialect = begin.dialect
         self._engine = engine
         self._tpm = DurableTpm(engine, self._commit)
         self._loop = Loop()
         self._backlog: deque[ipc.Message] = deque()
-        self._given: list[int] = []  # descriptors from the daemon: only Relay comes with one
+        self._given: list[int] = []  # descriptors from the daemon: Relay, Introduce have one
         self._relay: DeviceTpm | None = None
         self._vtpm: Vtpm | None = None
         self._data_key = b""
@@ -84,6 +89,7 @@ class Worker:
             lc.InstallCertificates: self._install_certificates,
             lc.PowerOn: self._power_on,
             lc.Relay: self._begin_relay,
+            lc.Introduce: self._introduce,
             lc.Quote: self._quote,
             lc.PowerOff: self._power_off,
         }
@@ -286,7 +292,8 @@ class Worker:
         assert noted is not None, "Startup counts resets, so there is something to store"
 
         def meanwhile() -> None:
-            self._check_pcrs(message.expected)
+            if profile is Profile.LINKED:  # a plain one's banks are its owner's to allocate
+                self._check_pcrs(message.expected)
             self._vtpm = Vtpm(self._tpm.execute, profile, self._engine.process)
             controls = ContainerControls(self._engine.established, self._engine.info)
             self._serve(self._vtpm, controls)  # whoever is there waits until the loop turns again
@@ -296,11 +303,25 @@ class Worker:
         self._tpm.committed(noted)
         return lc.PoweredOn()
 
-    def _begin_relay(self, _message: lc.Relay) -> ipc.Message:
-        """Serve somebody else's TPM."""
+    def _introduce(self, message: lc.Introduce) -> ipc.Message:
+        """Answer the kernel's driver with a TPM that is nobody's, and is never kept."""
+        server = self._one_given(message)
+        self._engine.manufacture()
+        rq.response(Cc.Startup, self._engine.process(rq.startup()))
+        vtpm = Vtpm(self._engine.process, Profile.LINKED)
+        execute = partial(vtpm.execute, vtpm.shared)
+        self._loop.add(ProxyConnection(execute, self._page, server))
+        return lc.PoweredOn()
+
+    def _one_given(self, message: ipc.Message) -> int:
+        """The descriptor that comes with such a message."""
         if len(self._given) != 1:
-            raise ProtocolError(f"Relay with {len(self._given)} descriptors")
-        self._relay = DeviceTpm(self._given.pop())
+            raise ProtocolError(f"{type(message).__name__} with {len(self._given)} descriptors")
+        return self._given.pop()
+
+    def _begin_relay(self, message: lc.Relay) -> ipc.Message:
+        """Serve somebody else's TPM."""
+        self._relay = DeviceTpm(self._one_given(message))
         self._relay.flush()
         self._vtpm = Vtpm(self._relay.execute, Profile.PLAIN)
         self._serve(self._vtpm, ContainerControls(lambda: False, lambda _: "{}"))
@@ -335,6 +356,7 @@ class Worker:
         fuse_fd, data_fd, control_fd = self._held
         devices = Devices(vtpm, self._page, time.monotonic, int(time.time()))
         self._loop.serve_devices(fuse_fd, devices)
+        self._serve_nodes(vtpm, devices)
         makers: list[Callable[[int], Stream]] = [
             partial(DataConnection, vtpm, self._loop.hear_host),
             partial(ControlConnection, controls),
@@ -346,6 +368,15 @@ class Worker:
         for fd, made in zip((data_fd, control_fd, *self._ports), makers, strict=True):
             self._loop.listen(fd, made)
 
+    def _serve_nodes(self, vtpm: Vtpm, devices: Devices) -> None:
+        if self._node_kind is NodeKind.CUSE:
+            for fd, node in zip(self._nodes, (TPM0, TPMRM0), strict=True):
+                self._loop.serve_devices(fd, devices, node)
+        elif self._node_kind is NodeKind.VTPM_PROXY:
+            execute = partial(vtpm.execute, vtpm.shared)
+            (server,) = self._nodes
+            self._loop.add(ProxyConnection(execute, self._page, server))
+
     def _quote(self, message: lc.Quote) -> ipc.Message:
         selection = PcrSelection(tuple((Alg(bank), message.pcrs) for bank in message.banks))
         command = rq.quote(AK_HANDLE, message.qualifying, selection)
@@ -354,7 +385,7 @@ class Worker:
 
     def _power_off(self, _message: lc.PowerOff) -> ipc.Message:
         """An orderly end: Shutdown(CLEAR), so that `safe` stays set and clocks go forward."""
-        if self._vtpm is None:
+        if self._vtpm is None:  # none yet, or one that only introduced itself to the kernel
             return ipc.Done()
         if self._relay is not None:
             self._relay.flush()
@@ -384,7 +415,8 @@ def await_begin(spawner: socket.socket) -> tuple[lc.Begin, list[int]]:
     message = ipc.decode(data)
     if not isinstance(message, lc.Begin):
         raise ProtocolError(f"{type(message).__name__} from the spawner")
-    if len(fds) != 3 + 3 * message.held + 2 * bool(message.dialect):
+    nodes = NodeKind(message.nodes).descriptors
+    if len(fds) != 3 + 3 * message.held + nodes + 2 * bool(message.dialect):
         raise ProtocolError(f"Begin with {len(fds)} descriptors from the spawner")
     return message, fds
 
