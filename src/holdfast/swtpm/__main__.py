@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import pwd
 import socket
 import sys
 from collections.abc import Callable, Iterator
@@ -23,7 +22,7 @@ from holdfast.errors import HoldfastError, HostError, InvalidInput
 from holdfast.linux import process, seccomp, vtpm_proxy
 from holdfast.protocol import linear
 from holdfast.sandbox import swtpm as box
-from holdfast.swtpm import keys, listening
+from holdfast.swtpm import keys, listening, user
 from holdfast.swtpm.controls import Leaving
 from holdfast.swtpm.machine import Machine
 from holdfast.swtpm.options import (
@@ -70,7 +69,7 @@ def run(options: Options) -> None:
     key = keys.load(options.key) if options.key else None
     log = _log(options.log)
     if options.run_as:
-        _become(options.run_as)
+        user.become(options.run_as)
     storage = _storage(options.state)
     machine = Machine(Engine(), storage, key, options.rules)
     with contextlib.ExitStack() as opened:
@@ -189,19 +188,6 @@ def _states(place: StatePlace) -> list[dict[str, object]]:
     storage = _storage(place)
     found = ((name, storage.load(name)) for name in linear.STATES)
     return [{"name": name, "size": len(data)} for name, data in found if data is not None]
-
-
-def _become(user: str) -> None:
-    try:
-        entry = pwd.getpwnam(user)
-    except KeyError:
-        raise InvalidInput(f"Error: user '{user}' does not exist") from None
-    try:
-        os.initgroups(user, entry.pw_gid)
-        os.setresgid(entry.pw_gid, entry.pw_gid, entry.pw_gid)
-        os.setresuid(entry.pw_uid, entry.pw_uid, entry.pw_uid)
-    except OSError as error:
-        raise HostError(f"Error: cannot become {user}: {error.strerror}") from None
 
 
 def _into_background() -> Callable[[], None]:

@@ -89,12 +89,17 @@ class Directory:
         fresh = f"TMP2-00.{name}"
         flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
         fd = os.open(fresh, flags, self._mode, dir_fd=self._fd)
-        with os.fdopen(fd, "wb") as file:
-            os.fchmod(fd, self._mode)
-            file.write(data)
-            file.flush()
-            os.fsync(fd)
-        os.rename(fresh, f"tpm2-00.{name}", src_dir_fd=self._fd, dst_dir_fd=self._fd)
+        try:
+            with os.fdopen(fd, "wb") as file:
+                os.fchmod(fd, self._mode)
+                file.write(data)
+                file.flush()
+                os.fsync(fd)
+            os.rename(fresh, f"tpm2-00.{name}", src_dir_fd=self._fd, dst_dir_fd=self._fd)
+        except OSError:
+            with contextlib.suppress(OSError):
+                os.unlink(fresh, dir_fd=self._fd)
+            raise
         os.fsync(self._fd)
 
     def delete(self, name: str) -> None:

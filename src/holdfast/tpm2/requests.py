@@ -127,6 +127,17 @@ def get_capability(capability: Cap, prop: int, count: int) -> bytes:
     return command(Cc.GetCapability, params=u32(capability) + u32(prop) + u32(count))
 
 
+def handles(data: bytes) -> tuple[int, ...]:
+    """From a GetCapability(TPM_CAP_HANDLES) response: the handles (TPML_HANDLE)."""
+    reader = response(Cc.GetCapability, data).params
+    reader.u8()  # moreData
+    if (kind := reader.u32()) != Cap.HANDLES:
+        raise reader.fail(f"capability {kind}, not handles")
+    found = tuple(reader.u32() for _ in range(reader.u32()))
+    reader.end()
+    return found
+
+
 def read_clock() -> bytes:
     return command(Cc.ReadClock)
 

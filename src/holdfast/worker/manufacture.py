@@ -57,19 +57,18 @@ def allocate_banks(execute: Execute, banks: Sequence[Alg]) -> None:
 
 def make_ecc_keys(execute: Execute) -> EccKeys:
     """Create and persist the ECC endorsement key and the evidence AK."""
-    ek = _persist(execute, Rh.ENDORSEMENT, EK_P256, EK_ECC_HANDLE, Rh.OWNER)
-    ak = _persist(execute, Rh.PLATFORM, AK_P256, AK_HANDLE, Rh.PLATFORM)
+    ek = persist(execute, Rh.ENDORSEMENT, EK_P256, EK_ECC_HANDLE, Rh.OWNER)
+    ak = persist(execute, Rh.PLATFORM, AK_P256, AK_HANDLE, Rh.PLATFORM)
     return EccKeys(ek, ak)
 
 
 def make_rsa_key(execute: Execute) -> Public:
     """Create and persist the RSA endorsement key, which takes tens of milliseconds."""
-    return _persist(execute, Rh.ENDORSEMENT, EK_RSA2048, EK_RSA_HANDLE, Rh.OWNER)
+    return persist(execute, Rh.ENDORSEMENT, EK_RSA2048, EK_RSA_HANDLE, Rh.OWNER)
 
 
-def _persist(
-    execute: Execute, hierarchy: Rh, template: Public, handle: int, evict_as: Rh
-) -> Public:
+def persist(execute: Execute, hierarchy: Rh, template: Public, handle: int, evict_as: Rh) -> Public:
+    """Create a primary key and keep it at `handle`, on the authority of `evict_as`."""
     transient, public = rq.created_public(execute(rq.create_primary(hierarchy, template)))
     rq.response(Cc.EvictControl, execute(rq.evict_control(evict_as, transient, handle)))
     rq.response(Cc.FlushContext, execute(rq.flush_context(transient)))
@@ -91,21 +90,23 @@ def install_certificates(
     execute: Execute, ek_rsa: bytes, ek_ecc: bytes, chain: Sequence[bytes]
 ) -> None:
     """Write the EK certificates and the chain above them (DER) into NV, and lock them."""
-    _write_once(execute, EK_RSA_CERT_INDEX, ek_rsa)
-    _write_once(execute, EK_ECC_CERT_INDEX, ek_ecc)
+    write_index(execute, EK_RSA_CERT_INDEX, ek_rsa)
+    write_index(execute, EK_ECC_CERT_INDEX, ek_ecc)
     # TCG EK Credential Profile 2.5, 2.2.1.5.2: certificates one after the other over the range.
     data = b"".join(chain[:CHAIN_MAX])
     for number, start in enumerate(range(0, len(data), NV_INDEX_MAX)):
-        _write_once(execute, EK_CHAIN_INDEX + number, data[start : start + NV_INDEX_MAX])
+        write_index(execute, EK_CHAIN_INDEX + number, data[start : start + NV_INDEX_MAX])
 
 
-def _write_once(execute: Execute, index: int, data: bytes) -> None:
+def write_index(execute: Execute, index: int, data: bytes, *, lock: bool = True) -> None:
+    """Define an NV index of the platform's and write it; with `lock` nobody writes it again."""
     define = rq.nv_define_space(Rh.PLATFORM, index, CERTIFICATE_ATTRIBUTES, len(data))
     rq.response(Cc.NV_DefineSpace, execute(define))
     for offset in range(0, len(data), rq.NV_CHUNK):
         piece = data[offset : offset + rq.NV_CHUNK]
         rq.response(Cc.NV_Write, execute(rq.nv_write(Rh.PLATFORM, index, piece, offset)))
-    rq.response(Cc.NV_WriteLock, execute(rq.nv_write_lock(Rh.PLATFORM, index)))
+    if lock:
+        rq.response(Cc.NV_WriteLock, execute(rq.nv_write_lock(Rh.PLATFORM, index)))
 
 
 def forget_platform_auth(execute: Execute) -> None:
