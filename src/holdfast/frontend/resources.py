@@ -33,6 +33,7 @@ AUTHS_MAX: Final = 3  # sessions in one command
 ATTEMPTS_MAX: Final = 16  # evictions and retries for one command
 _FIRST_VIRTUAL: Final = 0x80FF0000  # outside what the TPM hands out, as Linux does it
 _VIRTUAL_SPAN: Final = 0xFFFF
+_NUMBER: Final = 0xFFFFFF  # a handle without its type (Part 2, 7.2)
 _CONTINUE_SESSION: Final = 0x01
 _HIERARCHY_CHANGERS: Final = frozenset(
     {Cc.Clear, Cc.HierarchyControl, Cc.ChangeEPS, Cc.ChangePPS, Cc.Startup}
@@ -383,19 +384,26 @@ class ResourceManager:
             real = client.objects.pop(handle).real
             return self._process(flush_context(real)) if real else error_response(Rc.SUCCESS)
         if kind in _SESSION_TYPES:
-            owned = client.sessions.pop(handle, None)
-            # A session its client saved is flushed by its bare handle, as on a bare TPM.
-            session = owned or self._unowned(handle)
+            session = self._numbered(client, handle)
             if session is not None:
-                self._sessions.pop(handle, None)
+                client.sessions.pop(session.handle, None)
+                self._sessions.pop(session.handle, None)
                 return self._process(command)
         if kind == Ht.TRANSIENT or kind in _SESSION_TYPES:
             return error_response(Rc.HANDLE_P1)
         return self._process(command)
 
-    def _unowned(self, handle: int) -> _Session | None:
-        session = self._sessions.get(handle)
-        return session if session is not None and session.owner is None else None
+    def _numbered(self, client: Client, handle: int) -> _Session | None:
+        """The client's own session, or one that nobody owns, of this number.
+
+        Its type is not looked at: a list of saved sessions does not have it. One that its client
+        saved is flushed by its bare handle, as on a bare TPM.
+        """
+        for kind in _SESSION_TYPES:
+            session = self._sessions.get(kind << 24 | handle & _NUMBER)
+            if session is not None and session.owner in (client, None):
+                return session
+        return None
 
     def _capability(self, client: Client, command: bytes) -> bytes:
         """TPM2_GetCapability (Part 3, 30.2): lists of handles show the client's own."""
@@ -413,7 +421,8 @@ class ResourceManager:
             return self._execute(client, command, Cc.GetCapability, SHAPES[Cc.GetCapability])
         if not plain:
             return error_response(_AUTH_CONTEXT)  # a signed list would show everybody's
-        handles = sorted(h for h in self._visible(client, prop >> 24) if h >= prop)
+        visible = (h for h in self._visible(client, prop >> 24) if h & _NUMBER >= prop & _NUMBER)
+        handles = sorted(visible, key=lambda handle: handle & _NUMBER)
         shown = handles[: min(count, 254)]
         more = len(handles) > len(shown)
         body = u8(more) + u32(Cap.HANDLES) + u32(len(shown)) + b"".join(map(u32, shown))
@@ -424,9 +433,9 @@ class ResourceManager:
             return list(client.objects)
         if kind == Ht.HMAC_SESSION:
             return list(client.sessions)
-        # Saved sessions are asked for as 0x03nnnnnn whatever their type (Part 2, 7.2).
+        # Saved sessions are asked for as 0x03nnnnnn, and listed as 0x02nnnnnn, whatever their type.
         free = [s.handle for s in self._sessions.values() if s.owner is None]
-        return [0x03000000 | handle & 0xFFFFFF for handle in free]
+        return [Ht.HMAC_SESSION << 24 | handle & _NUMBER for handle in free]
 
 
 def _names_nothing(command: bytes, shape: Shape) -> bool:

@@ -61,6 +61,7 @@ class Machine:
         self.running = False
         self.locality = 0
         self._rules = rules
+        self._startup = rules.startup  # once: who resets the TPM by INIT starts it up too
         self._offered: dict[StateKind, bytes] = {}
         self._orderly = True  # nothing has run since the last TPM2_Shutdown
         self._failed = False
@@ -91,8 +92,9 @@ class Machine:
             self.storage.delete(FILES[StateKind.VOLATILE])
         self.running, self._failed = True, False
         self._orderly = volatile is None
-        if self._rules.startup is not Startup.NONE:
-            command = rq.startup(state=self._rules.startup is Startup.STATE)
+        startup, self._startup = self._startup, Startup.NONE
+        if startup is not Startup.NONE:
+            command = rq.startup(state=startup is Startup.STATE)
             rq.response(Cc.Startup, self._tpm.execute(command))
             self._orderly = False
 

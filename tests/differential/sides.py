@@ -1,0 +1,246 @@
+"""The TPMs that are compared: Debian's swtpm, and ours in three ways. All begin in one state.
+
+The state is permanent and volatile, so that even the random generator begins alike: until a TPM
+asks for fresh entropy, it gives the same nonces as another that was asked the same. `plain` stirs
+when it starts, and `holdfast-swtpm` when it is given a volatile state; what is compared byte by
+byte is `plain` from just after that.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from holdfast.engine.libtpms import Engine
+from holdfast.frontend.filter import Profile
+from holdfast.frontend.vtpm import Vtpm
+from holdfast.protocol import stateblob
+from holdfast.tpm2.wire import Reader, sized, u32
+from holdfast.worker.tpm import DurableTpm
+
+SECONDS = 30.0
+PERMANENT, VOLATILE = 1, 2
+STREAMS = Path(__file__).with_name("streams")
+
+
+@dataclass(frozen=True)
+class State:
+    """A started TPM, as blobs that left Debian's swtpm (GET_STATEBLOB)."""
+
+    permanent: bytes
+    volatile: bytes
+
+    def bare(self) -> tuple[bytes, bytes]:
+        """As libtpms made them."""
+        return tuple(  # type: ignore[return-value]
+            stateblob.decode_blob(blob, None, None) for blob in (self.permanent, self.volatile)
+        )
+
+    @classmethod
+    def stored(cls) -> State:
+        return cls(*((STREAMS / name).read_bytes() for name in ("permanent.blob", "volatile.blob")))
+
+    def store(self) -> None:
+        (STREAMS / "permanent.blob").write_bytes(self.permanent)
+        (STREAMS / "volatile.blob").write_bytes(self.volatile)
+
+
+class Side(Protocol):
+    """A TPM that can be put back to where it began."""
+
+    def restore(self, state: State) -> None: ...
+
+    def send(self, command: bytes) -> bytes: ...
+
+
+def receive(sock: socket.socket) -> bytes:
+    data = b""
+    while len(data) < 10 or len(data) < int.from_bytes(data[2:6], "big"):
+        piece = sock.recv(8192)
+        if not piece:
+            raise ConnectionResetError(f"the stream ended after {len(data)} bytes")
+        data += piece
+    return data
+
+
+def connect(path: Path) -> socket.socket:
+    sock = socket.socket(socket.AF_UNIX)
+    sock.settimeout(SECONDS)
+    try:
+        sock.connect(os.fspath(path))
+    except OSError:
+        sock.close()
+        raise
+    return sock
+
+
+class Swtpm:
+    """A process that stands on swtpm's command line: Debian's, or ours."""
+
+    def __init__(self, program: str, directory: Path, *, setup: bool = False) -> None:
+        self.data = directory / "data"
+        self._control = directory / "data.ctrl"
+        (directory / "state").mkdir()
+        if setup:  # with endorsement keys, as virtual machines have them
+            subprocess.run(
+                ["swtpm_setup", "--tpm2", "--createek", "--tpm-state", str(directory / "state"),
+                 "--pcr-banks", "sha1,sha256,sha384"],
+                cwd=directory, check=True, stdout=subprocess.DEVNULL, timeout=60,
+            )  # fmt: skip
+        self._process = subprocess.Popen(
+            [program, "socket", "--tpm2", "--tpmstate", f"dir={directory / 'state'}",
+             "--server", f"type=unixio,path={self.data}",
+             "--ctrl", f"type=unixio,path={self._control}", "--flags", self.flags(program)],
+            cwd=directory,
+        )  # fmt: skip
+        deadline = time.monotonic() + SECONDS
+        while not (self.data.is_socket() and self._control.is_socket()):
+            assert self._process.poll() is None
+            assert time.monotonic() < deadline
+            select.select([], [], [], 0.01)
+        self._sock: socket.socket | None = None
+
+    @staticmethod
+    def flags(program: str) -> str:
+        more = "" if program == "swtpm" else ",unsafe-plain-stateblobs"
+        return f"not-need-init,startup-clear{more}"
+
+    def control(self, request: bytes, answer: int = 4) -> bytes:
+        """One control command, which must succeed; what follows its result."""
+        with connect(self._control) as sock:
+            sock.sendall(request)
+            data = b""
+            while len(data) < answer:
+                piece = sock.recv(1 << 20)
+                assert piece, request[:16].hex()
+                data += piece
+        assert data[:4] == bytes(4), (request[:16].hex(), data[:4].hex())
+        return data[4:]
+
+    def state(self) -> State:
+        """Its state as it is now."""
+        blobs = []
+        for kind in (PERMANENT, VOLATILE):
+            with connect(self._control) as sock:
+                sock.sendall(u32(0x0C) + u32(1) + u32(kind) + u32(0))
+                head = b""
+                while len(head) < 16:
+                    head += sock.recv(16 - len(head))
+                reader = Reader(head, "GET_STATEBLOB")
+                assert reader.u32() == 0
+                reader.u32()
+                total, length = reader.u32(), reader.u32()
+                assert total == length
+                blob = b""
+                while len(blob) < length:
+                    blob += sock.recv(length - len(blob))
+            blobs.append(blob)
+        return State(*blobs)
+
+    def restore(self, state: State) -> None:
+        self.disconnect()
+        self.control(u32(0x0E))
+        for kind, blob in ((PERMANENT, state.permanent), (VOLATILE, state.volatile)):
+            self.control(u32(0x0D) + u32(0) + u32(kind) + u32(len(blob)) + blob)
+        self.control(u32(0x02) + u32(0))
+
+    def send(self, command: bytes) -> bytes:
+        if self._sock is None:
+            self._sock = connect(self.data)
+        self._sock.sendall(command)
+        return receive(self._sock)
+
+    def disconnect(self) -> None:
+        if self._sock is not None:
+            self._sock.close()
+            self._sock = None
+
+    def end(self) -> None:
+        self.disconnect()
+        self._process.terminate()
+        assert self._process.wait(SECONDS) == 0
+
+
+@contextmanager
+def running(program: str, directory: Path, *, setup: bool = False) -> Iterator[Swtpm]:
+    directory.mkdir()
+    swtpm = Swtpm(program, directory, setup=setup)
+    try:
+        yield swtpm
+    finally:
+        swtpm.end()
+
+
+class InProcess:
+    """The `plain` profile as `worker.plain` puts it together, without a socket."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    def restore(self, state: State) -> None:
+        permanent, volatile = state.bare()
+        self._engine.power_off()
+        tpm = DurableTpm(self._engine, lambda _: True)
+        self._engine.restore(permanent, volatile)
+        tpm.committed(permanent)
+        self._vtpm = Vtpm(tpm.execute, Profile.PLAIN, self._engine.process)
+        self._client = self._vtpm.attach()
+
+    def send(self, command: bytes) -> bytes:
+        return self._vtpm.execute(self._client, command)
+
+
+class Served:
+    """The `plain` profile in a process of its own, over its socket; a new process each time."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._process: subprocess.Popen[bytes] | None = None
+        self._sock: socket.socket | None = None
+
+    def restore(self, state: State) -> None:
+        self.end()
+        for name, blob in zip(("permanent", "volatile"), state.bare(), strict=True):
+            (self._directory / name).write_bytes(blob)
+        read, write = os.pipe()
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "tests.differential.served", str(self._directory), str(write)],
+            pass_fds=(write,), cwd=Path(__file__).parents[2],
+        )  # fmt: skip
+        os.close(write)
+        with os.fdopen(read, "rb") as ready:
+            assert ready.read() == b"\n"
+        self._sock = connect(self._directory / "tpm.sock")
+
+    def send(self, command: bytes) -> bytes:
+        assert self._sock is not None
+        self._sock.sendall(command)
+        return receive(self._sock)
+
+    def end(self) -> None:
+        if self._sock is not None:
+            self._sock.close()
+            self._sock = None
+        if self._process is not None:
+            self._process.send_signal(signal.SIGTERM)
+            assert self._process.wait(SECONDS) == 0
+            self._process = None
+
+
+def command(code: int, handles: tuple[int, ...] = (), params: bytes = b"") -> bytes:
+    """A command without authorizations."""
+    body = b"".join(map(u32, handles)) + params
+    return b"\x80\x01" + u32(10 + len(body)) + u32(code) + body
+
+
+__all__ = ["InProcess", "Served", "Side", "State", "Swtpm", "command", "running", "sized"]
