@@ -82,7 +82,7 @@ def ran() -> dict[str, set[str]]:
 
 @pytest.fixture(params=list(WAYS))
 def way(request: pytest.FixtureRequest) -> Way:
-    return request.param
+    return str(request.param)
 
 
 def until_the_end(tools: Tools) -> Iterator[Tools]:
