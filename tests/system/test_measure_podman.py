@@ -115,9 +115,9 @@ def write_hook_entry(hooks: Path, hook: Path) -> None:
     (hooks / f"{hook.name}.json").write_text(json.dumps(entry))
 
 
-def make_rootfs(directory: Path) -> Path:
+def make_rootfs(directory: Path, programs: tuple[str, ...] = PROGRAMS) -> Path:
     """A few programs of the host, with the libraries that they need, and little else."""
-    for name in PROGRAMS:
+    for name in programs:
         program = Path(shutil.which(name) or "").resolve()
         linked = subprocess.run(["ldd", program], capture_output=True, text=True, check=False)
         copies = {Path("/bin", name): program}

@@ -224,6 +224,13 @@ def create(
             help="Listen on 127.0.0.1:2321 and 2322 in the container's network, speaking this.",
         ),
     ] = "",
+    devices: Annotated[
+        str,
+        typer.Option(
+            metavar="auto|vtpm-proxy|cuse|fuse",
+            help="What /dev/tpm0 and tpmrm0 are: device nodes where the kernel can, or files.",
+        ),
+    ] = "",
     mode: Annotated[
         str,
         typer.Option(metavar="vtpm|passthrough", help="A TPM of its own, or one of the host's."),
@@ -249,6 +256,8 @@ def create(
         body["unsafe_unlinked"] = True
     if ports:
         body["ports"] = ports
+    if devices:
+        body["devices"] = devices
     with progress(f"making {name}"):
         value = Client().call("POST", "/v1/vtpms", body)
 

@@ -68,6 +68,7 @@ _CREATE: Final[Mapping[str, type]] = {
     "unsafe_unlinked": bool,
     "start_policy": dict,
     "ports": str,
+    "devices": str,
     "mode": str,
     "tpm": str,
 }
@@ -361,6 +362,7 @@ class Api:
             "start_policy": vtpm.record.start_policy,
             "unsafe_unlinked": vtpm.record.unlinked,
             "ports": vtpm.record.ports,
+            "devices": vtpm.record.nodes or "fuse",
             "mode": "passthrough" if vtpm.record.device else "vtpm",
             "tpm": vtpm.record.device,
             "device": f"holdfast.dev/vtpm={vtpm.record.name}",

@@ -16,6 +16,7 @@ from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 from uuid import uuid4
@@ -30,6 +31,7 @@ from holdfast.daemon.starting import (
     measured_run,
     plain_run,
     provider,
+    relayed_run,
     run_again,
 )
 from holdfast.daemon.wanted import DEFAULT_BANKS, Wanted
@@ -46,9 +48,11 @@ from holdfast.frontend import cdi, ports
 from holdfast.frontend.attach import Attachment
 from holdfast.frontend.door import Door
 from holdfast.frontend.filter import Profile
+from holdfast.frontend.nodes import Asked, NodeKind, Nodes, Number, chosen, numbers
 from holdfast.ids import InstanceId, InstanceName, instance_name
 from holdfast.instance.ahead import Ahead
 from holdfast.instance.background import background
+from holdfast.instance.introduction import introduce
 from holdfast.instance.lifecycle import Event, State, after
 from holdfast.instance.links import Peer
 from holdfast.instance.vtpm import Run, Surroundings, VirtualTpm
@@ -93,6 +97,7 @@ class Host:
         self._around = Surroundings(self._registry, self.spawner, self.keeper, paths.state / "logs")
         self._vtpms: dict[InstanceName, VirtualTpm] = {}
         self._leases: dict[InstanceId, Lease] = {}
+        self._numbers: dict[InstanceId, tuple[Number, ...]] = {}  # of device nodes
         self._opened = opened
         self._closed = closed
         banks = tuple(int(HASHES_BY_NAME[bank]) for bank in DEFAULT_BANKS)
@@ -243,6 +248,7 @@ class Host:
             unlinked=wanted.unlinked,
             start_policy=wanted.start_policy,
             ports=wanted.ports,
+            nodes=wanted.nodes,
             device=wanted.device,
         )
         vtpm = VirtualTpm(record, self._around)
@@ -259,8 +265,9 @@ class Host:
                 making = asyncio.create_task(vtpm.manufacture(parked))
                 try:
                     attachment = await asyncio.to_thread(
-                        places.attach, self.config.paths.vtpm(name), name, record.owner
-                    )
+                        places.attach, self.config.paths.vtpm(name), name, record.owner,
+                        _node_kind(record),
+                    )  # fmt: skip
                     await self._attach(vtpm, attachment)
                     await making
                 except BaseException:
@@ -322,14 +329,15 @@ class Host:
                     raise HostError(f"{name} cannot be linked to this host: {wrong}")
             pidfd = os.pidfd_open(state.pid)
             try:
-                if device:  # measured by nobody: that TPM speaks for what its own host booted
-                    run = replace(plain_run(), container=state.id, init_pid=state.pid)
-                else:
-                    loop = asyncio.get_running_loop()
-                    run = await loop.run_in_executor(
-                        self._measuring, measured_run,
-                        vtpm.record, vtpm.banks, state, self.config, self.log,
-                    )  # fmt: skip
+                nodes = self._numbers.get(vtpm.record.id, ())
+                look = (
+                    partial(relayed_run, state, nodes)
+                    if device
+                    else partial(
+                        measured_run, vtpm.record, vtpm.banks, state, self.config, self.log, nodes
+                    )
+                )
+                run = await asyncio.get_running_loop().run_in_executor(self._measuring, look)
                 await self._open_ports(vtpm, state.pid)
                 await self._power_on(vtpm, run, _start_time(state.pid))
             except BaseException:
@@ -461,19 +469,34 @@ class Host:
     async def _attach(self, vtpm: VirtualTpm, attachment: Attachment | None = None) -> None:
         paths, name = self.config.paths, vtpm.record.name
         if attachment is None:
-            attachment = places.attach(paths.vtpm(name), name, vtpm.record.owner)
+            kind = _node_kind(vtpm.record)
+            attachment = places.attach(paths.vtpm(name), name, vtpm.record.owner, kind)
+        try:
+            self._numbers[vtpm.record.id] = await self._introduced(attachment.nodes)
+        except BaseException:
+            attachment.close()
+            raise
         await vtpm.attach(Door(attachment))
         self._opened(vtpm, attachment)
         cdi.write_spec(self.cdi_of(vtpm), paths.cdi)
 
+    async def _introduced(self, nodes: Nodes) -> tuple[Number, ...]:
+        """The numbers of device nodes, once the kernel knows what is behind them."""
+        if numbers(nodes) is None:
+            there = partial(_are_there, nodes)
+            await introduce(self.spawner, self._registry, nodes.fds, there)
+        return numbers(nodes) or ()
+
     def cdi_of(self, vtpm: VirtualTpm) -> dict[str, Any]:
         """The CDI specification of a vTPM's device."""
         name = vtpm.record.name
-        return cdi.cdi_spec(name, container_edits(name, self.config))
+        nodes = self._numbers.get(vtpm.record.id, ())
+        return cdi.cdi_spec(name, container_edits(name, self.config, nodes))
 
     async def _detach(self, vtpm: VirtualTpm, *, keep_cdi: bool = False) -> None:
         paths, name = self.config.paths, vtpm.record.name
         self._closed(vtpm)
+        self._numbers.pop(vtpm.record.id, None)
         try:
             await vtpm.detach()
         finally:
@@ -514,6 +537,15 @@ class Host:
             return run, int(value["init_started"])
         except (FileNotFoundError, ValueError, KeyError, TypeError):
             return None  # none, or of another version
+
+
+def _are_there(nodes: Nodes) -> bool:
+    return numbers(nodes) is not None
+
+
+def _node_kind(record: Instance) -> NodeKind:
+    """What to make a vTPM's device nodes by: what was asked for, where the kernel has it."""
+    return chosen(Asked(record.nodes or Asked.FUSE.value))
 
 
 def _start_time(pid: int) -> int:

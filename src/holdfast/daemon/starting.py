@@ -15,6 +15,7 @@ import os
 import stat
 import subprocess
 import sys
+import sysconfig
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cache
@@ -32,10 +33,12 @@ from holdfast.eventlog.records import Record, make_record
 from holdfast.eventlog.replay import PcrValues, first_difference, pcr_values
 from holdfast.eventlog.tcg2 import Tcg2Log
 from holdfast.frontend import cdi
+from holdfast.frontend.nodes import DEVICES, Number
 from holdfast.ids import InstanceName
 from holdfast.instance.vtpm import Run, host_extends
+from holdfast.linux.opening import open_in_root
 from holdfast.measure.cache import FileTreeCache
-from holdfast.measure.config import CONFIG_MAX, Hook, config_facts, hooks_after
+from holdfast.measure.config import CONFIG_MAX, ConfigFacts, Hook, config_facts, hooks_after
 from holdfast.measure.events import (
     Measurement,
     ProviderFacts,
@@ -107,19 +110,44 @@ def run_again(container: str, pid: int, log: bytes, records: str, banks: Sequenc
     return _run(container, pid, host, decode_json(records), banks)
 
 
+def relayed_run(state: ContainerState, numbers: Sequence[Number]) -> Run:
+    """A run of a TPM that is passed through: it speaks for itself, so nothing is measured."""
+    process = os.open(f"/proc/{state.pid}", os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        if numbers:
+            facts = _config_of(state, numbers)
+            check_nodes(process, rootfs_path(state.bundle, facts.rootfs), numbers)
+    finally:
+        os.close(process)
+    return replace(plain_run(), container=state.id, init_pid=state.pid)
+
+
+def _config_of(state: ContainerState, numbers: Sequence[Number]) -> ConfigFacts:
+    text = _read_regular(Path(state.bundle) / "config.json", CONFIG_MAX + 1)
+    return config_facts(text, state.id, numbers)
+
+
 def plain_run() -> Run:
     """A run of a vTPM that is linked to nothing."""
     return Run("", 0, 0, b"", 0, (), ())
 
 
 def measured_run(
-    record: Instance, banks: Sequence[Alg], state: ContainerState, config: Config, log: HostLog
+    record: Instance,
+    banks: Sequence[Alg],
+    state: ContainerState,
+    config: Config,
+    log: HostLog,
+    numbers: Sequence[Number],
 ) -> Run:
-    """Measure the container; Conflict if the start policy does not allow it."""
+    """Measure the container; Conflict if the start policy does not allow it.
+
+    `numbers`: of the device nodes that it is to have, if it is to have any.
+    """
     process = os.open(f"/proc/{state.pid}", os.O_RDONLY | os.O_DIRECTORY)
     try:
-        text = _read_regular(Path(state.bundle) / "config.json", CONFIG_MAX + 1)
-        facts = config_facts(text, state.id)
+        facts = _config_of(state, numbers)
+        check_nodes(process, rootfs_path(state.bundle, facts.rootfs), numbers)
         ours = our_hook(container_edits(record.name, config))
         later = [hook.path for hook in hooks_after(facts.hooks, ours)]
         image = image_facts(
@@ -210,14 +238,40 @@ def _judge(
         )
 
 
-def container_edits(name: InstanceName, config: Config) -> cdi.Json:
+def check_nodes(process: int, rootfs: str, numbers: Sequence[Number]) -> None:
+    """Conflict unless the container's devices are its vTPM's: a runtime may put the host's there.
+
+    That is what it does for a container in a user namespace, which may make no device nodes.
+    `process` is an open /proc/PID.
+    """
+    if not numbers:
+        return
+    root = os.open("root", os.O_PATH | os.O_DIRECTORY, dir_fd=process)
+    try:
+        for device, number in zip(DEVICES, numbers, strict=True):
+            found = open_in_root(root, os.fsencode(f"{rootfs}/dev/{device}"), os.O_PATH)
+            try:
+                status = os.fstat(found)
+            finally:
+                os.close(found)
+            there = Number(os.major(status.st_rdev), os.minor(status.st_rdev))
+            if not stat.S_ISCHR(status.st_mode) or there != number:
+                raise Conflict(
+                    f"/dev/{device} of the container is not the device of its vTPM; one in a user "
+                    "namespace has no device nodes: make the vTPM with --devices fuse"
+                )
+    finally:
+        os.close(root)
+
+
+def container_edits(name: InstanceName, config: Config, numbers: Sequence[Number] = ()) -> cdi.Json:
     """What a container that gets this vTPM is given, by CDI or in its bundle.
 
     Our hooks are told where the API is, if need be: a runtime gives them no environment of ours.
     """
     api = config.paths.api
     told = () if api == DEFAULT_SOCKET else (f"{ENVIRONMENT}={api}",)
-    return cdi.container_edits(name, config.paths.vtpm(name), hook_path(), told)
+    return cdi.container_edits(name, config.paths.vtpm(name), hook_path(), told, numbers)
 
 
 def our_hook(edits: cdi.Json) -> Hook:
@@ -235,8 +289,8 @@ def _read_regular(path: Path, size: int) -> bytes:
 
 
 def hook_path() -> Path:
-    """The hook executable that was installed beside this interpreter."""
-    return Path(sys.executable).with_name("holdfast-hook")
+    """The hook executable, where this interpreter's packages have their programs."""
+    return Path(sysconfig.get_path("scripts")) / "holdfast-hook"
 
 
 @cache

@@ -9,6 +9,7 @@ from typing import Any, Final
 from holdfast.daemon.starting import check_policy
 from holdfast.errors import InvalidInput
 from holdfast.frontend.filter import Profile
+from holdfast.frontend.nodes import Asked, chosen
 from holdfast.ids import InstanceName, instance_name
 from holdfast.protocol.mssim import Dialect
 from holdfast.tpm2.algorithms import HASHES_BY_NAME
@@ -28,6 +29,7 @@ class Wanted:
     banks: tuple[str, ...]
     unlinked: bool
     ports: str
+    nodes: str
     device: str
     start_policy: dict[str, Any]
 
@@ -47,8 +49,8 @@ def wanted(body: Mapping[str, Any]) -> Wanted:
         profile = Profile.PLAIN
     return Wanted(
         name, profile, owner, _banks(body.get("banks"), profile),
-        body.get("unsafe_unlinked") is True, _ports(body.get("ports"), profile), device,
-        policy or {},
+        body.get("unsafe_unlinked") is True, _ports(body.get("ports"), profile),
+        _nodes(body.get("devices"), profile, device), device, policy or {},
     )  # fmt: skip
 
 
@@ -87,6 +89,20 @@ def _ports(asked: Any, profile: Profile) -> str:
     if profile is not Profile.LINKED:
         raise InvalidInput("ports are in a container's network: a plain vTPM has no container")
     return dialect.value
+
+
+def _nodes(asked: Any, profile: Profile, device: str) -> str:
+    try:
+        found = Asked(asked or Asked.AUTO.value)
+    except ValueError:
+        words = ", ".join(each.value for each in Asked)
+        raise InvalidInput(f"devices are one of {words}, not {asked!a}") from None
+    if profile is Profile.LINKED or device:
+        chosen(found)  # or what was asked for is not to be had here
+        return found.value
+    if asked:
+        raise InvalidInput("devices are a container's: a plain vTPM has none")
+    return ""
 
 
 def _banks(asked: Any, profile: Profile) -> tuple[str, ...]:

@@ -16,10 +16,12 @@ import os
 import shutil
 import socket
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
+from holdfast.frontend import nodes
+from holdfast.frontend.nodes import NodeKind, Nodes
 from holdfast.linux.mounts import Ms, mount, mount_fuse, mounted, unmount
 
 DATA_SOCKET: Final = "tpm.sock"
@@ -39,15 +41,17 @@ class Attachment:
     data: socket.socket
     control: socket.socket
     evidence: socket.socket
+    nodes: Nodes = field(default_factory=Nodes)
 
     def close(self) -> None:
         os.close(self.fuse)
         for sock in (self.data, self.control, self.evidence):
             sock.close()
+        self.nodes.close()
 
 
-def attach(directory: Path, name: str, owner: int) -> Attachment:
-    """Make both mounts under `directory`, replacing what an earlier run left there.
+def attach(directory: Path, name: str, owner: int, kind: NodeKind = NodeKind.NONE) -> Attachment:
+    """Make both mounts under `directory`, replacing what an earlier run left there, and the nodes.
 
     On the host only root and `owner` (a uid) come through to them: whoever does may use the vTPM.
     """
@@ -62,13 +66,15 @@ def attach(directory: Path, name: str, owner: int) -> Attachment:
         undo.callback(unmount, devices)
         mount("holdfast", run, "tmpfs", Ms.NOSUID | Ms.NODEV | Ms.NOEXEC, _TMPFS)
         undo.callback(unmount, run)
-        ends = []
+        ends: list[socket.socket] = []
         for socket_name in (DATA_SOCKET, CONTROL_SOCKET, EVIDENCE_SOCKET):
             ends.append(undo.enter_context(_listen(run / socket_name)))
         if owner:
             _let_pass(directory, owner)
+        made = nodes.make(kind, name)
         undo.pop_all()
-    return Attachment(fuse, *ends)
+    data, control, evidence = ends
+    return Attachment(fuse, data, control, evidence, made)
 
 
 def _let_pass(directory: Path, uid: int) -> None:
@@ -88,14 +94,15 @@ def adopt(directory: Path, fds: list[int]) -> Attachment:
     """The ends of a run that goes on, from their holder; only the evidence socket is new."""
     path = directory / "run" / EVIDENCE_SOCKET
     try:
-        fuse, data, control = fds
+        fuse, data, control, *served = fds
+        kind = NodeKind.of(len(served))
         path.unlink(missing_ok=True)
         evidence = _listen(path)
     except BaseException:
         for fd in fds:
             os.close(fd)
         raise
-    return Attachment(fuse, _stream(data), _stream(control), evidence)
+    return Attachment(fuse, _stream(data), _stream(control), evidence, Nodes(kind, tuple(served)))
 
 
 def _stream(fd: int) -> socket.socket:

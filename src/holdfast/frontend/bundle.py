@@ -29,6 +29,8 @@ def with_vtpm(config: Mapping[str, Any], edits: Mapping[str, Any]) -> Json:
         raise InvalidInput("the configuration has no process to give a vTPM to")
     process["env"] = _environment(_list(process, "env"), edits["env"])
     result["mounts"] = _mounts(_list(result, "mounts"), edits["mounts"])
+    if edits.get("deviceNodes"):
+        result["linux"] = _devices(result.get("linux"), edits["deviceNodes"])
     hooks = result.get("hooks")
     if hooks is None:
         hooks = {}
@@ -66,6 +68,25 @@ def _mounts(there: list[Any], ours: list[Json]) -> list[Any]:
         }
         for mount in ours
     ]
+
+
+def _devices(linux: Any, ours: list[Json]) -> Json:
+    """The section with our device nodes, and the control group's leave to use them."""
+    linux = {} if linux is None else linux
+    if not isinstance(linux, dict):
+        raise InvalidInput("the configuration's linux is not an object")
+    resources = {} if linux.get("resources") is None else linux["resources"]
+    if not isinstance(resources, dict):
+        raise InvalidInput("the configuration's linux.resources is not an object")
+    devices, rules = _list(linux, "devices"), _list(resources, "devices")
+    taken = {_field(device, "path") for device in devices}
+    for node in ours:
+        if node["path"] in taken:
+            raise Conflict(f"the configuration makes something at {node['path']}")
+        number = {"type": node["type"], "major": node["major"], "minor": node["minor"]}
+        devices = [*devices, {"path": node["path"], **number, "fileMode": node["fileMode"]}]
+        rules = [*rules, {"allow": True, **number, "access": node["permissions"]}]
+    return {**linux, "devices": devices, "resources": {**resources, "devices": rules}}
 
 
 def _list(section: Json, key: str) -> list[Any]:

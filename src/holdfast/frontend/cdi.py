@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
+from holdfast.frontend.nodes import DEVICES, Number
 from holdfast.ids import InstanceName, instance_name
 
 CDI_VERSION: Final = "0.5.0"
@@ -25,6 +26,7 @@ HOOK_NAME: Final = "holdfast-hook"
 HOOK_STAGES: Final = ("createRuntime", "poststop")
 _SAFE: Final = ("nosuid", "nodev", "noexec")
 _DEVICE: Final = "/dev/tpmrm0"
+_NODE_MODE: Final = 0o666  # of a container any user: who has the node may use the vTPM
 # Who finds its TPM by which variable. TSS2_LOG is left alone: silencing the stack's errors would
 # hide a tenant's own; naming the TCTI already stops the search that makes the noise.
 ENVIRONMENT: Final = (
@@ -40,18 +42,20 @@ Json = dict[str, Any]
 
 
 def container_edits(
-    name: InstanceName, host: Path, hook: Path, hook_env: Sequence[str] = ()
+    name: InstanceName,
+    host: Path,
+    hook: Path,
+    hook_env: Sequence[str] = (),
+    numbers: Sequence[Number] = (),
 ) -> Json:
     """The edits of one vTPM: `host` is its directory on the host, `hook` the hook executable.
 
-    `host`/dev/tpm0 and tpmrm0 become the devices, `host`/run becomes /run/vtpm.
+    The devices of these `numbers` become /dev/tpm0 and tpmrm0, or if there are none, the files
+    `host`/dev/tpm0 and tpmrm0 do; `host`/run becomes /run/vtpm.
     """
     told = {"env": list(hook_env)} if hook_env else {}
-    mounts = [
-        _mount(host / "dev/tpm0", "/dev/tpm0"),
-        _mount(host / "dev/tpmrm0", _DEVICE),
-        _mount(host / "run", "/run/vtpm", "ro"),
-    ]
+    mounts = [] if numbers else [_mount(host / "dev" / d, f"/dev/{d}") for d in DEVICES]
+    mounts.append(_mount(host / "run", "/run/vtpm", "ro"))
     hooks = [
         {
             "hookName": stage,
@@ -61,7 +65,16 @@ def container_edits(
         }
         for stage in HOOK_STAGES
     ]
-    return {"env": list(ENVIRONMENT), "mounts": mounts, "hooks": hooks}
+    edits = {"env": list(ENVIRONMENT), "mounts": mounts, "hooks": hooks}
+    if numbers:
+        edits["deviceNodes"] = [
+            {
+                "path": f"/dev/{device}", "type": "c", "major": major, "minor": minor,
+                "fileMode": _NODE_MODE, "permissions": "rw",
+            }
+            for device, (major, minor) in zip(DEVICES, numbers, strict=True)
+        ]  # fmt: skip
+    return edits
 
 
 def cdi_spec(name: InstanceName, edits: Json) -> Json:

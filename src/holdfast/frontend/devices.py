@@ -1,4 +1,4 @@
-"""/dev/tpm0 and /dev/tpmrm0 as a FUSE directory, behaving as the kernel's TPM devices do.
+"""/dev/tpm0 and /dev/tpmrm0 by FUSE or CUSE, behaving as the kernel's TPM devices do.
 
 Semantics of drivers/char/tpm/tpm-dev-common.c: a write is one command, the response waits to be
 read, in pieces if the reader likes; a second write before that is EBUSY; a response nobody reads
@@ -28,14 +28,14 @@ from holdfast.tpm2.constants import BUFFER_MAX, HEADER_SIZE
 OPEN_MAX: Final = 256  # files of one vTPM open at once
 RESPONSE_SECONDS: Final = 120.0
 _REMEMBER: Final = 3600  # seconds the kernel may keep names and attributes: they never change
-_TPM0: Final = 2
-_TPMRM0: Final = 3
-_NODES: Final[Mapping[bytes, int]] = {b"tpm0": _TPM0, b"tpmrm0": _TPMRM0}
+TPM0: Final = 2  # the node number of each
+TPMRM0: Final = 3
+_NODES: Final[Mapping[bytes, int]] = {b"tpm0": TPM0, b"tpmrm0": TPMRM0}
 _DIRECTORY: Final = (
     (fuse.ROOT_ID, stat.S_IFDIR >> 12, b"."),
     (fuse.ROOT_ID, stat.S_IFDIR >> 12, b".."),
-    (_TPM0, stat.S_IFREG >> 12, b"tpm0"),
-    (_TPMRM0, stat.S_IFREG >> 12, b"tpmrm0"),
+    (TPM0, stat.S_IFREG >> 12, b"tpm0"),
+    (TPMRM0, stat.S_IFREG >> 12, b"tpmrm0"),
 )
 
 
@@ -85,16 +85,20 @@ class Devices:
             Op.STATFS: lambda r: fuse.statfs_reply(r.unique),
             Op.ACCESS: lambda r: fuse.reply(r.unique),
             Op.DESTROY: lambda r: fuse.reply(r.unique),
+            Op.IOCTL: lambda r: fuse.error(r.unique, errno.ENOTTY),
         }
 
-    def answer(self, data: bytes) -> bytes | None:
+    def answer(self, data: bytes, node: int = 0) -> bytes | None:
         """The reply to one request read from /dev/fuse; None where the kernel expects none.
 
-        While it is being served the request is noted in the shared page.
+        `node`: which file it is about, where the request came by a descriptor of /dev/cuse, which
+        is of one file alone. While it is being served the request is noted in the shared page.
         """
         request = fuse.request(data)
         if request.opcode in fuse.NO_REPLY:
             return None
+        if node:
+            request = request._replace(node=node)
         self._page.in_flight = request.unique
         operation = self._operations.get(request.opcode)
         if operation is None:
@@ -115,7 +119,7 @@ class Devices:
     def _attributes(self, node: int) -> fuse.Attributes:
         if node == fuse.ROOT_ID:
             return fuse.Attributes(node, stat.S_IFDIR | 0o755, 2, self._made)
-        if node in (_TPM0, _TPMRM0):
+        if node in (TPM0, TPMRM0):
             return fuse.Attributes(node, stat.S_IFREG | 0o666, 1, self._made)
         raise _Errno(errno.ESTALE)
 
@@ -139,18 +143,18 @@ class Devices:
             raise _Errno(errno.ENXIO)
         if len(self._files) >= OPEN_MAX:
             raise _Errno(errno.EMFILE)
-        if request.node == _TPM0 and self._page.exclusive:
+        if request.node == TPM0 and self._page.exclusive:
             raise _Errno(errno.EBUSY)
         handle = self._page.new_handle()
         self._files[handle] = self._file(self._vtpm, request.node)
-        if request.node == _TPM0:
+        if request.node == TPM0:
             self._page.exclusive = handle
         flags = fuse.FOPEN_DIRECT_IO | fuse.FOPEN_NONSEEKABLE | fuse.FOPEN_STREAM
         return fuse.open_reply(request.unique, handle, flags)
 
     @staticmethod
     def _file(vtpm: Vtpm, node: int) -> _File:
-        return _File(node, vtpm.shared if node == _TPM0 else vtpm.attach())
+        return _File(node, vtpm.shared if node == TPM0 else vtpm.attach())
 
     def _opened(self, request: fuse.Request, handle: int) -> _File:
         """The open file; one that a dead predecessor opened begins anew, with nothing loaded."""

@@ -1,7 +1,8 @@
 """The door of one run: its open ends, and who answers at the device while no worker does.
 
 While the vTPM is off its files can be seen and not opened; a runtime looks at them before its hooks
-run. Only the kernel's requests for names are read here, never a client's command.
+run. Only the kernel's requests for names are read here, never a client's command; by vtpm_proxy a
+command is the only request there is, and is answered as a TPM does that has no power.
 """
 
 from __future__ import annotations
@@ -9,12 +10,18 @@ from __future__ import annotations
 import asyncio
 import os
 import time
+from collections.abc import Callable
+from functools import partial
 
 from holdfast.errors import DecodeError
 from holdfast.frontend.attach import Attachment
-from holdfast.frontend.devices import Devices
+from holdfast.frontend.devices import TPM0, TPMRM0, Devices
+from holdfast.frontend.nodes import NodeKind
 from holdfast.frontend.page import SharedPage
+from holdfast.frontend.proxy import locality_answer
 from holdfast.protocol.fuse import REQUEST_MAX
+from holdfast.tpm2.constants import BUFFER_MAX, Rc
+from holdfast.tpm2.requests import error_response
 
 
 class Door:
@@ -24,11 +31,16 @@ class Door:
         self._attachment = attachment
         self._page: SharedPage | None = None
         self._devices: Devices | None = None
+        self._watched: list[int] = []
 
-    def descriptors(self) -> tuple[int, int, int]:
-        """/dev/fuse, data listener, control listener: for their holder."""
+    @property
+    def nodes(self) -> str:
+        return self._attachment.nodes.kind.value
+
+    def descriptors(self) -> tuple[int, ...]:
+        """/dev/fuse, data listener, control listener, nodes: for their holder."""
         ends = self._attachment
-        return ends.fuse, ends.data.fileno(), ends.control.fileno()
+        return ends.fuse, ends.data.fileno(), ends.control.fileno(), *ends.nodes.fds
 
     def share(self, page: int) -> None:
         """Map the page that this run's workers write; takes the descriptor over."""
@@ -41,34 +53,51 @@ class Door:
     def fail_in_flight(self) -> None:
         """Answer, with an error, what a worker took and did not answer."""
         if self._page is not None:
-            self._page.fail_in_flight(self._attachment.fuse)
+            ends = self._attachment
+            self._page.fail_in_flight(ends.fuse, ends.nodes.kind, ends.nodes.fds)
 
     def answer(self) -> None:
         """Answer at the device from now on: the vTPM is off."""
         assert self._page is not None
-        fuse = self._attachment.fuse
-        os.set_blocking(fuse, False)
         self._devices = Devices(None, self._page, time.monotonic, int(time.time()))
-        asyncio.get_running_loop().add_reader(fuse, self._one)
+        nodes = self._attachment.nodes
+        self._watch(self._attachment.fuse, self._one, 0)
+        if nodes.kind is NodeKind.CUSE:
+            for fd, node in zip(nodes.fds, (TPM0, TPMRM0), strict=True):
+                self._watch(fd, self._one, node)
+        for fd in nodes.fds if nodes.kind is NodeKind.VTPM_PROXY else ():
+            self._watch(fd, self._refuse, 0)
 
-    def _one(self) -> None:
+    def _watch(self, fd: int, serve: Callable[[int, int], None], node: int) -> None:
+        os.set_blocking(fd, False)
+        asyncio.get_running_loop().add_reader(fd, partial(serve, fd, node))
+        self._watched.append(fd)
+
+    def _one(self, fd: int, node: int) -> None:
         if self._devices is None:
             return
         try:
-            reply = self._devices.answer(os.read(self._attachment.fuse, REQUEST_MAX))
+            reply = self._devices.answer(os.read(fd, REQUEST_MAX), node)
             if reply is not None:
-                os.write(self._attachment.fuse, reply)
+                os.write(fd, reply)
                 self._devices.answered()
         except (BlockingIOError, FileNotFoundError, InterruptedError):
             return
         except (OSError, DecodeError):
             self.leave()
 
+    def _refuse(self, fd: int, _node: int) -> None:
+        try:
+            command = os.read(fd, BUFFER_MAX)  # readable: the driver has one, and waits
+            os.write(fd, locality_answer(command) or error_response(Rc.INITIALIZE))
+        except OSError:
+            self.leave()
+
     def leave(self) -> None:
         """Answer no more: a worker does, or nobody."""
-        if self._devices is not None:
-            asyncio.get_running_loop().remove_reader(self._attachment.fuse)
-            self._devices = None
+        while self._watched:
+            asyncio.get_running_loop().remove_reader(self._watched.pop())
+        self._devices = None
 
     def close(self) -> None:
         """Close our copies of the ends."""

@@ -72,9 +72,11 @@ class Loop:
         self._handlers[fd] = lambda _: self._serve_eagerly(accept_one)
         self._poll.register(fd, select.POLLIN)
 
-    def serve_devices(self, fd: int, devices: Devices) -> None:
+    def serve_devices(self, fd: int, devices: Devices, node: int = 0) -> None:
+        """Serve /dev/fuse, or with `node` a /dev/cuse that is of this file alone."""
         os.set_blocking(fd, False)
-        self._handlers[fd] = lambda _: self._serve_fuse(fd, devices)
+        serve = partial(_fuse_once, fd, devices, node)
+        self._handlers[fd] = lambda _: self._serve_fuse(fd, serve)
         self._poll.register(fd, select.POLLIN)
 
     def stop(self) -> None:
@@ -236,12 +238,12 @@ class Loop:
 
     # --- devices ---
 
-    def _serve_fuse(self, fd: int, devices: Devices) -> None:
-        if self._serve_eagerly(partial(_fuse_once, fd, devices)) == GONE:
+    def _serve_fuse(self, fd: int, serve: Callable[[], int]) -> None:
+        if self._serve_eagerly(serve) == GONE:
             self._forget(fd)
 
 
-def _fuse_once(fd: int, devices: Devices) -> int:
+def _fuse_once(fd: int, devices: Devices, node: int) -> int:
     """Serve one request, if there is one."""
     try:
         data = os.read(fd, REQUEST_MAX)
@@ -250,7 +252,7 @@ def _fuse_once(fd: int, devices: Devices) -> int:
     except OSError:
         return GONE  # ENODEV: unmounted
     try:
-        reply = devices.answer(data)
+        reply = devices.answer(data, node)
     except DecodeError:
         return GONE  # the kernel does not do that: the descriptor is not FUSE's
     if reply is not None:

@@ -2,7 +2,8 @@
 
 A worker notes which FUSE request it is about to serve, so that whoever finds it dead can answer
 EIO in its place; and what its successor must know about open files. Three native 64-bit words:
-request in flight (0: none), handle that has /dev/tpm0 open (0: none), last handle given out.
+request in flight (0: none; 1: a command of vtpm_proxy's), handle that has /dev/tpm0 open (0: none),
+last handle given out.
 """
 
 from __future__ import annotations
@@ -12,11 +13,16 @@ import fcntl
 import mmap
 import os
 import struct
+from collections.abc import Sequence
 from typing import Final
 
+from holdfast.frontend.nodes import NodeKind
 from holdfast.protocol import fuse
+from holdfast.tpm2.constants import Rc
+from holdfast.tpm2.requests import error_response
 
 SIZE: Final = 4096
+PROXY_COMMAND: Final = 1  # FUSE numbers its requests evenly
 _WORD: Final = struct.Struct("=Q")
 _IN_FLIGHT: Final = 0
 _EXCLUSIVE: Final = 8
@@ -65,12 +71,23 @@ class SharedPage:
         _WORD.pack_into(self._map, _LAST_HANDLE, handle)
         return handle
 
-    def fail_in_flight(self, device: int) -> None:
-        """Answer EIO to the request in flight, else its client could not even be killed."""
-        if self.in_flight:
+    def fail_in_flight(self, device: int, kind: NodeKind, nodes: Sequence[int]) -> None:
+        """Answer the request in flight with an error, else its client could not even be killed.
+
+        Of FUSE and CUSE it is answered where it came from; elsewhere the kernel knows no such.
+        """
+        request = self.in_flight
+        if not request:
+            return
+        if request == PROXY_COMMAND and kind is NodeKind.VTPM_PROXY:
+            ends, answer = nodes, error_response(Rc.CANCELED)
+        else:
+            cuse = nodes if kind is NodeKind.CUSE else ()
+            ends, answer = (device, *cuse), fuse.error(request, _EIO)
+        for fd in ends:
             with contextlib.suppress(OSError):
-                os.write(device, fuse.error(self.in_flight, _EIO))
-            self.in_flight = 0
+                os.write(fd, answer)
+        self.in_flight = 0
 
     def take_over(self, former: SharedPage) -> None:
         """Know what a former page of the same device knew."""

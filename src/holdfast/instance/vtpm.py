@@ -67,8 +67,12 @@ class Run:
 class Door(Protocol):
     """The open ends of one run, and who answers at the device while no worker does."""
 
-    def descriptors(self) -> tuple[int, int, int]:
-        """/dev/fuse, data listener, control listener: for their holder."""
+    @property
+    def nodes(self) -> str:
+        """What makes its device nodes, as `lc.Hold` says it."""
+
+    def descriptors(self) -> tuple[int, ...]:
+        """/dev/fuse, data listener, control listener, nodes: for their holder."""
 
     def share(self, page: int) -> None:
         """Map the page that this run's workers write; takes the descriptor over."""
@@ -234,7 +238,8 @@ class VirtualTpm:
         assert self._door is not None, "a vTPM is attached before it is powered on"
         self._door.fail_in_flight()
         ends = self._door.descriptors()
-        await self._around.spawner.ask(lc.Hold(self.record.id), ipc.Done, ends)
+        message = lc.Hold(self.record.id, self._door.nodes)
+        await self._around.spawner.ask(message, ipc.Done, ends)
         await self._share()
 
     async def hold_ports(self, listeners: tuple[int, ...]) -> None:

@@ -36,7 +36,8 @@ SHORT_ID: Final = "{short-id}"
 ROOTFS: Final = "{rootfs}"
 ANONYMOUS: Final = "{anonymous-volume}"
 NETWORK: Final = "{network-namespace}"
-_PLACEHOLDERS: Final = (CONTAINER_ID, SHORT_ID, ROOTFS, ANONYMOUS, NETWORK)
+DEVICE: Final = "{vtpm-device}"
+_PLACEHOLDERS: Final = (CONTAINER_ID, SHORT_ID, ROOTFS, ANONYMOUS, NETWORK, DEVICE)
 # Ids that podman, CRI-O, containerd's CRI and Docker make up. One that a person chose is the same
 # for every run, and might be a string as common as "a": it is left alone.
 _GENERATED_ID: Final = re.compile(r"[0-9a-f]{64}")
@@ -89,14 +90,16 @@ _KNOWN: Final[Mapping[str, frozenset[str]]] = {
     "root": frozenset({"path", "readonly"}),
     "linux": frozenset(
         {"cgroupsPath", "gidMappings", "maskedPaths", "namespaces", "readonlyPaths", "seccomp"}
-        | {"uidMappings"}
+        | {"devices", "resources", "uidMappings"}
     ),
     "linux/seccomp": frozenset({"architectures"}),
+    "linux/resources": frozenset({"devices"}),
     "hooks": frozenset(
         {"prestart", "createRuntime", "createContainer", "startContainer", "poststart", "poststop"}
     ),
 }
 _KNOWN_MOUNT: Final = frozenset({"destination", "source", "type", "options"})
+_KNOWN_DEVICE: Final = frozenset({"type", "major", "minor"})
 _KNOWN_HOOK: Final = frozenset({"path", "args", "env", "timeout"})
 _KNOWN_NAMESPACE: Final = frozenset({"type", "path"})
 _KNOWN_ID_MAP: Final = frozenset({"containerID", "hostID", "size"})
@@ -157,10 +160,15 @@ class ConfigFacts:
     hooks: tuple[Hook, ...] = ()  # as `hooks` lists them
 
 
-def config_facts(data: bytes, container_id: str) -> ConfigFacts:
-    """Everything measured of config.json; DecodeError or InvalidInput if it is not acceptable."""
+def config_facts(
+    data: bytes, container_id: str, numbers: Sequence[tuple[int, int]] = ()
+) -> ConfigFacts:
+    """Everything measured of config.json; DecodeError or InvalidInput if it is not acceptable.
+
+    `numbers`: major and minor of the vTPM's own device nodes, which the kernel makes up.
+    """
     config = parse_config(data)
-    normalised = _normalise(config, container_id)
+    normalised = _normalise(config, container_id, numbers)
     linux = _object(config, "linux")
     destinations = [_text(mount, "destination", "mount") for mount in _mounts(config)]
     destinations.append(_text(_object(config, "process"), "cwd", "process", "/"))
@@ -241,7 +249,7 @@ def hooks_after(ordered: Sequence[Hook], ours: Hook) -> Sequence[Hook]:
     )
 
 
-def _normalise(config: Json, container_id: str) -> bytes:
+def _normalise(config: Json, container_id: str, numbers: Sequence[tuple[int, int]]) -> bytes:
     text = json.dumps(config, ensure_ascii=False)
     for placeholder in _PLACEHOLDERS:
         if placeholder in text:
@@ -250,7 +258,7 @@ def _normalise(config: Json, container_id: str) -> bytes:
     if _GENERATED_ID.fullmatch(container_id):
         result = _substituted(result, container_id)
     _normalise_process(_object(result, "process"))
-    _normalise_linux(_object(result, "linux"))
+    _normalise_linux(_object(result, "linux"), numbers)
     annotations = _strings(result, "annotations")
     if annotations:
         result["annotations"] = {
@@ -278,12 +286,27 @@ def _normalise_process(process: Json) -> None:
         process["env"] = sorted(env, key=lambda item: item.split("=", 1)[0].encode())
 
 
-def _normalise_linux(linux: Json) -> None:
+def _normalise_linux(linux: Json, numbers: Sequence[tuple[int, int]]) -> None:
+    _normalise_devices(_objects(linux, "devices", "linux"), numbers)
+    rules = _objects(_object(linux, "resources"), "devices", "linux.resources")
+    _normalise_devices(rules, numbers)
     for namespace in _objects(linux, "namespaces", "linux"):
         _check_keys(namespace, _KNOWN_NAMESPACE, "a namespace")
         path = namespace.get("path")
         if namespace.get("type") == "network" and isinstance(path, str):
             namespace["path"] = _NETWORK_NAMESPACE.sub(NETWORK, path)
+
+
+def _normalise_devices(devices: list[Json], numbers: Sequence[tuple[int, int]]) -> None:
+    for device in devices:
+        _check_keys(device, _KNOWN_DEVICE, "a device")
+        for index, (major, minor) in enumerate(numbers):
+            if (device.get("type"), device.get("major"), device.get("minor")) == (
+                "c",
+                major,
+                minor,
+            ):
+                device["major"], device["minor"] = DEVICE, index
 
 
 def canonical_order(mounts: list[Json]) -> list[Json]:

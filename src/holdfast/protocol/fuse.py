@@ -1,4 +1,4 @@
-"""The kernel's FUSE protocol (linux/fuse.h, 7.31), as far as two device files need it.
+"""The kernel's FUSE and CUSE protocol (linux/fuse.h, 7.31), as far as two device files need it.
 
 Structures and their sizes only, in native byte order. Not here: what the files do
 (`frontend.devices`), and the descriptor of /dev/fuse.
@@ -26,6 +26,8 @@ _IN_HEADER: Final = struct.Struct("=IIQQIIIHH")
 _OUT_HEADER: Final = struct.Struct("=IiQ")
 _INIT_IN: Final = struct.Struct("=IIII")
 _INIT_OUT: Final = struct.Struct("=IIIIHHIIHHII6I")
+_CUSE_INIT_IN: Final = struct.Struct("=IIII")
+_CUSE_INIT_OUT: Final = struct.Struct("=IIIIIIII10I")
 _ATTR: Final = struct.Struct("=6Q10I")
 _ENTRY_HEAD: Final = struct.Struct("=4Q2I")
 _ATTR_HEAD: Final = struct.Struct("=QII")
@@ -59,7 +61,9 @@ class Op(IntEnum):
     ACCESS = 34
     INTERRUPT = 36
     DESTROY = 38
+    IOCTL = 39
     BATCH_FORGET = 42
+    CUSE_INIT = 4096
 
 
 _NOTIFY_RESEND: Final = 7
@@ -118,6 +122,21 @@ def init_reply(unique: int, body: bytes) -> bytes:
         MAJOR, MINOR, readahead, 0, 16, 12, WRITE_MAX, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0
     )
     return reply(unique, out)
+
+
+def cuse_init_reply(data: bytes, name: str) -> bytes:
+    """Answer the first request read from /dev/cuse: a character device, in sysfs under `name`.
+
+    Its numbers are the kernel's choice. DecodeError if that is not the request.
+    """
+    first = request(data)
+    if first.opcode != Op.CUSE_INIT or len(first.body) < _CUSE_INIT_IN.size:
+        raise DecodeError("CUSE_INIT", f"operation {first.opcode} of {len(first.body)} bytes")
+    major, *_ = _CUSE_INIT_IN.unpack_from(first.body)
+    if major != MAJOR:
+        raise DecodeError("CUSE_INIT", f"protocol version {major}")
+    out = _CUSE_INIT_OUT.pack(MAJOR, MINOR, 0, 0, WRITE_MAX, WRITE_MAX, 0, 0, *(0,) * 10)
+    return reply(first.unique, out + f"DEVNAME={name}\0".encode())
 
 
 class Attributes(NamedTuple):

@@ -15,12 +15,15 @@ from holdfast.protocol.ipc import Message, PcrValue
 
 @dataclass(frozen=True)
 class Hold(Message, code=100):
-    """Keep these for the instance, whoever dies. Descriptors: /dev/fuse, data and control listener.
+    """Keep these for the instance, whoever dies. Descriptors: /dev/fuse, data and control listener,
+    and those that serve its device nodes.
 
-    Answered with Done. Replaces what was held for it.
+    `nodes`: what makes those (`frontend.nodes.NodeKind`). Answered with Done. Replaces what was
+    held for it.
     """
 
     instance: UUID
+    nodes: str
 
 
 @dataclass(frozen=True)
@@ -124,11 +127,12 @@ class Kill(Message, code=108):
 @dataclass(frozen=True)
 class Begin(Message, code=120):
     """You are this instance's. Descriptors: daemon channel, key channel, shared page; and if
-    `held`, /dev/fuse, data listener, control listener; and if there is a `dialect`, listeners for
-    commands and for controls on which that is spoken."""
+    `held`, /dev/fuse, data listener, control listener, and those that serve its `nodes`; and if
+    there is a `dialect`, listeners for commands and for controls on which that is spoken."""
 
     instance: UUID
     held: bool
+    nodes: str
     dialect: str
 
 
@@ -227,6 +231,14 @@ class Relay(Message, code=152):
     """Serve clients with a TPM that is not ours. Descriptor: its device.
 
     Answered with PoweredOn.
+    """
+
+
+@dataclass(frozen=True)
+class Introduce(Message, code=153):
+    """Tell the kernel's driver what our TPMs are like, with one that nobody will ever use.
+
+    Descriptor: the server's end of a vtpm_proxy device. Answered with PoweredOn; PowerOff ends it.
     """
 
 

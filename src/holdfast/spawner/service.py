@@ -18,13 +18,14 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 from uuid import UUID
 
 from holdfast.errors import Conflict, HoldfastError, HostError, NotFound, ProtocolError
+from holdfast.frontend.nodes import NodeKind
 from holdfast.frontend.page import SharedPage
 from holdfast.frontend.page import create as create_page
 from holdfast.linux import cgroup, channel
@@ -37,11 +38,12 @@ QUIET_SECONDS: Final = 0.02
 LATE_SECONDS: Final = 0.25  # without quiet, after which a blank worker is made regardless
 KEEPER_SECONDS: Final = 10.0
 FAILURES_MAX: Final = 5  # blank workers in a row, after which they get a new mother
+_ENDS: Final = 3  # of what is held: /dev/fuse and two listeners; those of nodes follow
 PATIENCE_MAX: Final = 8  # doublings of the time between two tries
 Reply = tuple[ipc.Message, tuple[int, ...]]
 # How many may come with a message; none with any other.
 _DESCRIPTORS: Final[Mapping[type[ipc.Message], tuple[int, ...]]] = {
-    lc.Hold: (3,), lc.HoldPorts: (0, 2), lc.Spawn: (1,),
+    lc.Hold: (3, 4, 5), lc.HoldPorts: (0, 2), lc.Spawn: (1,),
 }  # fmt: skip
 
 
@@ -50,7 +52,8 @@ class Entry:
     """What is held for one instance, and its worker if it has one."""
 
     page_fd: int
-    held: tuple[int, ...] = ()  # /dev/fuse, data listener, control listener
+    held: tuple[int, ...] = ()  # /dev/fuse, data listener, control listener, device nodes
+    nodes: NodeKind = NodeKind.NONE
     ports: tuple[int, ...] = ()  # listeners in the container's network, on which is spoken:
     dialect: str = ""
     worker: Blank | None = None
@@ -216,15 +219,16 @@ class Spawner:
 
     def _hold(self, message: lc.Hold, *ends: int) -> Reply:
         self._reap(message.instance)
+        kind = _node_kind(message.nodes, len(ends) - _ENDS)
         entry = self._entries.get(message.instance)
         if entry is not None and entry.worker is not None:
             if entry.serving or entry.held:
                 raise Conflict("its worker lives")
-            entry.held = tuple(map(os.dup, ends))
-            return ipc.Done(), ()
-        if entry is not None:
-            self._let_go(message.instance)
-        self._entries[message.instance] = Entry(create_page(), tuple(map(os.dup, ends)))
+        else:
+            if entry is not None:
+                self._let_go(message.instance)
+            entry = self._entries[message.instance] = Entry(create_page())
+        entry.held, entry.nodes = tuple(map(os.dup, ends)), kind
         return ipc.Done(), ()
 
     def _hold_ports(self, message: lc.HoldPorts, *ends: int) -> Reply:
@@ -284,7 +288,8 @@ class Spawner:
             entry = self._entries.setdefault(instance, entry or Entry(create_page()))
             held = entry.held if message.serving else ()  # one that makes a TPM serves nobody
             ports = entry.ports if held else ()
-            begin = lc.Begin(instance, bool(held), entry.dialect if ports else "")
+            nodes = entry.nodes if held else NodeKind.NONE
+            begin = lc.Begin(instance, bool(held), nodes.value, entry.dialect if ports else "")
             self._begin(blank, message, begin, (its_end, entry.page_fd, *held, *ports))
         except BaseException:
             blank.discard()
@@ -304,8 +309,9 @@ class Spawner:
         with key_worker, key_keeper:
             # Asked on the worker's behalf, so that the key is there before it is needed.
             channel.send(key_worker, ipc.KeyRequest(message.wrapped).encode())
-            if held:
-                _ask_again(held[0])
+            if begin.held:
+                cuse = begin.nodes == NodeKind.CUSE.value
+                _ask_again([held[0], *(held[_ENDS : _ENDS + 2] if cuse else ())])
             fds = (its_end, key_worker.fileno(), page, *held)
             channel.send(blank.channel, begin.encode(), fds)
             # While the worker looks at that: without a lease it gets no key, and is ended.
@@ -401,15 +407,27 @@ class Spawner:
     def _answer_in_flight(entry: Entry) -> None:
         """A dead worker's request gets EIO."""
         page = SharedPage(entry.page_fd)
-        page.fail_in_flight(entry.held[0])
+        page.fail_in_flight(entry.held[0], entry.nodes, entry.held[_ENDS:])
         page.close()
 
 
-def _ask_again(device: int) -> None:
+def _node_kind(name: str, descriptors: int) -> NodeKind:
+    """ProtocolError unless so many descriptors serve nodes of that kind."""
+    try:
+        kind = NodeKind(name)
+    except ValueError:
+        kind = None
+    if kind is None or kind.descriptors != descriptors:
+        raise ProtocolError(f"Hold with {descriptors} descriptors for nodes by {name!a}")
+    return kind
+
+
+def _ask_again(devices: Sequence[int]) -> None:
     """Have the kernel repeat what a dead predecessor read and had not even noted.
 
     Its client would wait for ever, unkillable. A kernel before 6.9 cannot: there the few
     microseconds between reading a request and noting it remain.
     """
-    with contextlib.suppress(OSError):
-        os.write(device, fuse.resend())
+    for device in devices:
+        with contextlib.suppress(OSError):
+            os.write(device, fuse.resend())

@@ -54,7 +54,7 @@ class _Ends:
         inner = (self._fuse, *self.listeners) if serving else ()
         first = (self._daemon.fileno(), self._keys.fileno(), self._page)
         theirs = (*first, *(sock.fileno() for sock in inner))
-        channel.send(worker, lc.Begin(_NOBODY, serving, "").encode(), theirs)
+        channel.send(worker, lc.Begin(_NOBODY, serving, "", "").encode(), theirs)
         self._close_theirs()
 
     def _close_theirs(self) -> None:

@@ -72,12 +72,16 @@ class Instance:
     lineage: int = 0
     why_failed: str = ""
     ports: str = ""  # what is spoken on TCP ports in its container's network; empty: there are none
+    nodes: str = ""  # how its container is to meet it (`frontend.nodes.Asked`); empty: by files
     device: str = ""  # of the TPM that is passed through to it; empty: it has one of its own
     start_policy: dict[str, object] = field(default_factory=dict)
 
     @property
     def terms(self) -> bytes:
-        """SHA-256 of what was agreed on when it was made, and never changes."""
+        """SHA-256 of what was agreed on when it was made, and never changes.
+
+        `nodes` is not of it: how a container meets its vTPM gives nobody more or less.
+        """
         agreed = {
             name: getattr(self, name)
             for name in (
@@ -97,8 +101,8 @@ class Instance:
 
 _KINDS: Final[Mapping[str, type]] = {
     "profile": str, "owner": int, "created": str, "unlinked": bool, "ephemeral": bool, "run": int,
-    "restarts": int, "lineage": int, "why_failed": str, "ports": str, "device": str,
-    "start_policy": dict,
+    "restarts": int, "lineage": int, "why_failed": str, "ports": str, "nodes": str,
+    "device": str, "start_policy": dict,
 }  # fmt: skip
 
 

@@ -112,7 +112,7 @@ def _open(options: Options, opened: contextlib.ExitStack) -> Callable[[Service],
         steps.append(_control(options.control, opened))
     if options.vtpm_proxy:
         device = _proxy()
-        steps.append(lambda service: service.serve_client(device.fd, ends=options.terminate))
+        steps.append(lambda service: service.serve_device(device.fd, ends=options.terminate))
         sys.stdout.write(f"New TPM device: /dev/tpm{device.number} ")
         sys.stdout.write(f"(major/minor = {device.major}/{device.minor})\n")
         sys.stdout.flush()
@@ -121,7 +121,7 @@ def _open(options: Options, opened: contextlib.ExitStack) -> Callable[[Service],
             fd = os.open(options.device, os.O_RDWR | os.O_CLOEXEC)
         except OSError as error:
             raise HostError(f"Cannot open {options.device}: {error.strerror}") from None
-        steps.append(lambda service: service.serve_client(fd, ends=True))
+        steps.append(lambda service: service.serve_device(fd, ends=True))
 
     def all_of_them(service: Service) -> None:
         for step in steps:

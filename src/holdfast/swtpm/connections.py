@@ -10,12 +10,25 @@ from collections.abc import Callable
 from time import monotonic
 
 from holdfast.errors import DecodeError
+from holdfast.frontend.proxy import DriverConnection
 from holdfast.frontend.sockets import GONE, HALF_FRAME_SECONDS, SERVED, Stream
 from holdfast.protocol.mssim import CommandStream, Dialect, Sent
 from holdfast.tpm2.constants import Rc
 from holdfast.tpm2.requests import error_response
 
 Execute = Callable[[bytes, int | None], bytes]  # command, locality or None for the one that is set
+
+
+class DeviceConnection(DriverConnection):
+    """Serves a driver by its character device; `gone` is called when that goes."""
+
+    def __init__(self, execute: Execute, gone: Callable[[], None], fd: int) -> None:
+        super().__init__(lambda command: execute(command, None), fd)
+        self._gone = gone
+
+    def close(self) -> None:
+        super().close()
+        self._gone()
 
 
 class CommandConnection(Stream):

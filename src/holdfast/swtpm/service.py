@@ -14,7 +14,7 @@ from functools import partial
 
 from holdfast.frontend.loop import Loop
 from holdfast.frontend.sockets import ControlConnection, Stream
-from holdfast.swtpm.connections import CommandConnection
+from holdfast.swtpm.connections import CommandConnection, DeviceConnection
 from holdfast.swtpm.controls import HostControls, Leaving
 from holdfast.swtpm.machine import Machine
 
@@ -50,6 +50,10 @@ class Service:
             self._end_if(ends)()
 
         self._loop.add(self._client(gone, fd))
+
+    def serve_device(self, fd: int, *, ends: bool) -> None:
+        """Serve a driver by its character device."""
+        self._loop.add(DeviceConnection(self._machine.execute, self._end_if(ends), fd))
 
     def serve_control(self, sock: socket.socket, *, ends: bool) -> None:
         self._loop.listen(sock.detach(), partial(self._control, self._end_if(ends)))

@@ -54,7 +54,7 @@ def rehearse(engine: Engine, permanent: bytes) -> None:
         channel.send(keys, ipc.KeyGrant(key, b"").encode())
         channel.send(daemon, power_on.encode())
         channel.send(daemon, lc.Committed(2).encode())
-        begin = lc.Begin(_NOBODY, True, "")
+        begin = lc.Begin(_NOBODY, True, "", "")
         worker = Worker(spawner, begin, [their_daemon, their_keys, -1, *held], engine)
         worker.run(turns=1)
         channel.send(device, fuse.init_request())
