@@ -84,8 +84,8 @@ class Player:
             self.step(where, step.command, step.rc)
 
     def begin(self, state: State) -> None:
+        self._ours.restore(state)  # first, and asked last: its clock is ahead
         self._theirs.restore(state)
-        self._ours.restore(state)
         self._handles.clear()
         self._succeeded.clear()
 

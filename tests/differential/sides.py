@@ -25,7 +25,8 @@ from holdfast.engine.libtpms import Engine
 from holdfast.frontend.filter import Profile
 from holdfast.frontend.vtpm import Vtpm
 from holdfast.protocol import stateblob
-from holdfast.tpm2.wire import Reader, sized, u32
+from holdfast.protocol.control import Command
+from holdfast.tpm2.wire import Reader, u32
 from holdfast.worker.tpm import DurableTpm
 
 SECONDS = 30.0
@@ -132,7 +133,7 @@ class Swtpm:
         blobs = []
         for kind in (PERMANENT, VOLATILE):
             with connect(self._control) as sock:
-                sock.sendall(u32(0x0C) + u32(1) + u32(kind) + u32(0))
+                sock.sendall(u32(Command.GET_STATEBLOB) + u32(1) + u32(kind) + u32(0))
                 head = b""
                 while len(head) < 16:
                     head += sock.recv(16 - len(head))
@@ -149,10 +150,10 @@ class Swtpm:
 
     def restore(self, state: State) -> None:
         self.disconnect()
-        self.control(u32(0x0E))
+        self.control(u32(Command.STOP))
         for kind, blob in ((PERMANENT, state.permanent), (VOLATILE, state.volatile)):
-            self.control(u32(0x0D) + u32(0) + u32(kind) + u32(len(blob)) + blob)
-        self.control(u32(0x02) + u32(0))
+            self.control(u32(Command.SET_STATEBLOB) + u32(0) + u32(kind) + u32(len(blob)) + blob)
+        self.control(u32(Command.INIT) + u32(0))
 
     def send(self, command: bytes) -> bytes:
         if self._sock is None:
@@ -167,7 +168,8 @@ class Swtpm:
 
     def end(self) -> None:
         self.disconnect()
-        self._process.terminate()
+        if self._process.poll() is None:
+            self.control(u32(Command.SHUTDOWN))
         assert self._process.wait(SECONDS) == 0
 
 
@@ -235,12 +237,3 @@ class Served:
             self._process.send_signal(signal.SIGTERM)
             assert self._process.wait(SECONDS) == 0
             self._process = None
-
-
-def command(code: int, handles: tuple[int, ...] = (), params: bytes = b"") -> bytes:
-    """A command without authorizations."""
-    body = b"".join(map(u32, handles)) + params
-    return b"\x80\x01" + u32(10 + len(body)) + u32(code) + body
-
-
-__all__ = ["InProcess", "Served", "Side", "State", "Swtpm", "command", "running", "sized"]
