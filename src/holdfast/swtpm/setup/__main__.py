@@ -31,7 +31,7 @@ from holdfast.swtpm.setup.manufacture import Certifier, Facts, Made, Plan, make,
 from holdfast.swtpm.setup.options import CAPABILITIES, Existing, Options
 from holdfast.swtpm.setup.places import PERMANENT, SUSPENDED, Place
 from holdfast.swtpm.setup.report import Report
-from holdfast.swtpm.setup.tool import Tool
+from holdfast.swtpm.setup.tool import ENDING, Tool
 
 OURS: Final = "holdfast-swtpm"
 _CERTIFICATE_MODE: Final = 0o640
@@ -212,8 +212,8 @@ def _end(number: int, _frame: object) -> NoReturn:
 
 def main() -> int:
     """Entry point of `holdfast-swtpm-setup`."""
-    signal.signal(signal.SIGTERM, _end)
-    signal.signal(signal.SIGINT, _end)
+    for number in ENDING:
+        signal.signal(number, _end)
     try:
         asked = options.parse(sys.argv[1:])
         if asked.version:

@@ -28,7 +28,6 @@ _CIPHERS: Final = {"aes-cbc": 16, "aes-128-cbc": 16, "aes-256-cbc": 32}  # key s
 _TPM_1_2: Final = "TPM 1.2 is not offered"
 _PROFILES: Final = "profiles are of libtpms 0.10, and not offered"
 _DEVICE_KEYS: Final = "keys of swtpm 0.11, which are not offered"
-_NO_VALUE: Final = ("take-ownership", "owner-well-known", "srk-well-known", "print-profiles")
 # Options of some swtpm_setup that are not here, and why.
 REFUSED: Final = {
     "take-ownership": f"Taking ownership is not supported for TPM 2: {_TPM_1_2}",
@@ -130,11 +129,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--swtpm_ioctl", metavar="FILE", help="deprecated, has no effect")
     add("--tcsd-system-ps-file", metavar="FILE", help="deprecated, has no effect")
     for name in REFUSED:
-        hidden = argparse.SUPPRESS
-        if name in _NO_VALUE:
-            add(f"--{name}", dest=f"no {name}", help=hidden, action="store_const", const="")
-        else:
-            add(f"--{name}", dest=f"no {name}", help=hidden, nargs="?", const="")
+        add(f"--{name}", dest=f"no {name}", help=argparse.SUPPRESS, nargs="?", const="")
     return parser
 
 

@@ -7,6 +7,7 @@ permanent state is there whole, or nothing is.
 from __future__ import annotations
 
 import os
+import stat
 from pathlib import Path
 from typing import Final
 
@@ -43,6 +44,9 @@ class Place:
                 raise HostError(f"Need read/write rights on directory {directory} for user {user}.")
             self._storage = Directory(self.path)
         elif os.path.lexists(self.path):
+            kind = os.lstat(self.path).st_mode
+            if not stat.S_ISREG(kind) and not stat.S_ISBLK(kind):
+                raise HostError(f"{self.path} is neither a file nor a block device.")
             self._storage = SingleFile(self.path, locks=True)
         elif not os.access(directory, os.W_OK):
             raise HostError(f"Need write rights on directory {directory} for user {user}.")

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import tempfile
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import IO, Final
 
@@ -24,6 +25,7 @@ from holdfast.tpm2.constants import ObjectAttr
 from holdfast.tpm2.structures import Public
 from holdfast.worker.manufacture import NV_INDEX_MAX
 
+ENDING: Final = (signal.SIGTERM, signal.SIGINT)
 _OUTPUT_MAX: Final = 16 * 1024  # bytes of what it prints that are shown
 _CURVES: Final = {Curve.NIST_P384: "secp384r1"}
 
@@ -44,8 +46,8 @@ class Tool:
         self._seconds = config.tool_seconds
         self._say = say
         self._common = [
-            *(("--vmid", vmid) if vmid is not None else ()),
             *(("--logfile", log) if log else ()),
+            *(("--vmid", vmid) if vmid is not None else ()),
             "--tpm-spec-family", facts.family,
             "--tpm-spec-level", str(facts.level),
             "--tpm-spec-revision", str(facts.revision),
@@ -92,14 +94,23 @@ class Tool:
         return certificate
 
     def _wait(self, command: list[str], out: IO[bytes], errors: IO[bytes]) -> int:
+        # A signal that ends us must find the tool in our hands, or the tool goes on alone.
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
         try:
+            # SAFETY: there is no other thread that could hold a lock when this forks.
             process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=out, stderr=errors,
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=errors,
                 start_new_session=True,
-            )  # fmt: skip
+                preexec_fn=partial(signal.pthread_sigmask, signal.SIG_SETMASK, mask),  # noqa: PLW1509
+            )
         except OSError as error:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
             raise HostError(f"Could not run {self._path}: {error.strerror}") from None
         try:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
             return process.wait(self._seconds)
         except subprocess.TimeoutExpired:
             raise HostError(
