@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import socket
 from dataclasses import replace
 
 import pytest
 
 from holdfast.frontend.filter import Profile
 from holdfast.frontend.resources import OBJECTS_MAX, Client
+from holdfast.frontend.sockets import SERVED, DataConnection
 from holdfast.frontend.vtpm import Vtpm
 from holdfast.tpm2 import requests as rq
 from holdfast.tpm2.algorithms import Alg
@@ -148,14 +150,54 @@ def test_a_shared_context_evicts_its_oldest_instead_of_refusing(vtpm: Vtpm) -> N
     assert quote(vtpm, vtpm.shared, made[0]) == Rc.REFERENCE_H0
 
 
-def test_a_client_that_stays_takes_along_what_its_first_command_made(vtpm: Vtpm) -> None:
+def test_a_client_that_stays_takes_along_what_it_made_and_nothing_else(vtpm: Vtpm) -> None:
     older = make(vtpm, vtpm.shared, 1)
-    mark = vtpm.mark()
+    since = vtpm.mark()
     own = make(vtpm, vtpm.shared, 2)
-    client = vtpm.part(mark)
+    until = vtpm.shared.made
+    newer = make(vtpm, vtpm.shared, 3)  # somebody else's, before it goes on
+    client = vtpm.part(since, until)
     assert quote(vtpm, client, own) == 0
-    assert quote(vtpm, client, older) == Rc.REFERENCE_H0
+    for other in (older, newer):
+        assert quote(vtpm, client, other) == Rc.REFERENCE_H0
+        assert quote(vtpm, vtpm.shared, other) == 0
     assert quote(vtpm, vtpm.shared, own) == Rc.REFERENCE_H0
+    vtpm.detach(client)
+    assert quote(vtpm, vtpm.shared, newer) == 0
+
+
+class Connected:
+    """A connection as a worker serves it, and its client's end."""
+
+    def __init__(self, vtpm: Vtpm) -> None:
+        self._end, server = socket.socketpair()
+        self._served = DataConnection(vtpm, lambda: None, server.detach())
+
+    def __call__(self, command: bytes) -> bytes:
+        self._end.sendall(command)
+        assert self._served.readable() == SERVED
+        return self._end.recv(4096)
+
+    def close(self) -> None:
+        self._served.close()
+        self._end.close()
+
+
+def test_what_one_connection_made_the_next_one_uses_whatever_it_asked_before(vtpm: Vtpm) -> None:
+    """IBM's tools ask how large an NV buffer may be, then use a session of another process."""
+    first, second, third = Connected(vtpm), Connected(vtpm), Connected(vtpm)
+    session = rq.response(Cc.StartAuthSession, first(rq.start_policy_session())).handle
+    first.close()
+    used = rq.command(Cc.PolicyRestart, (session,))
+    for command in (rq.get_capability(Cap.TPM_PROPERTIES, 0x100, 1), used, used):
+        assert code(second(command)) == 0
+    second.close()
+    own = rq.response(Cc.StartAuthSession, third(rq.start_policy_session())).handle
+    assert code(third(rq.command(Cc.PolicyRestart, (own,)))) == 0  # from now on by itself
+    assert code(third(used)) == Rc.REFERENCE_H0
+    third.close()
+    assert code(vtpm.execute(vtpm.shared, rq.command(Cc.PolicyRestart, (own,)))) != 0
+    assert code(vtpm.execute(vtpm.shared, used)) == 0
 
 
 def test_a_signed_list_of_everybodys_handles_is_refused(vtpm: Vtpm) -> None:

@@ -12,8 +12,7 @@ from collections.abc import Callable
 from time import monotonic
 
 from holdfast.errors import DecodeError
-from holdfast.frontend.resources import Client
-from holdfast.frontend.sockets import GONE, HALF_FRAME_SECONDS, SERVED, Stream
+from holdfast.frontend.sockets import GONE, HALF_FRAME_SECONDS, SERVED, ClientConnection, Stream
 from holdfast.frontend.vtpm import Vtpm
 from holdfast.protocol.mssim import PLATFORM, CommandStream, Dialect, End, Sent
 from holdfast.tpm2.constants import Rc
@@ -23,15 +22,11 @@ from holdfast.tpm2.wire import u32
 _CODE = 4
 
 
-class CommandPort(Stream):
-    """One client's connection for commands: a client of its own, until it goes."""
-
-    _client: Client | None = None
+class CommandPort(ClientConnection):
+    """One client's connection for commands: served as a raw one is."""
 
     def __init__(self, vtpm: Vtpm, hear_host: Callable[[], None], fd: int) -> None:
-        self.fd = fd
-        self._vtpm = vtpm
-        self._hear_host = hear_host
+        super().__init__(vtpm, hear_host, fd)
         self._stream = CommandStream(Dialect.MSSIM)
 
     def _arrived(self, data: bytes) -> int:
@@ -52,18 +47,13 @@ class CommandPort(Stream):
     def _answer(self, item: Sent) -> bytes:
         if item.locality:
             return item.answer(error_response(Rc.LOCALITY))
-        if self._client is None:
-            self._client = self._vtpm.attach()
-        return item.answer(self._vtpm.execute(self._client, item.command))
-
-    def close(self) -> None:
-        super().close()
-        if self._client is not None:
-            self._vtpm.detach(self._client)
+        return item.answer(self._serve(item.command))
 
 
 class PlatformPort(Stream):
     """One client's connection for signals."""
+
+    cancels = True
 
     def __init__(self, fd: int) -> None:
         self.fd = fd

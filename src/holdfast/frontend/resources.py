@@ -85,6 +85,7 @@ class Client:
     objects: dict[int, _Object] = field(default_factory=dict)
     sessions: dict[int, _Session] = field(default_factory=dict)
     evicts: bool = False  # drops its own oldest instead of being refused (shared contexts)
+    made: int = 0  # when it last made an object or a session
     next_virtual: Iterator[int] = field(default_factory=itertools.count)
 
 
@@ -118,11 +119,11 @@ class ResourceManager:
         client.objects.clear()
         client.sessions.clear()
 
-    def adopt(self, client: Client, donor: Client, since: int) -> None:
-        """Give `client` the objects and sessions that `donor` made after the mark `since`."""
-        for handle in [h for h, held in donor.objects.items() if held.made > since]:
+    def adopt(self, client: Client, donor: Client, since: int, until: int) -> None:
+        """Give `client` what `donor` made after the mark `since`, and not after `until`."""
+        for handle in [h for h, held in donor.objects.items() if since < held.made <= until]:
             client.objects[handle] = donor.objects.pop(handle)
-        for handle in [h for h, session in donor.sessions.items() if session.made > since]:
+        for handle in [h for h, held in donor.sessions.items() if since < held.made <= until]:
             session = client.sessions[handle] = donor.sessions.pop(handle)
             session.owner = client
 
@@ -216,7 +217,7 @@ class ResourceManager:
     def _returned(self, client: Client, response: bytes) -> bytes:
         """Record the handle a response returns; objects get one of the client's own."""
         real = int.from_bytes(response[HEADER_SIZE : HEADER_SIZE + 4], "big")
-        now = next(self._clock)
+        now = client.made = next(self._clock)
         if real >> 24 in _SESSION_TYPES:
             session = self._sessions.setdefault(real, _Session(real))
             session.owner, session.context = client, b""

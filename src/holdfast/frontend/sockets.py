@@ -1,9 +1,10 @@
 """Clients on stream sockets: raw TPM commands on one, a control protocol on the other.
 
-A connection that sends one command is served in the shared context, because clients like
-tpm2-tss's swtpm TCTI connect anew for each; with its second command it becomes a client of its
-own and takes along what its first one made. Frames are cut by declared size, so split and
-pipelined commands work. Bounded: connections, bytes buffered for each, time for half a frame.
+A connection is served in the shared context, because clients like tpm2-tss's swtpm TCTI connect
+anew for each command, and what one program makes the next one uses. If it goes on after it has made
+something itself, it becomes a client of its own and takes that along. Frames are cut by declared
+size, so split and pipelined commands work. Bounded: connections, bytes buffered for each, time for
+half a frame.
 
 Not here: the event loop (`loop`), which calls these with what is readable.
 """
@@ -98,17 +99,40 @@ class Stream:
         return SERVED
 
 
-class DataConnection(Stream):
-    """One client's connection for TPM commands."""
+class ClientConnection(Stream):
+    """One client's connection for TPM commands, however they are framed."""
 
-    _frames: FrameBuffer | None = None  # until a command comes in pieces
-    _client: Client | None = None  # from its second command on
-    _mark = 0  # before its first command; 0: it sent none yet
+    _client: Client | None = None  # from the command on that follows one that made something
+    _made = (0, 0)  # when that was, from and until; nobody else's command is between the two
 
     def __init__(self, vtpm: Vtpm, hear_host: Callable[[], None], fd: int) -> None:
         self.fd = fd
         self._vtpm = vtpm
         self._hear_host = hear_host
+
+    def _serve(self, command: bytes) -> bytes:
+        vtpm = self._vtpm
+        client = self._client
+        if client is None:
+            if not self._made[1]:
+                shared, since = vtpm.shared, vtpm.mark()
+                response = vtpm.execute(shared, command)
+                if shared.made > since:
+                    self._made = (since, shared.made)
+                return response
+            client = self._client = vtpm.part(*self._made)
+        return vtpm.execute(client, command)
+
+    def close(self) -> None:
+        os.close(self.fd)
+        if self._client is not None:
+            self._vtpm.detach(self._client)
+
+
+class DataConnection(ClientConnection):
+    """One client's connection for raw TPM commands."""
+
+    _frames: FrameBuffer | None = None  # until a command comes in pieces
 
     def readable(self) -> int:  # all in one, for it is most of what there is to do here
         if self.pending:
@@ -139,21 +163,6 @@ class DataConnection(Stream):
         self._frames = frames if frames.partial else None
         self.deadline = monotonic() + HALF_FRAME_SECONDS if frames.partial else 0.0
         return SERVED
-
-    def _serve(self, command: bytes) -> bytes:
-        vtpm = self._vtpm
-        client = self._client
-        if client is None:
-            if not self._mark:
-                self._mark = vtpm.mark()
-                return vtpm.execute(vtpm.shared, command)
-            client = self._client = vtpm.part(self._mark)
-        return vtpm.execute(client, command)
-
-    def close(self) -> None:
-        os.close(self.fd)
-        if self._client is not None:
-            self._vtpm.detach(self._client)
 
 
 class ControlConnection(Stream):

@@ -20,8 +20,8 @@ class Vtpm:
     """Joins filter and resource manager; `process` is the TPM behind them, and `read` too.
 
     `read` may do without whatever `process` does for commands that store something.
-    `shared` is the one context of all who come for a single command: clients that reconnect each
-    time, and /dev/tpm0, whose objects outlive an open. It evicts its own oldest when full.
+    `shared` is the one context of all whose objects outlive a connection: clients that reconnect
+    for each command, and /dev/tpm0. It evicts its own oldest when full.
     """
 
     def __init__(self, process: Process, profile: Profile, read: Process | None = None) -> None:
@@ -39,10 +39,10 @@ class Vtpm:
         if client is not self.shared:
             self._resources.detach(client)
 
-    def part(self, mark: int) -> Client:
-        """A client that stays: give it, alone, what it made in the shared context since `mark`."""
+    def part(self, since: int, until: int) -> Client:
+        """A client that stays: give it, alone, what it made in the shared context in that time."""
         client = self._resources.attach()
-        self._resources.adopt(client, self.shared, mark)
+        self._resources.adopt(client, self.shared, since, until)
         return client
 
     def execute(self, client: Client, command: bytes) -> bytes:
