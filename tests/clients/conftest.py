@@ -44,6 +44,7 @@ def host() -> Iterator[Serve]:
     build_images()
     with a_host(cdi=Path("/run/cdi")) as made:
         yield made
+    assert made.left_over() == []
 
 
 @pytest.fixture(scope="session")
