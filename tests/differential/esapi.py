@@ -194,7 +194,7 @@ def policies(tcti: str) -> None:
         policy = session(tpm, TPM2_SE.POLICY)
         nonce = tpm.trsess_get_nonce_tpm(policy)
         timeout, ticket = tpm.policy_secret(
-            ESYS_TR.OWNER, policy, nonce, b"", b"ref", expiration=-100000
+            ESYS_TR.OWNER, policy, nonce, b"", b"ref", expiration=-2147483647
         )
         tpm.policy_restart(policy)
         owner = tpm.tr_get_name(ESYS_TR.OWNER)

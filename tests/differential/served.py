@@ -10,23 +10,21 @@ import os
 import sys
 from pathlib import Path
 
-from holdfast.engine.libtpms import Engine
 from holdfast.linux import process
 from holdfast.worker import plain
-from holdfast.worker.tpm import DurableTpm
 
 
 class Restored(plain.PlainTpm):
     """A TPM that goes on from a volatile state."""
 
     def __init__(self, directory: Path) -> None:
-        self._state = directory / "state"
-        self._state.mkdir(exist_ok=True)
-        self.engine = Engine()
-        self.tpm = DurableTpm(self.engine, self._save)
+        super().__init__(None)
         permanent = (directory / "permanent").read_bytes()
+        self.engine.power_off()
         self.engine.restore(permanent, (directory / "volatile").read_bytes())
         self.tpm.committed(permanent)
+        self._state = directory / "state"
+        self._state.mkdir(exist_ok=True)
 
 
 def main() -> None:

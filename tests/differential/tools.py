@@ -257,8 +257,8 @@ S flushcontext t
 S startauthsession -S t; S policynamehash -S t -n digest; S flushcontext t
 S startauthsession -S t; may policycphash -S t --cphash cphash; S flushcontext t
 S startauthsession -S t; S policytemplate -S t --template-hash digest; S flushcontext t
-trial policycountertimer --ult clock=99999999999
-real; S policycountertimer -S s --ult clock=99999999999
+trial policycountertimer --ult clock=99999999999999999
+real; S policycountertimer -S s --ult clock=99999999999999999
 no policycountertimer -S s --ult clock=1; done_
 real; S policysigned -S s --raw-data to.sign -c signer.ctx -q ff
 openssl dgst -sha256 -sign signer.pem -out signed.sig to.sign
@@ -266,7 +266,7 @@ S policysigned -S s -g sha256 -s signed.sig -f ecdsa -c signer.ctx -q ff
 no policysigned -S s -g sha256 -s signed.sig -f ecdsa -c signer.ctx -q aa
 done_
 S startauthsession --policy-session -S s
-S policysecret -S s -c o --expiration -600 --ticket k.tkt --timeout k.time -x -L tk.policy
+S policysecret -S s -c o --expiration -2147483647 --ticket k.tkt --timeout k.time -x -L tk.policy
 done_
 S readpublic -c p.ctx -n p.name; tpm2 flushcontext -Q -t
 real; S getpolicydigest -S s -o now; done_
@@ -323,7 +323,7 @@ T changeeps
 T createprimary -C e -G ecc -c e.ctx
 T changepps
 T createprimary -C p -G ecc -c pp.ctx
-T setclock 999999999
+T setclock 99999999999999
 no setclock 1
 T clockrateadjust s
 may clockrateadjust -p "" f
