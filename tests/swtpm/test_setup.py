@@ -456,6 +456,27 @@ def test_reconfiguration_needs_a_tpm_its_key_and_that_it_is_off(keyed: Place) ->
     assert "is suspended" in keyed.refused("--reconfigure", "--keyfile", "k16")
 
 
+@pytest.mark.parametrize("form", ["", "file://"])
+def test_of_many_at_once_on_one_state_one_makes_it(place: Place, form: str) -> None:
+    state = f"{form}{place.state}{'/one' if form else ''}"
+    command = [SETUP, "--tpm2", "--tpmstate", state, "--createek", "--config",
+               str(place.path / "setup.conf"), "--write-ek-cert-files", "."]  # fmt: skip
+    processes = [
+        subprocess.Popen([*command, "--create-ek-cert"], cwd=place.path, text=True,
+                         stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        for _ in range(5)
+    ]  # fmt: skip
+    said = [process.communicate(timeout=6 * SECONDS)[1] for process in processes]
+    assert sorted(process.returncode for process in processes) == [0, 1, 1, 1, 1], said
+    for process, text in zip(processes, said, strict=True):
+        if process.returncode:
+            assert re.search("Found existing TPM state|another TPM runs on it|File exists", text)
+    where = ("--tpmstate", f"backend-uri={state}") if form else ()
+    tpm = boot(place, state=where)
+    assert (place.path / "ek-rsa2048.crt").read_bytes() == tpm.contents[0x01C00002]
+    assert not list(place.path.glob(".ek-*"))
+
+
 # --- what is refused ---------------------------------------------------------------------------
 
 BAD: dict[tuple[str, ...], str] = {
@@ -647,6 +668,35 @@ def test_a_signal_ends_it_and_the_tool_and_leaves_nothing(place: Place) -> None:
     process.stdout.close()
     assert gone(int((place.path / "pid").read_text()))
     assert [path.name for path in place.state.iterdir()] == [".lock"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL], ids=lambda one: one.name)
+def test_whenever_it_is_ended_the_state_is_whole_or_none(
+    place: Place, number: signal.Signals
+) -> None:
+    place.made("--create-ek-cert")  # the CA is there then
+    command = [SETUP, "--tpm2", *CERTIFIED, "--config", str(place.path / "setup.conf")]
+    ends = []
+    for turn in range(24):
+        state = place.path / f"state{turn}"
+        state.mkdir()
+        process = subprocess.Popen(
+            [*command, "--tpmstate", state], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        )
+        assert process.stdout is not None
+        assert process.stderr is not None
+        for _ in range(turn % 13):  # as far as it has said this many lines
+            process.stdout.readline()
+        process.send_signal(number)
+        process.communicate(timeout=SECONDS)
+        ends.append(process.returncode)
+        left = {path.name for path in state.iterdir()} - {".lock"}
+        if number is signal.SIGTERM:
+            assert left in (set(), {"tpm2-00.permall"})
+        if "tpm2-00.permall" in left:
+            where = ("--tpmstate", f"dir={state}")
+            assert len(boot(place, state=where).contents) == 3
+    assert set(ends) != {0}
 
 
 def gone(pid: int) -> bool:
@@ -910,6 +960,36 @@ def test_a_users_configuration_files_are_made_and_found(
     assert done.returncode == 0, done.stderr
     ca = place.path / ".config/var/lib/swtpm-localca"
     place.verify((place.path / "ek-rsa2048.crt").read_bytes(), ca)
+
+
+def test_a_reader_that_goes_stops_nothing(place: Place) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [SETUP, "--tpm2", "--tpmstate", str(place.state), "--createek"]
+    done = subprocess.run(command, stdout=writer, stderr=writer, check=False)
+    os.close(writer)
+    assert done.returncode == 0
+    assert len(boot(place).keys) == 2
+
+
+def test_it_is_called_as_libvirt_calls_it(place: Place) -> None:
+    """With a secret by a descriptor, and again to change the banks (libvirt 9, qemu_tpm.c)."""
+    uuid = "5e0c9b5e-33b5-4a3c-9d6b-1e2a3f9f5c11"
+    vmid = f"a-machine-of-a-long-long-name:{uuid}"
+    config = ("--config", str(place.path / "setup.conf"))
+    common = ("--tpm-state", str(place.state), "--logfile", str(place.path / "vm.log"), *config)
+    made = ("--vmid", vmid, "--createek", *CERTIFIED, "--not-overwrite")
+    (place.path / "secret").write_text("s" * 24)
+    for options in (made, ("--pcr-banks", "sha1,sha256", "--reconfigure"), made):
+        with (place.path / "secret").open("rb") as secret:
+            key = ("--pwdfile-fd", str(secret.fileno()), "--cipher", "aes-256-cbc")
+            done = place.call(SETUP, "--tpm2", *key, *common, *options, pass_fds=(secret.fileno(),))
+        assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    tpm = boot(place, THEIRS, "--key", "pwdfile=secret,mode=aes-256-cbc")
+    assert [len(pcrs) for _, pcrs in tpm.banks.banks] == [24, 24, 0, 0]
+    subject = x509.load_der_x509_certificate(tpm.contents[0x01C00002]).subject
+    assert subject.rfc4514_string() == f"CN={vmid[:27]}:{uuid}"
+    assert "Not overwriting existing state file." in (place.path / "vm.log").read_text()
 
 
 def test_our_emulator_may_be_named_and_deprecated_options_warn(place: Place) -> None:

@@ -6,12 +6,15 @@ that can be refused is refused, then a TPM is made in memory, then its state is 
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import json
 import os
 import shutil
 import signal
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Final, NoReturn
 
@@ -66,7 +69,8 @@ def run(asked: Options, report: Report) -> int:
             _reconfigure(engine, place, plan, key, report)
         else:
             made = make(engine, plan, _certifier(facts, asked, settings, report), report.say)
-            _write(place, made, key, asked.ek_cert_directory)
+            with _undisturbed():
+                _write(place, made, key, asked.ek_cert_directory)
             if asked.display:
                 _display(made, report)
         report.say("Successfully authored TPM state.")
@@ -81,9 +85,10 @@ def run(asked: Options, report: Report) -> int:
 
 def _check_program(tpm: str) -> None:
     """--tpm: the TPM is made in this process, so that no other program's can be asked for."""
-    if not tpm:
+    words = tpm.split()
+    if not words:
         return
-    program, *arguments = tpm.split()
+    program, arguments = words[0], words[1:]
     path = shutil.which(program)
     if path is None:
         raise InvalidInput(f"swtpm at {program} is not an executable.")
@@ -176,7 +181,8 @@ def _reconfigure(engine: Engine, place: Place, plan: Plan, key: Key | None, repo
     if PERMANENT in there and (suspended := [name for name in there if name in SUSPENDED]):
         raise Conflict(f"The TPM in {place.path} is suspended: there is a '{suspended[0]}'.")
     state = reconfigure(engine, decode_file(place.permanent(), key), plan.banks, report.say)
-    place.write(encode_file(state, key, os.urandom(_IV)))
+    with _undisturbed():
+        place.write(encode_file(state, key, os.urandom(_IV)))
 
 
 def _write(place: Place, made: Made, key: Key | None, directory: str) -> None:
@@ -197,6 +203,16 @@ def _write(place: Place, made: Made, key: Key | None, directory: str) -> None:
         durable.put(name, path)
 
 
+@contextlib.contextmanager
+def _undisturbed() -> Iterator[None]:
+    """What is being written is written to its end before a signal ends us."""
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
 def _display(made: Made, report: Report) -> None:
     for what, handles in (("Persistent keys", made.persistent), ("NV indices", made.nv_indices)):
         report.say(f"{what}: {' '.join(f'{handle:#x}' for handle in handles) or 'none'}")
@@ -212,6 +228,13 @@ def _end(number: int, _frame: object) -> NoReturn:
 
 def main() -> int:
     """Entry point of `holdfast-swtpm-setup`."""
+    try:
+        return _main()
+    finally:
+        gc.freeze()  # else the interpreter's end looks through all modules, for 8 ms
+
+
+def _main() -> int:
     for number in ENDING:
         signal.signal(number, _end)
     try:

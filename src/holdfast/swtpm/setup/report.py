@@ -1,7 +1,11 @@
-"""What the program tells: to its log file or standard output, errors to standard error too."""
+"""What the program tells: to its log file or standard output, errors to standard error too.
+
+A reader that is gone, or a full disk, loses lines and stops nothing.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from typing import Final
@@ -15,7 +19,8 @@ class Report:
     """Lines for people. `path` of the log file, or empty."""
 
     def __init__(self, path: str) -> None:
-        self._fd = -1
+        self._fd = sys.__stdout__.fileno() if sys.__stdout__ else -1
+        self._logs = bool(path)
         if path:
             flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
             try:
@@ -24,16 +29,14 @@ class Report:
                 raise HostError(f"Error opening file {path}: {error.strerror}") from None
 
     def say(self, text: str) -> None:
-        if self._fd < 0:
-            sys.stdout.write(f"{text}\n")
-        else:
-            self._log(text)
+        _line(self._fd, text)
 
     def fail(self, text: str) -> None:
-        sys.stdout.flush()
-        sys.stderr.write(f"{text}\n")
-        if self._fd >= 0:
-            self._log(text)
+        _line(2, text)
+        if self._logs:
+            _line(self._fd, text)
 
-    def _log(self, text: str) -> None:
-        os.write(self._fd, f"{text}\n".encode(errors="backslashreplace"))
+
+def _line(fd: int, text: str) -> None:
+    with contextlib.suppress(OSError):
+        os.write(fd, f"{text}\n".encode(errors="backslashreplace"))
