@@ -19,13 +19,17 @@ from tests.system.serve import Serve, a_host, build_images, container
 from .tools import WAYS, Tools, Way
 
 SUFFIX = os.getpid()
+PROGRAMS = (
+    "podman", "runc", "tpm2", "tss2", "openssl", "tpm2_ptool", "pkcs11-tool", "ssh", "sshd",
+    "tsssign", "tpm2-abrmd", "dbus-daemon", "dbus-send", "swtpm", "swtpm_ioctl", "nsenter",
+)  # fmt: skip
 
 
 def why_not() -> str:
     """Why this machine cannot run them; empty if it can."""
     if os.geteuid() != 0:
         return "containers need root: run make test as root"
-    missing = [name for name in ("podman", "runc", "tpm2") if not shutil.which(name)]
+    missing = [name for name in PROGRAMS if not shutil.which(name)]
     return f"not installed: {missing}: scripts/setup installs it" if missing else ""
 
 
