@@ -585,10 +585,19 @@ def test_a_bad_configuration_is_refused(place: Place, text: str, message: str) -
     assert message in place.refused("--create-ek-cert", *place.config(text))
 
 
-def test_an_unwritable_directory_is_refused(place: Place) -> None:
+def test_what_a_user_may_not_write_is_refused(place: Place) -> None:
+    nobody = ("--runas", "nobody")
+    place.ca.mkdir(0o700)
     with opened_to_nobody(place.path):
-        said = place.refused("--runas", "nobody")
-    assert f"Need read/write rights on directory {place.state} for user nobody." in said
+        said = place.refused(*nobody)
+        assert f"Need read/write rights on directory {place.state} for user nobody." in said
+        said = place.refused(*nobody, state=f"file://{place.path}/one")
+        assert f"Need write rights on directory {place.path} for user nobody." in said
+        os.chown(place.state, 65534, 65534)
+        assert f"{place.ca}" in (said := place.refused(*nobody, "--create-ek-cert"))
+        assert "Permission denied" in said
+        said = place.refused(*nobody, "--create-ek-cert", "--write-ek-cert-files", ".")
+        assert "User nobody cannot access directory ." in said
 
 
 @pytest.mark.parametrize("form", ["", "file://"])

@@ -200,7 +200,9 @@ def test_no_configuration_file_is_written_where_one_is(tmp_path: Path) -> None:
     assert len(config.create(["root", "overwrite"], environ)) == 3
     assert not (tmp_path / "nowhere").exists()
     assert config.setup(tmp_path / config.SETUP, {}).tool == ""
-    assert config.authority(tmp_path / config.LOCALCA, {}).state.is_relative_to(tmp_path)
+    state = config.authority(tmp_path / config.LOCALCA, {}).state
+    assert state.is_relative_to(tmp_path)
+    assert state.is_dir()
     assert set(config.platform(tmp_path / config.LOCALCA_OPTIONS)) == {
         "manufacturer", "model", "version"
     }  # fmt: skip

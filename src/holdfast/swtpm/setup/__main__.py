@@ -75,7 +75,7 @@ def run(asked: Options, report: Report) -> int:
                 _display(made, report)
         report.say("Successfully authored TPM state.")
     except (HoldfastError, OSError) as error:
-        report.fail(str(error))
+        report.fail(_words(error))
         report.fail("An error occurred. Authoring the TPM state failed.")
         return 1
     finally:
@@ -218,6 +218,13 @@ def _display(made: Made, report: Report) -> None:
         report.say(f"{what}: {' '.join(f'{handle:#x}' for handle in handles) or 'none'}")
 
 
+def _words(error: HoldfastError | OSError) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        where = error.filename2 or error.filename
+        return f"{where}: {error.strerror}" if where else error.strerror
+    return str(error)
+
+
 def _now() -> str:
     return time.strftime("%a %d %b %Y %I:%M:%S %p %Z")
 
@@ -250,7 +257,7 @@ def _main() -> int:
             user.become(asked.run_as)
         report = Report(asked.log)
     except (HoldfastError, OSError) as error:
-        sys.stderr.write(f"{error}\n")
+        sys.stderr.write(f"{_words(error)}\n")
         return 1
     try:
         if asked.create_config_files is None:
@@ -258,7 +265,7 @@ def _main() -> int:
         for path in config.create(asked.create_config_files, os.environ):
             report.say(f"Writing {path}.")
     except (HoldfastError, OSError) as error:
-        report.fail(str(error))
+        report.fail(_words(error))
         return 1
     return 0
 

@@ -178,7 +178,7 @@ def create(flags: Iterable[str], environ: Mapping[str, str]) -> list[Path]:
         if "skip-if-exist" in flags:
             return []
         raise Conflict(f"File {there[0]} already exists. Refusing to overwrite.")
-    directory.mkdir(parents=True, exist_ok=True)
+    state.mkdir(0o750, parents=True, exist_ok=True)
     for path, text in zip(paths, files.values(), strict=True):
         durable.replace(path, text.encode(), _MODE)
     return paths
