@@ -56,7 +56,7 @@ def test_signatures_verify_by_openssl_and_by_the_tpm(
     tpm(f"verifysignature -Q -c key.ctx -g {digest} -s signature -m message -t ticket")
     tpm.refused(0x2DB, f"verifysignature -c key.ctx -g {digest} -s signature -m other")
     tpm("print -t TPMS_CONTEXT key.ctx")
-    assert f"value: {digest}" in tpm("print -t TPM2B_PUBLIC key.pub") or digest == "sha384"
+    assert tpm("print -t TPM2B_PUBLIC key.pub").strip() in tpm("readpublic -c key.ctx")
 
 
 def test_a_digest_of_the_tpm_is_signed_by_a_restricted_key_and_no_other(tpm: Tools) -> None:
