@@ -64,7 +64,7 @@ def mother() -> Mother:
 def fork(life: Callable[[socket.socket, Engine], NoReturn]) -> Blank:
     """A worker that is ready, and goes on with this."""
     usual = mother().life
-    mother().life = life
+    mother().life = lambda sock, engine, _canceller: life(sock, engine)
     try:
         return one_pool().make()
     finally:

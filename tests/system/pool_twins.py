@@ -70,7 +70,7 @@ class Twin(Mother):
     def renew(self) -> None:
         """She stays."""
 
-    def say(self, sock: socket.socket, _engine: Engine) -> NoReturn:
+    def say(self, sock: socket.socket, _engine: Engine, _canceller: object) -> NoReturn:
         channel.send(sock, f"{os.getpid()} {self._original.words()}".encode())
         os._exit(0)
 

@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
@@ -76,6 +77,7 @@ def _pass_on() -> None:
         ("pass a descriptor on", _pass_on),
         ("execute a program", lambda: os.execv("/bin/true", ["true"])),
         ("fork", os.fork),
+        ("begin a third thread", threading.Thread(target=lambda: None).start),
         ("trace", lambda: LIBC.ptrace(16, 1, 0, 0)),
         ("map executable memory", lambda: mmap.mmap(-1, 4096, prot=mmap.PROT_EXEC)),
         ("make memory executable", lambda: LIBC.mprotect(LIBC.malloc(8192) & ~4095, 4096, 7)),
@@ -119,16 +121,16 @@ def test_no_page_of_a_worker_is_writable_and_executable(pool: Pool) -> None:
 def test_a_worker_is_nobody_anywhere(pool: Pool) -> None:
     blank = pool.make()
     try:
-        status = dict(
-            line.split(":\t", 1)
-            for line in Path(f"/proc/{blank.pid}/status").read_text().splitlines()
-            if ":\t" in line
-        )
-        for kind in ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb"):
-            assert int(status[kind], 16) == 0, kind
-        assert status["NoNewPrivs"] == "1"
-        assert status["Seccomp"] == "2"
-        assert int(status["Uid"].split()[0]) >= 0x70000000
+        threads = list(Path(f"/proc/{blank.pid}/task").iterdir())
+        assert len(threads) == 2  # the second one listens for a cancel, and has no more rights
+        for thread in threads:
+            lines = (thread / "status").read_text().splitlines()
+            status = dict(line.split(":\t", 1) for line in lines if ":\t" in line)
+            for kind in ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb"):
+                assert int(status[kind], 16) == 0, kind
+            assert status["NoNewPrivs"] == "1"
+            assert status["Seccomp"] == "2"
+            assert int(status["Uid"].split()[0]) >= 0x70000000
         own = {
             os.readlink(f"/proc/self/ns/{name}") for name in ("user", "pid", "net", "mnt", "ipc")
         }

@@ -140,9 +140,10 @@ def test_two_workers_have_two_users(pool: Pool, blank: Blank) -> None:
 def test_a_worker_has_no_file_and_nowhere_to_put_one(blank: Blank) -> None:
     proc = Path(f"/proc/{blank.pid}")
     descriptors = {int(p.name): os.readlink(p) for p in (proc / "fd").iterdir()}
-    assert sorted(descriptors) == [0, 1, 2, 3]
+    assert sorted(descriptors) == [0, 1, 2, 3, 4]
     assert [(proc / "fd" / str(n)).stat().st_rdev for n in range(3)] == [os.makedev(1, 3)] * 3
     assert descriptors[3].startswith("socket:")
+    assert descriptors[4] == "anon_inode:[eventfd]"  # by which its second thread is woken
     (line,) = (proc / "mounts").read_text().splitlines()
     assert line.split()[1:3] == ["/", "tmpfs"]
     assert set(line.split()[3].split(",")) >= {"ro", "nosuid", "nodev", "noexec"}

@@ -51,7 +51,7 @@ class ContainerControls:
         return control.info(self._info(int.from_bytes(body[4:8], "big")), body)
 
     def _cancel(self, _body: bytes) -> bytes:
-        return OK  # commands are served in turn, none is running now
+        return OK  # what ran, the second thread has cancelled (`cancelling`); none runs now
 
 
 _CONTAINERS: Final[Mapping[Command, Callable[[ContainerControls, bytes], bytes]]] = {

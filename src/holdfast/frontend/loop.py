@@ -17,6 +17,7 @@ from time import monotonic, perf_counter
 from typing import Final
 
 from holdfast.errors import DecodeError
+from holdfast.frontend.cancelling import Canceller, Sources
 from holdfast.frontend.devices import Devices
 from holdfast.frontend.sockets import CONNECTIONS_MAX, GONE, IDLE, SERVED, Stream
 from holdfast.linux.accepting import accept
@@ -45,6 +46,7 @@ class Loop:
         self._urgent: set[int] = set()
         self._listeners: set[int] = set()
         self._connections: dict[int, Stream] = {}
+        self._cancelling: dict[int, Callable[[int], Stream]] = {}  # of those listeners
         self._paused = False
         self._misses = 0  # looks in a row that found nothing
         self._skip = 0  # answers after which not to look
@@ -64,9 +66,14 @@ class Loop:
         self._host.unregister(fd)
         self._forget(fd)
 
-    def listen(self, fd: int, made: Callable[[int], Stream]) -> None:
-        """Accept clients on a listener from now on; `made` gets their descriptors, non-blocking."""
+    def listen(self, fd: int, made: Callable[[int], Stream], *, cancels: bool = False) -> None:
+        """Accept clients on a listener from now on; `made` gets their descriptors, non-blocking.
+
+        `cancels`: they may ask that the running command be cancelled.
+        """
         os.set_blocking(fd, False)
+        if cancels:
+            self._cancelling[fd] = made
         accept_one = partial(self._accept, fd, made)
         self._listeners.add(fd)
         self._handlers[fd] = lambda _: self._serve_eagerly(accept_one)
@@ -157,6 +164,17 @@ class Loop:
         self._poll.register(fd, select.POLLOUT if connection.pending else select.POLLIN)
         if len(self._connections) >= CONNECTIONS_MAX:
             self._pause(True)
+
+    def run_cancellable(self, canceller: Canceller, run: Callable[[], bytes]) -> bytes:
+        """Run a command, which those clients may cancel who may ask for that."""
+        listeners = () if self._paused else tuple(self._cancelling)
+        asking = tuple(fd for fd, stream in self._connections.items() if stream.cancels)
+        canceller.begin(Sources(listeners, asking))
+        try:
+            return run()
+        finally:
+            for listener, fd in canceller.end():
+                self.add(self._cancelling[listener](fd))
 
     def _pause(self, paused: bool) -> None:
         """At the limit, let further clients wait in the backlog, without spinning on them."""

@@ -54,6 +54,7 @@ class Stream:
     # What most connections keep is the class's: clients that connect for every command make many.
     pending = b""  # of responses the client has not taken yet
     deadline = 0.0  # when half a command will have taken too long; 0: no half command
+    cancels = False  # whether its client may ask that the running command be cancelled
     fd: int  # does not block
 
     def readable(self) -> int:
@@ -167,6 +168,8 @@ class DataConnection(ClientConnection):
 
 class ControlConnection(Stream):
     """One client's connection for control commands; `controls` carries them out."""
+
+    cancels = True
 
     def __init__(self, controls: Controls, fd: int) -> None:
         self.fd = fd

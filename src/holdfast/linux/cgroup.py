@@ -15,10 +15,10 @@ _V1_CONTROLLERS: Final = ("memory", "pids", "cpu")
 
 @dataclass(frozen=True)
 class Limits:
-    """What one worker may use: bytes of memory, processes, CPU weight (v2 scale, 1-10000)."""
+    """What one worker may use: bytes of memory, threads, CPU weight (v2 scale, 1-10000)."""
 
     memory: int = 96 << 20
-    processes: int = 1
+    threads: int = 2
     cpu_weight: int = 100
 
 
@@ -56,7 +56,7 @@ def _limit(group: Path, limits: Limits) -> None:
         "memory.max": limits.memory,
         "memory.limit_in_bytes": limits.memory,
         "memory.swap.max": 0,
-        "pids.max": limits.processes,
+        "pids.max": limits.threads,
         "cpu.weight": limits.cpu_weight,
         "cpu.shares": limits.cpu_weight * 1024 // 100,
     }

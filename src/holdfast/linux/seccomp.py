@@ -19,6 +19,7 @@ KILL_PROCESS: Final = 0x80000000
 ALLOW: Final = 0x7FFF0000
 _ERRNO: Final = 0x00050000
 LOG: Final = 0x7FFC0000
+_BAD_ARCHITECTURE: Final = 2  # SCMP_FLTATR_ACT_BADARCH
 _PR_SET_SECCOMP: Final = 22
 _SECCOMP_MODE_FILTER: Final = 2
 _INSTRUCTION: Final = 8  # bytes of a struct sock_filter
@@ -68,6 +69,9 @@ def build(
     if context == ffi.NULL:
         raise HostError("libseccomp cannot make a filter")
     try:
+        # Through another ABI: by default that ends the thread alone, and the others go on.
+        if lib.seccomp_attr_set(context, _BAD_ARCHITECTURE, otherwise) != 0:
+            raise HostError("libseccomp refuses what is to happen in another architecture's name")
         rows = [(name, ALLOW, rule) for name, rule in allow.items()]
         rows += [(name, errno_action(number), ()) for name, number in (fail or {}).items()]
         for row in rows:

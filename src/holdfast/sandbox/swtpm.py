@@ -6,7 +6,7 @@ It keeps the file system as its user sees it, because its state is there and its
 from __future__ import annotations
 
 import resource
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Final
 
 from holdfast.linux import process, seccomp
@@ -30,8 +30,13 @@ ALLOWED: Final[Mapping[str, Rule]] = {
 }  # fmt: skip
 
 
-def enter(action: int) -> None:
-    """Shut the doors; `action` is what a system call that is not on the list brings."""
+def enter(action: int, second_thread: Callable[[Callable[[], None]], None]) -> None:
+    """Shut the doors; `action` is what a system call that is not on the list brings.
+
+    `second_thread` begins one, whose first act is what it is given.
+    """
+    program = seccomp.build(ALLOWED, otherwise=action)
     process.limit(resource.RLIMIT_CORE, 0)
     process.set_no_new_privileges()
-    seccomp.load(seccomp.build(ALLOWED, otherwise=action))
+    second_thread(lambda: seccomp.load(program))
+    seccomp.load(program)

@@ -2,8 +2,8 @@
 
 The process is already in namespaces of its own (user, pid, net, mount, ipc, uts, cgroup), in its
 own cgroup, and on the empty root file system of the process that forked it (`enclose`). The order
-matters and is the list `steps`: identity before limits, limits before capabilities, the filter
-last.
+matters and is the list `steps`: what each thread has for itself is shut before there is a second,
+and the filter is the last.
 """
 
 from __future__ import annotations
@@ -78,21 +78,29 @@ class WorkerSandbox:
     def __init__(self) -> None:
         self._program = seccomp.build(ALLOWED)
 
-    def steps(self) -> tuple[Step, ...]:
+    def steps(self, second_thread: Callable[[], None]) -> tuple[Step, ...]:
         return (
             Step("root of its own user namespace, nobody outside", become_mapped_root),
             Step("ended when the spawner ends", lambda: process.set_pdeathsig(signal.SIGKILL)),
-            Step("few open files, no core, no new process, no file written", _limits),
             Step("no capabilities", process.drop_capabilities),
             Step("not dumpable", lambda: process.set_dumpable(False)),
             Step("no new privileges", process.set_no_new_privileges),
-            Step("system calls by allow-list", lambda: seccomp.load(self._program)),
+            Step("a second thread, and no third", second_thread),
+            Step("few open files, no core, no new process, no file written", _limits),
+            Step("system calls by allow-list", self.confine),
         )
 
-    def enter(self) -> None:
-        """Shut every door. What fails here is an OSError, and the worker must not go on."""
+    def confine(self) -> None:
+        """Put this thread under the filter."""
+        seccomp.load(self._program)
+
+    def enter(self, second_thread: Callable[[], None]) -> None:
+        """Shut every door. What fails here is an OSError, and the worker must not go on.
+
+        `second_thread` begins one, whose first act is to `confine` itself.
+        """
         process.set_name("holdfast-worker")
-        for step in self.steps():
+        for step in self.steps(second_thread):
             step.run()
 
 

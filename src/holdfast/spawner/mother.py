@@ -24,6 +24,7 @@ from typing import Final, NoReturn
 
 from holdfast.engine.libtpms import KNOWN_BAD, Engine, Entropy, StateKind
 from holdfast.errors import HoldfastError
+from holdfast.frontend.cancelling import Canceller
 from holdfast.linux import cgroup, channel, process
 from holdfast.linux.memory import forbid_writable_code
 from holdfast.linux.namespaces import ALL, Clone, fork_into
@@ -39,7 +40,7 @@ READY: Final = ipc.Done().encode()
 FAULT_STATUS: Final = 70  # EX_SOFTWARE
 _CHANNEL_FD: Final = 3
 _REQUEST_MAX: Final = 16  # bytes
-Life = Callable[[socket.socket, Engine], NoReturn]
+Life = Callable[[socket.socket, Engine, Canceller], NoReturn]
 
 
 class Mother:
@@ -65,7 +66,7 @@ class Mother:
         rq.response(Cc.Startup, self.engine.process(rq.startup()))
         permanent = self.engine.dump(StateKind.PERMANENT)
         self.engine.power_off()
-        rehearse(self.engine, permanent)  # what is allocated here, no fork allocates again
+        rehearse(self.engine, permanent, None)  # what is allocated here, no fork allocates again
         return permanent
 
     def greeting(self) -> lc.Warm:
@@ -117,17 +118,25 @@ class Mother:
             own = socket.socket(fileno=_CHANNEL_FD)
             own.recv(_REQUEST_MAX)  # until we have our user
             try:
-                self.sandbox.enter()
+                canceller = self._enter()
                 self._entropy.reseed()
-                rehearse(self.engine, self._dummy)
+                rehearse(self.engine, self._dummy, canceller)
                 own.send(READY)
             except Exception as error:  # noqa: BLE001 - the edge of the process: say why, and go
                 why = f"{type(error).__name__}: {error}"
                 own.send(ipc.Refused("HostError", why).encode())
                 os._exit(FAULT_STATUS)
-            self.life(own, self.engine)
+            self.life(own, self.engine, canceller)
         finally:
             os._exit(FAULT_STATUS)
+
+    def _enter(self) -> Canceller:
+        """Shut every door behind this worker, and the thread that is its second."""
+        made: list[Canceller] = []
+        box = self.sandbox
+        box.enter(lambda: made.append(Canceller(self.engine.cancel, box.confine)))
+        (canceller,) = made
+        return canceller
 
 
 def main(arguments: list[str]) -> int:

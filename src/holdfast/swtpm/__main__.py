@@ -13,12 +13,15 @@ import os
 import socket
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Final
 
 from holdfast import __version__
 from holdfast.engine.libtpms import Engine, Entropy
 from holdfast.errors import HoldfastError, HostError, InvalidInput
+from holdfast.frontend.cancelling import Canceller
+from holdfast.frontend.loop import Loop
 from holdfast.linux import process, seccomp, vtpm_proxy
 from holdfast.protocol import linear
 from holdfast.sandbox import swtpm as box
@@ -71,7 +74,7 @@ def run(options: Options) -> None:
     if options.run_as:
         user.become(options.run_as)
     storage = _storage(options.state)
-    machine = Machine(Engine(), storage, key, options.rules)
+    engine, loop = Engine(), Loop()
     with contextlib.ExitStack() as opened:
         serve = _open(options, opened)  # before going into the background: errors are seen
         pid_path = Path(options.pid.file if options.pid else "").absolute()
@@ -80,10 +83,11 @@ def run(options: Options) -> None:
             opened.enter_context(_pid_file(options.pid, pid_path))
         process.set_name(PREFIX)
         process.set_dumpable(False)
-        if options.seccomp != "none":
-            box.enter(_ACTIONS[options.seccomp])
+        canceller = _confined(options.seccomp, engine)
         Entropy().reseed()
-        service = Service(machine, leaving, ends_with_data=options.terminate)
+        cancellable = partial(loop.run_cancellable, canceller)
+        machine = Machine(engine, storage, key, options.rules, cancellable)
+        service = Service(machine, leaving, loop, ends_with_data=options.terminate)
         if not options.incoming:
             storage.lock()
         if not options.need_init or options.control is None:
@@ -93,6 +97,16 @@ def run(options: Options) -> None:
         log("ready")
         service.run()
         log("ended")
+
+
+def _confined(action: str, engine: Engine) -> Canceller:
+    """Enter the box, both threads of ours; the second one."""
+    if action == "none":
+        return Canceller(engine.cancel)
+    made: list[Canceller] = []
+    box.enter(_ACTIONS[action], lambda confine: made.append(Canceller(engine.cancel, confine)))
+    (canceller,) = made
+    return canceller
 
 
 def _check_reachable(options: Options) -> None:

@@ -22,7 +22,7 @@ from holdfast.tpm2 import requests as rq
 from holdfast.tpm2.commands import Cc
 from holdfast.tpm2.constants import HEADER_SIZE, Rc
 from holdfast.tpm2.requests import error_response
-from holdfast.worker.tpm import DurableTpm
+from holdfast.worker.tpm import Cancellable, DurableTpm
 
 FILES: Final = {StateKind.PERMANENT: "permall", StateKind.VOLATILE: "volatilestate"}
 LOCALITY_MAX: Final = 4
@@ -54,7 +54,14 @@ class Rules:
 class Machine:
     """One TPM and its storage, which is encrypted under `key` if that is given."""
 
-    def __init__(self, engine: Engine, storage: Storage, key: Key | None, rules: Rules) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        storage: Storage,
+        key: Key | None,
+        rules: Rules,
+        cancellable: Cancellable | None = None,
+    ) -> None:
         self.engine = engine
         self.storage = storage
         self.key = key
@@ -65,7 +72,7 @@ class Machine:
         self._offered: dict[StateKind, bytes] = {}
         self._orderly = True  # nothing has run since the last TPM2_Shutdown
         self._failed = False
-        self._tpm = DurableTpm(engine, self._commit)
+        self._tpm = DurableTpm(engine, self._commit, cancellable)
 
     def start(self, *, delete_volatile: bool = False) -> None:
         """Power on, from off or not.

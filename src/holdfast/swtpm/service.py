@@ -22,11 +22,13 @@ from holdfast.swtpm.machine import Machine
 class Service:
     """Serves `machine` until `run` returns."""
 
-    def __init__(self, machine: Machine, leaving: Leaving, *, ends_with_data: bool) -> None:
+    def __init__(
+        self, machine: Machine, leaving: Leaving, loop: Loop, *, ends_with_data: bool
+    ) -> None:
         """`ends_with_data`: we go when a client goes that was handed over with SET_DATAFD."""
         self._machine = machine
         self._ends_with_data = ends_with_data
-        self._loop = Loop()
+        self._loop = loop
         self._handed_over = False  # a client whose descriptor was given to us is there
         self._controls = HostControls(machine, leaving, self._take, self._loop.stop)
         wake, self._waker = socket.socketpair()
@@ -56,7 +58,8 @@ class Service:
         self._loop.add(DeviceConnection(self._machine.execute, self._end_if(ends), fd))
 
     def serve_control(self, sock: socket.socket, *, ends: bool) -> None:
-        self._loop.listen(sock.detach(), partial(self._control, self._end_if(ends)))
+        control = partial(self._control, self._end_if(ends))
+        self._loop.listen(sock.detach(), control, cancels=True)
 
     def serve_control_client(self, fd: int, *, ends: bool) -> None:
         os.set_blocking(fd, False)

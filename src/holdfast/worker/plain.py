@@ -23,6 +23,7 @@ from typing import Final
 from holdfast.engine.libtpms import Engine, Entropy
 from holdfast.errors import HoldfastError, HostError
 from holdfast.eventlog import tcg2
+from holdfast.frontend.cancelling import Canceller
 from holdfast.frontend.controls import ContainerControls
 from holdfast.frontend.filter import Profile
 from holdfast.frontend.loop import Loop
@@ -43,7 +44,9 @@ class PlainTpm:
     def __init__(self, state: Path | None) -> None:
         self._state = state
         self.engine = Engine()
-        self.tpm = DurableTpm(self.engine, self._save)
+        self.loop = Loop()
+        cancellable = partial(self.loop.run_cancellable, Canceller(self.engine.cancel))
+        self.tpm = DurableTpm(self.engine, self._save, cancellable)
         Entropy().reseed()
         file = state / STATE_FILE if state is not None else None
         if file is not None and file.exists():
@@ -84,20 +87,20 @@ def serve(directory: Path, plain: PlainTpm, ready: Callable[[], None]) -> None:
     """Answer clients on sockets in `directory` until SIGTERM."""
     engine = plain.engine
     vtpm = Vtpm(plain.tpm.execute, Profile.PLAIN, engine.process)
-    loop = Loop()
+    loop = plain.loop
     paths = [directory / "tpm.sock", directory / "tpm.sock.ctrl"]
     makers: list[Callable[[int], Stream]] = [
         partial(DataConnection, vtpm, loop.hear_host),
         partial(ControlConnection, ContainerControls(engine.established, engine.info)),
     ]
-    for path, made in zip(paths, makers, strict=True):
+    for number, (path, made) in enumerate(zip(paths, makers, strict=True)):
         if len(os.fsencode(path)) > PATH_MAX:
             raise HostError(f"{path} is too long for a Unix socket: use a shorter directory")
         path.unlink(missing_ok=True)
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         listener.bind(os.fspath(path))
         listener.listen(128)
-        loop.listen(listener.detach(), made)
+        loop.listen(listener.detach(), made, cancels=number == 1)
     wake, waker = socket.socketpair()
     waker.setblocking(False)
     signal.set_wakeup_fd(waker.fileno())

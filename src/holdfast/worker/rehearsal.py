@@ -15,6 +15,7 @@ from typing import Final
 from uuid import UUID
 
 from holdfast.engine.libtpms import Engine, StateKind
+from holdfast.frontend.cancelling import Canceller
 from holdfast.frontend.filter import Profile
 from holdfast.frontend.vtpm import Vtpm
 from holdfast.linux import channel
@@ -36,7 +37,7 @@ _ZEROS: Final = tuple(
 _EXTENSION: Final = lc.Extension(16, (ipc.PcrValue(Alg.SHA256, 16, bytes(32)),))
 
 
-def rehearse(engine: Engine, permanent: bytes) -> None:
+def rehearse(engine: Engine, permanent: bytes, canceller: Canceller | None) -> None:
     """Live through `permanent`, which is nobody's."""
     key = os.urandom(KEY_SIZE)
     sealed = seal(key, Owner(_NOBODY, _PROFILE, _TERMS), 1, Kind.PERMANENT, permanent)
@@ -55,7 +56,7 @@ def rehearse(engine: Engine, permanent: bytes) -> None:
         channel.send(daemon, power_on.encode())
         channel.send(daemon, lc.Committed(2).encode())
         begin = lc.Begin(_NOBODY, True, "", "")
-        worker = Worker(spawner, begin, [their_daemon, their_keys, -1, *held], engine)
+        worker = Worker(spawner, begin, [their_daemon, their_keys, -1, *held], engine, canceller)
         worker.run(turns=1)
         channel.send(device, fuse.init_request())
         worker.run(turns=1)

@@ -20,6 +20,7 @@ from typing import Final, NoReturn
 
 from holdfast.engine.libtpms import Engine
 from holdfast.errors import HoldfastError, IntegrityError, ProtocolError
+from holdfast.frontend.cancelling import Canceller
 from holdfast.frontend.controls import ContainerControls
 from holdfast.frontend.devices import TPM0, TPMRM0, Devices
 from holdfast.frontend.filter import Profile
@@ -58,7 +59,12 @@ class Worker:
     """One vTPM's process, from Begin to its end."""
 
     def __init__(
-        self, spawner: socket.socket, begin: lc.Begin, fds: list[int], engine: Engine
+        self,
+        spawner: socket.socket,
+        begin: lc.Begin,
+        fds: list[int],
+        engine: Engine,
+        canceller: Canceller | None,
     ) -> None:
         self._spawner = spawner
         self._instance = begin.instance
@@ -73,8 +79,9 @@ class Worker:
         self._ports = fds[ports:]
         self._dialect = begin.dialect
         self._engine = engine
-        self._tpm = DurableTpm(engine, self._commit)
         self._loop = Loop()
+        cancellable = partial(self._loop.run_cancellable, canceller) if canceller else None
+        self._tpm = DurableTpm(engine, self._commit, cancellable)
         self._backlog: deque[ipc.Message] = deque()
         self._given: list[int] = []  # descriptors from the daemon: Relay, Introduce have one
         self._relay: DeviceTpm | None = None
@@ -365,8 +372,9 @@ class Worker:
             makers *= 2
         elif self._dialect:
             makers += [partial(CommandPort, vtpm, self._loop.hear_host), PlatformPort]
-        for fd, made in zip((data_fd, control_fd, *self._ports), makers, strict=True):
-            self._loop.listen(fd, made)
+        listeners = (data_fd, control_fd, *self._ports)
+        for number, (fd, made) in enumerate(zip(listeners, makers, strict=True)):
+            self._loop.listen(fd, made, cancels=number % 2 == 1)
 
     def _serve_nodes(self, vtpm: Vtpm, devices: Devices) -> None:
         if self._node_kind is NodeKind.CUSE:
@@ -421,13 +429,13 @@ def await_begin(spawner: socket.socket) -> tuple[lc.Begin, list[int]]:
     return message, fds
 
 
-def live(spawner: socket.socket, engine: Engine) -> NoReturn:
+def live(spawner: socket.socket, engine: Engine, canceller: Canceller) -> NoReturn:
     """Be a worker, from blank to end; never returns."""
     status = FAULT_STATUS
     worker: Worker | None = None
     try:
         begin, fds = await_begin(spawner)
-        worker = Worker(spawner, begin, fds, engine)
+        worker = Worker(spawner, begin, fds, engine, canceller)
         worker.run()
     except Ended:
         status = 0

@@ -13,15 +13,18 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from functools import partial
 from typing import Final
 
 from holdfast.engine.libtpms import Engine, StateKind
 from holdfast.errors import IntegrityError
+from holdfast.frontend.cancelling import LONG
 from holdfast.tpm2.commands import Cc
 from holdfast.tpm2.constants import ST_SESSIONS, Rc
 from holdfast.tpm2.requests import error_response, response, stir_random
 
 Commit = Callable[[bytes], bool]  # permanent state -> whether it is durable now
+Cancellable = Callable[[Callable[[], bytes]], bytes]  # run a command that may be cancelled
 
 STIR_BYTES: Final = 64
 _CODE: Final = slice(6, 10)
@@ -34,9 +37,12 @@ _NEVER_STORE: Final = frozenset(
 class DurableTpm:
     """The engine with its commits."""
 
-    def __init__(self, engine: Engine, commit: Commit) -> None:
+    def __init__(
+        self, engine: Engine, commit: Commit, cancellable: Cancellable | None = None
+    ) -> None:
         self._engine = engine
         self._commit = commit
+        self._cancellable = cancellable
         self._durable = b""  # the permanent state that was committed last
         self.clears = 0  # TPM2_Clear that succeeded in this run, as the commit under way says too
 
@@ -62,7 +68,10 @@ class DurableTpm:
         snapshot = None
         if command[1] == ST_SESSIONS & 0xFF and command[_CODE] not in _NEVER_STORE:
             snapshot = engine.dump(StateKind.VOLATILE)
-        answer = engine.process(command, locality)
+        if command[_CODE] in LONG and self._cancellable is not None:
+            answer = self._cancellable(partial(engine.process, command, locality))
+        else:
+            answer = engine.process(command, locality)
         noted = engine.take_noted()
         if noted is not None:
             cleared = command[_CODE] == _CLEAR and answer[_CODE] == bytes(4)

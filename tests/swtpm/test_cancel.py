@@ -1,0 +1,73 @@
+"""Making an RSA key is cancelled from the control channel; who made it goes on."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from holdfast.tpm2 import requests as rq
+from holdfast.tpm2.constants import Rc, Rh
+from holdfast.tpm2.templates import EK_RSA2048
+from holdfast.tpm2.wire import u32
+
+from .program import SECONDS, STARTED, Program, running
+
+CANCEL = u32(0x09)
+TRIES = 60
+
+
+@pytest.fixture
+def program(tmp_path: Path) -> Iterator[Program]:
+    with running(Program(tmp_path), *STARTED) as started:
+        yield started
+
+
+def rsa_primary() -> bytes:
+    """One that nobody made before: 30 ms of looking for primes."""
+    template = replace(EK_RSA2048, unique=(os.urandom(256),), raw=b"")
+    return rq.create_primary(Rh.NULL, template)
+
+
+def test_a_command_that_runs_is_cancelled(program: Program) -> None:
+    cancelled = 0
+    with socket.socket(socket.AF_UNIX) as data, socket.socket(socket.AF_UNIX) as control:
+        for sock, path in ((data, program.data), (control, program.control)):
+            sock.settimeout(SECONDS)
+            sock.connect(os.fspath(path))
+        for turn in range(TRIES):
+            data.sendall(rsa_primary())
+            if turn % 2:  # one that stays, or one that comes for this
+                control.sendall(CANCEL)
+                assert control.recv(4) == u32(0)
+            else:
+                assert program.ask(CANCEL) == u32(0)
+            answer = data.recv(4096)
+            rc = int.from_bytes(answer[6:10], "big")
+            assert rc in (0, Rc.CANCELED), hex(rc)
+            cancelled += rc == Rc.CANCELED
+            if not rc:  # it was found at once, or had been before the cancel came
+                flush = rq.flush_context(int.from_bytes(answer[10:14], "big"))
+                data.sendall(flush)
+                assert data.recv(100) == rq.error_response(0)
+        assert cancelled > 3
+        # What comes after is whole: no cancel stays behind.
+        data.sendall(rsa_primary())
+        assert data.recv(4096)[6:10] == bytes(4)
+
+
+def test_another_control_command_cancels_nothing(program: Program) -> None:
+    with socket.socket(socket.AF_UNIX) as data:
+        data.settimeout(SECONDS)
+        data.connect(os.fspath(program.data))
+        for _ in range(3):
+            data.sendall(rsa_primary())
+            assert program.ask(u32(0x01))[:4] == u32(0)
+            answer = data.recv(4096)
+            assert answer[6:10] == bytes(4)
+            data.sendall(rq.flush_context(int.from_bytes(answer[10:14], "big")))
+            assert data.recv(100) == rq.error_response(0)
