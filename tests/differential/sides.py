@@ -31,6 +31,7 @@ from holdfast.worker.tpm import DurableTpm
 
 SECONDS = 30.0
 PERMANENT, VOLATILE = 1, 2
+RESTORES_MAX = 500  # swtpm 0.7.1 opens its lock file anew with every INIT and never closes it
 STREAMS = Path(__file__).with_name("streams")
 
 
@@ -91,6 +92,9 @@ class Swtpm:
     def __init__(self, program: str, directory: Path, *, setup: bool = False) -> None:
         self.data = directory / "data"
         self._control = directory / "data.ctrl"
+        self._program = program
+        self._sock: socket.socket | None = None
+        self._restored = 0
         (directory / "state").mkdir()
         if setup:  # with endorsement keys, as virtual machines have them
             subprocess.run(
@@ -98,10 +102,16 @@ class Swtpm:
                  "--pcr-banks", "sha1,sha256,sha384"],
                 cwd=directory, check=True, stdout=subprocess.DEVNULL, timeout=60,
             )  # fmt: skip
+        self._start()
+
+    def _start(self) -> None:
+        directory = self.data.parent
+        for path in (self.data, self._control):
+            path.unlink(missing_ok=True)
         self._process = subprocess.Popen(
-            [program, "socket", "--tpm2", "--tpmstate", f"dir={directory / 'state'}",
+            [self._program, "socket", "--tpm2", "--tpmstate", f"dir={directory / 'state'}",
              "--server", f"type=unixio,path={self.data}",
-             "--ctrl", f"type=unixio,path={self._control}", "--flags", self.flags(program)],
+             "--ctrl", f"type=unixio,path={self._control}", "--flags", self.flags(self._program)],
             cwd=directory,
         )  # fmt: skip
         deadline = time.monotonic() + SECONDS
@@ -109,7 +119,6 @@ class Swtpm:
             assert self._process.poll() is None
             assert time.monotonic() < deadline
             select.select([], [], [], 0.01)
-        self._sock: socket.socket | None = None
 
     @staticmethod
     def flags(program: str) -> str:
@@ -149,6 +158,10 @@ class Swtpm:
         return State(*blobs)
 
     def restore(self, state: State) -> None:
+        self._restored += 1
+        if self._restored % RESTORES_MAX == 0:
+            self.end()
+            self._start()
         self.disconnect()
         self.control(u32(Command.STOP))
         for kind, blob in ((PERMANENT, state.permanent), (VOLATILE, state.volatile)):

@@ -25,7 +25,7 @@ from hypothesis.stateful import (
 
 from holdfast.engine.libtpms import Engine, StateKind
 from holdfast.frontend.filter import Profile
-from holdfast.frontend.resources import Client
+from holdfast.frontend.resources import OBJECTS_MAX, Client
 from holdfast.frontend.vtpm import Vtpm
 from holdfast.tpm2 import requests as rq
 from holdfast.tpm2.algorithms import Alg
@@ -516,3 +516,35 @@ def test_sessions_saved_by_their_clients_give_way_when_all_64_are_taken(vtpm: Vt
     for _ in range(70):
         session = handle_of(vtpm.execute(other, rq.start_policy_session()))
         assert code(vtpm.execute(other, rq.flush_context(session))) == 0
+
+
+def test_a_session_that_is_one_of_64_is_saved_and_loaded_as_any_other(vtpm: Vtpm) -> None:
+    """To load a context takes no new session: none gives way, least of all the one it is of."""
+    clients = [vtpm.attach() for _ in range(4)]
+    made = [
+        (client, handle_of(vtpm.execute(client, rq.start_policy_session())))
+        for client in clients * 16
+    ]
+    contexts = [vtpm.execute(client, save(session))[10:] for client, session in made[:8]]
+    for (client, session), context in zip(made, contexts, strict=False):
+        assert handle_of(vtpm.execute(client, load(context))) == session
+    for client, session in made:
+        assert code(vtpm.execute(client, digest_of(session))) == 0
+    key = handle_of(vtpm.execute(clients[0], sealed(b"x")))
+    context = vtpm.execute(clients[0], save(made[0][1]))[10:]
+    handle_of(vtpm.execute(clients[0], load(vtpm.execute(clients[0], save(key))[10:])))
+    assert handle_of(vtpm.execute(clients[0], load(context))) == made[0][1]
+
+
+def test_a_client_with_all_the_objects_it_may_have_loads_its_session_all_the_same(
+    vtpm: Vtpm,
+) -> None:
+    for client in (vtpm.attach(), vtpm.shared):
+        objects = [
+            handle_of(vtpm.execute(client, sealed(bytes((number,)))))
+            for number in range(OBJECTS_MAX)
+        ]
+        session = handle_of(vtpm.execute(client, rq.start_policy_session()))
+        context = vtpm.execute(client, save(session))[10:]
+        assert handle_of(vtpm.execute(client, load(context))) == session
+        assert data_in(vtpm.execute(client, unseal(objects[0]))) == b"\0"

@@ -55,6 +55,9 @@ _OWNED_KINDS: Final = frozenset({0x80, 0x02, 0x03})
 _ONE_EMPTY_PASSWORD: Final = bytes.fromhex("0000000940000009")
 _AUTH_CONTEXT: Final = 0x145  # TPM_RC_AUTH_CONTEXT: sessions are not used with this command
 _CODE: Final = slice(6, 10)
+_CONTEXT_LOAD: Final = Cc.ContextLoad.to_bytes(4, "big")
+_SAVED_TYPE: Final = slice(18, 19)  # in the savedHandle of its TPMS_CONTEXT (Part 2, 14.5)
+_SESSION_TYPES_ENCODED: Final = (b"\x02", b"\x03")
 
 
 @dataclass(eq=False)
@@ -142,7 +145,7 @@ class ResourceManager:
     # --- one command ---
 
     def _execute(self, client: Client, command: bytes, code: int, shape: Shape) -> bytes:
-        if shape.returns_handle and not self._room(client, code):
+        if shape.returns_handle and not _loads_session(command) and not self._room(client, code):
             return error_response(
                 Rc.SESSION_HANDLES if code == Cc.StartAuthSession else Rc.OBJECT_MEMORY
             )
@@ -237,11 +240,10 @@ class ResourceManager:
 
     def _room(self, client: Client, code: int) -> bool:
         """Whether the client may have one more object or session; a shared one drops its oldest."""
-        if code in (Cc.StartAuthSession, Cc.ContextLoad):
+        if code == Cc.StartAuthSession:
             if len(self._sessions) >= SESSIONS_MAX:
                 self._drop_session(client)
-            if code == Cc.StartAuthSession:
-                return len(self._sessions) < SESSIONS_MAX
+            return len(self._sessions) < SESSIONS_MAX
         if len(client.objects) < OBJECTS_MAX:
             return True
         if not client.evicts:
@@ -437,6 +439,11 @@ class ResourceManager:
         # Saved sessions are asked for as 0x03nnnnnn, and listed as 0x02nnnnnn, whatever their type.
         free = [s.handle for s in self._sessions.values() if s.owner is None]
         return [Ht.HMAC_SESSION << 24 | handle & _NUMBER for handle in free]
+
+
+def _loads_session(command: bytes) -> bool:
+    """A ContextLoad of a session, which is active already: it takes nothing that is not its own."""
+    return command[_CODE] == _CONTEXT_LOAD and command[_SAVED_TYPE] in _SESSION_TYPES_ENCODED
 
 
 def _names_nothing(command: bytes, shape: Shape) -> bool:
