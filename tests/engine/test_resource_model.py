@@ -548,3 +548,45 @@ def test_a_client_with_all_the_objects_it_may_have_loads_its_session_all_the_sam
         context = vtpm.execute(client, save(session))[10:]
         assert handle_of(vtpm.execute(client, load(context))) == session
         assert data_in(vtpm.execute(client, unseal(objects[0]))) == b"\0"
+
+
+@dataclass(frozen=True)
+class Last:
+    """An authorization by an HMAC session of no key, for the last time: it does not go on."""
+
+    handle: int
+
+    def encode(self) -> bytes:
+        return u32(self.handle) + sized(b"") + u8(0) + sized(b"")
+
+
+def test_a_session_that_ends_with_a_command_is_nobodys_and_its_number_anothers(vtpm: Vtpm) -> None:
+    client, other = vtpm.attach(), vtpm.attach()
+    key = handle_of(vtpm.execute(client, sealed(b"mine")))
+    session = handle_of(vtpm.execute(client, HMAC_SESSION))
+    use = rq.command(Cc.Unseal, (key,), (Last(session),))
+    assert data_in(vtpm.execute(client, use)) == b"mine"
+    assert handles(lambda command: vtpm.execute(client, command), LOADED) == []
+    assert code(vtpm.execute(client, use)) == Rc.REFERENCE_S0
+    assert handle_of(vtpm.execute(other, HMAC_SESSION)) == session
+    assert code(vtpm.execute(client, use)) == Rc.REFERENCE_S0
+    assert code(vtpm.execute(client, rq.flush_context(session))) == Rc.HANDLE_P1
+    assert handles(lambda command: vtpm.execute(other, command), LOADED) == [session]
+
+
+def test_a_session_that_does_not_end_because_its_command_failed_is_still_there(vtpm: Vtpm) -> None:
+    client = vtpm.attach()
+    session = handle_of(vtpm.execute(client, HMAC_SESSION))
+    wrong = rq.command(Cc.NV_Read, (Rh.OWNER, 0x01500099), (Last(session),), bytes(4))
+    assert code(vtpm.execute(client, wrong)) != 0
+    assert handles(lambda command: vtpm.execute(client, command), LOADED) == [session]
+
+
+def test_a_session_that_a_client_took_along_is_no_more_in_the_shared_context(vtpm: Vtpm) -> None:
+    since = vtpm.mark()
+    session = handle_of(vtpm.execute(vtpm.shared, rq.start_policy_session()))
+    client = vtpm.part(since, vtpm.mark())
+    assert code(vtpm.execute(client, digest_of(session))) == 0
+    assert code(vtpm.execute(vtpm.shared, digest_of(session))) == Rc.REFERENCE_H0
+    assert handles(lambda command: vtpm.execute(vtpm.shared, command), LOADED) == []
+    assert code(vtpm.execute(vtpm.shared, rq.flush_context(session))) == Rc.HANDLE_P1
