@@ -102,7 +102,7 @@ def create_policy(
     fingerprint = hashlib.sha256(root.public_bytes(Encoding.DER)).digest()
     trust = Trust(
         frozenset({fingerprint}),
-        tuple(_certificate(path) for path in ek_root or ()),
+        tuple(each for path in ek_root or () for each in _certificates(path)),
         frozenset(map(_ak_name, software_host_tpm or ())),
     )
     text = learn_policy(
@@ -216,8 +216,16 @@ class _Beside(Mapping[str, bytes]):
 
 
 def _certificate(path: Path) -> x509.Certificate:
+    found = _certificates(path)
+    if len(found) != 1:
+        raise InvalidInput(f"{path} has {len(found)} certificates, where one is wanted")
+    return found[0]
+
+
+def _certificates(path: Path) -> list[x509.Certificate]:
+    """All of a file: a maker publishes one that issues and one above it."""
     try:
-        return x509.load_pem_x509_certificate(_read(path))
+        return x509.load_pem_x509_certificates(_read(path))
     except ValueError:
         raise InvalidInput(f"{path} is not a certificate in PEM") from None
 

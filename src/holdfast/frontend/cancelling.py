@@ -11,11 +11,11 @@ that no cancel reaches the next. libtpms forgets a cancel that came too late whe
 
 from __future__ import annotations
 
+import _thread
 import contextlib
 import os
 import select
 import socket
-import threading
 from collections.abc import Callable, Sequence
 from typing import Final, NamedTuple
 
@@ -44,23 +44,23 @@ class Canceller:
         self, cancel: Callable[[], None], confine: Callable[[], None] = lambda: None
     ) -> None:
         self._cancel = cancel
-        self._lock = threading.Lock()
+        self._lock = _thread.allocate_lock()
         self._sources: Sources | None = None  # of the command that runs
         self._accepted: list[tuple[int, int]] = []
         self._wake = os.eventfd(0, os.EFD_CLOEXEC)
-        confined = threading.Event()
-        former = threading.stack_size(_STACK)
+        beginning = _thread.allocate_lock()
+        beginning.acquire()
 
         def begin() -> None:
             confine()
-            confined.set()
+            beginning.release()
             self._run()
 
-        try:
-            threading.Thread(target=begin, name="cancel", daemon=True).start()
-        finally:
-            threading.stack_size(former)
-        confined.wait()
+        # Not by `threading`: what that keeps of a thread, each worker would have as pages of its own.
+        former = _thread.stack_size(_STACK)
+        _thread.start_new_thread(begin, ())
+        _thread.stack_size(former)
+        beginning.acquire()
 
     def begin(self, sources: Sources) -> None:
         """A command that may be cancelled is about to run."""
