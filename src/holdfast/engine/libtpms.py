@@ -15,6 +15,7 @@ from enum import IntEnum
 from typing import Any, Final
 
 from holdfast.engine import libcrypto_abi, libtpms_abi
+from holdfast.engine.curves import Curves
 from holdfast.errors import DecodeError, HostError, IntegrityError, TpmError
 from holdfast.tpm2.constants import BUFFER_MAX
 
@@ -74,6 +75,7 @@ class Engine:
         self._output: Any = b""
         self._check(self._lib.TPMLIB_ChooseTPMVersion(_TPM2), "ChooseTPMVersion")
         self._callbacks = self._register()
+        self._curves = Curves(LIBRARY.partition(".")[0])
 
     @property
     def version_text(self) -> str:

@@ -56,7 +56,7 @@ class Canceller:
             beginning.release()
             self._run()
 
-        # Not by `threading`: what that keeps of a thread, each worker would have as pages of its own.
+        # Not by `threading`: what that keeps of a thread would be pages of each worker's own.
         former = _thread.stack_size(_STACK)
         _thread.start_new_thread(begin, ())
         _thread.stack_size(former)
