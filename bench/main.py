@@ -25,6 +25,7 @@ from typing import Any
 os.environ.setdefault("TSS2_LOG", "all+NONE")  # read when the library is loaded
 
 import rig
+import sharing
 from tpm2_pytss import (
     ESAPI,
     ESYS_TR,
@@ -47,7 +48,8 @@ from holdfast.tpm2.wire import sized
 
 MARKS = {
     "create": 0.5, "create-ready": 0.2, "cold-start": 0.6, "roundtrip": 1.6, "fuse-roundtrip": 1.1,
-    "reconnect": 1.1, "workload": 1.0, "worker-memory": None, "measure": 2.0,
+    "reconnect": 1.1, "workload": 1.0, "worker-memory": None, "measure": 2.0, "fuse-cross": 1.5,
+    "rm-roundtrip": 1.5, "shared": 2.0, "busy-50": 1.0,
 }  # fmt: skip
 GET_RANDOM = bytes.fromhex("80010000000c0000017b0010")
 PCR_READ = bytes.fromhex("8001000000140000017e00000001000b03000001")
@@ -244,7 +246,17 @@ def esapi(tcti: str) -> Any:
     return ESAPI(tcti)
 
 
-def fuse_roundtrip(rounds: int = 9, count: int = 1500) -> dict:
+def fuse_roundtrip() -> dict:
+    return result("fuse-roundtrip", "us", *over_fuse(0))
+
+
+def fuse_cross() -> dict:
+    return result("fuse-cross", "us", *over_fuse(1))
+
+
+def over_fuse(server: int, rounds: int = 9, count: int = 1500) -> tuple[list[float], list[float]]:
+    """Microseconds of ESAPI's GetRandom; the client is on CPU 0, both servers on `server`."""
+
     def run(context: Any) -> float:
         times = []
         for _ in range(count):
@@ -259,12 +271,13 @@ def fuse_roundtrip(rounds: int = 9, count: int = 1500) -> dict:
         with (
             esapi(f"device:{place}/dev/tpmrm0") as mine,
             esapi(f"swtpm:path={path}") as other,
-            rig.pinned(0, os.getpid(), host.pid_of_worker(), process.pid),
+            rig.pinned(0, os.getpid()),
+            rig.pinned(server, host.pid_of_worker(), process.pid),
         ):
             for _ in range(rounds):
                 ours.append(run(mine))
                 theirs.append(run(other))
-    return result("fuse-roundtrip", "us", ours, theirs)
+    return ours, theirs
 
 
 def script(context: Any) -> None:
@@ -361,10 +374,23 @@ def measure(runs: int = 5) -> dict:
     return result("measure", "ms", ours, theirs, tree=str(root), theirs_is="sha256sum")
 
 
+def rm_roundtrip() -> dict:
+    return result("rm-roundtrip", "us", *sharing.rm_roundtrip(), theirs_is="our raw socket")
+
+
+def shared() -> dict:
+    return result("shared", "s", *sharing.shared(), theirs_is="the fastest of the programs")
+
+
+def busy_50() -> dict:
+    return result("busy-50", "s", *sharing.busy())
+
+
 ALL: dict[str, Callable[[], dict]] = {
     "create": create, "create-ready": create_ready, "cold-start": cold_start,
     "roundtrip": roundtrip, "fuse-roundtrip": fuse_roundtrip, "reconnect": reconnect,
     "workload": workload, "worker-memory": worker_memory, "measure": measure,
+    "fuse-cross": fuse_cross, "rm-roundtrip": rm_roundtrip, "shared": shared, "busy-50": busy_50,
 }  # fmt: skip
 
 

@@ -105,12 +105,14 @@ def holdfast(manufactured: int = 0) -> Iterator[Host]:
 
 
 @contextmanager
-def swtpm(state: Path | None = None) -> Iterator[tuple[subprocess.Popen[bytes], Path]]:
-    """Debian's swtpm on a Unix socket, started up."""
+def swtpm(
+    state: Path | None = None, program: str = "swtpm"
+) -> Iterator[tuple[subprocess.Popen[bytes], Path]]:
+    """Debian's swtpm on a Unix socket, started up; or another program that is driven so."""
     directory = Path(tempfile.mkdtemp(prefix="swb-"))
     where = state or directory / "state"
     where.mkdir(exist_ok=True)
-    process = start_swtpm(where, directory)
+    process = start_swtpm(where, directory, program)
     try:
         yield process, directory / "tpm.sock"
     finally:
@@ -119,10 +121,10 @@ def swtpm(state: Path | None = None) -> Iterator[tuple[subprocess.Popen[bytes], 
         shutil.rmtree(directory, ignore_errors=True)
 
 
-def start_swtpm(state: Path, directory: Path) -> subprocess.Popen[bytes]:
+def start_swtpm(state: Path, directory: Path, program: str = "swtpm") -> subprocess.Popen[bytes]:
     sock = directory / "tpm.sock"
     process = subprocess.Popen(
-        ["swtpm", "socket", "--tpm2", "--tpmstate", f"dir={state}",
+        [program, "socket", "--tpm2", "--tpmstate", f"dir={state}",
          "--server", f"type=unixio,path={sock}", "--ctrl", f"type=unixio,path={sock}.ctrl",
          "--flags", "not-need-init,startup-clear"],
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
