@@ -133,6 +133,7 @@ class Guest:
     model: str = "tpm-crb"
     incoming: str = ""
     disks: tuple[Path, ...] = ()
+    memory: int = 768  # MiB
     process: subprocess.Popen[bytes] | None = field(default=None, repr=False)
     _line: socket.socket | None = field(default=None, repr=False)
     _monitor: socket.socket | None = field(default=None, repr=False)
@@ -146,7 +147,8 @@ class Guest:
         if not firmware.exists():
             shutil.copy(OVMF / "OVMF_VARS_4M.fd", firmware)
         command = [
-            "qemu-system-x86_64", "-machine", "q35,accel=tcg", "-cpu", "max", "-m", "768",
+            "qemu-system-x86_64", "-machine", "q35,accel=tcg", "-cpu", "max",
+            "-m", str(self.memory),
             "-display", "none", "-nodefaults",
             "-drive", f"if=pflash,format=raw,readonly=on,file={OVMF / 'OVMF_CODE_4M.fd'}",
             "-drive", f"if=pflash,format=raw,file={firmware}",
