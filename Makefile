@@ -15,7 +15,8 @@ setup:
 demo: setup
 	@scripts/demo
 
-test: setup
+test:
+	@scripts/setup tests
 	.venv/bin/python -m pytest -q
 
 lint: setup
@@ -32,7 +33,8 @@ lab: setup
 	.venv/bin/python -m pytest -q lab
 
 soak: setup
-	HOLDFAST_SOAK=1 .venv/bin/python -m pytest -q tests/system/test_faults.py tests/system/test_frames.py
+	HOLDFAST_SOAK=1 .venv/bin/python -m pytest -q tests/system/test_faults.py tests/system/test_frames.py \
+		tests/differential/test_generated.py
 
 clean:
 	rm -rf .venv build .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
