@@ -138,6 +138,24 @@ def test_it_is_not_attested_by_this_host_and_not_started_by_hand(host: Serve, ot
         host.call("POST", f"/v1/vtpms/{name}/evidence", {"nonce": "00" * 16})
 
 
+def test_its_state_goes_nowhere(host: Serve, other: Serve) -> None:
+    name, own = f"stays-{os.getpid()}", f"own-{os.getpid()}"
+    other.create("five")
+    other.power_on("five")
+    path = device(other, "five")
+    host.create(name, "", mode="passthrough", tpm=path)
+    host.create(own, "linked")
+    for command, what in ((("snapshot", "create"), "no snapshot"), (("migrate", "send"), "move")):
+        done = host.cli(*command, name)
+        assert done.returncode == 4
+        assert what in done.stderr
+        assert f"its state is in {path}" in done.stderr
+        done = host.cli(*command, own)
+        assert done.returncode == 4
+        assert "this version" in done.stderr
+        assert host.cli(*command, "nobody").returncode == 3
+
+
 def test_what_cannot_be_passed_through_is_refused_by_name(host: Serve, other: Serve) -> None:
     for body, why in (
         ({"mode": "passthrough"}, "go together"),

@@ -34,6 +34,10 @@ app = typer.Typer(
 )
 policy_app = typer.Typer(no_args_is_help=True, help="Appraisal policies, and approved boot states.")
 app.add_typer(policy_app, name="policy")
+snapshot_app = typer.Typer(no_args_is_help=True, help="Snapshots: not in this version.")
+app.add_typer(snapshot_app, name="snapshot")
+migrate_app = typer.Typer(no_args_is_help=True, help="Moves to another host: not in this version.")
+app.add_typer(migrate_app, name="migrate")
 app.command()(verifying.verify)
 policy_app.command("create")(verifying.create_policy)
 
@@ -290,6 +294,18 @@ def retry(name: Name, as_json: Json = False) -> None:
     """Let a vTPM that failed be started again, its state untouched."""
     value = Client().call("POST", f"/v1/vtpms/{_quoted(name)}/retry", {})
     show(value, as_json, lambda v: output.line(f"{v['name']} is {v['state']}"))
+
+
+@snapshot_app.command("create")
+def snapshot_create(name: Name) -> None:
+    """Refused, with the reason: of a TPM that is passed through there can be none."""
+    Client().call("POST", f"/v1/vtpms/{_quoted(name)}/snapshots", {})
+
+
+@migrate_app.command("send")
+def migrate_send(name: Name) -> None:
+    """Refused, with the reason: a TPM that is passed through cannot move."""
+    Client().call("POST", f"/v1/vtpms/{_quoted(name)}/moves", {})
 
 
 @app.command()

@@ -199,6 +199,8 @@ class Api:
                 web.post("/v1/vtpms/{name}/start", self._start),
                 web.post("/v1/vtpms/{name}/stop", self._stop),
                 web.post("/v1/vtpms/{name}/retry", self._retry),
+                web.post("/v1/vtpms/{name}/snapshots", self._snapshot),
+                web.post("/v1/vtpms/{name}/moves", self._move),
                 web.get("/v1/vtpms/{name}/log", self._log),
                 web.get("/v1/vtpms/{name}/cdi", self._cdi),
                 web.post("/v1/vtpms/{name}/evidence", self._evidence),
@@ -289,6 +291,12 @@ class Api:
         await self._host.retry(vtpm.record.name)
         self._audit(caller(request), "retry", vtpm.record.name)
         return web.json_response(self._details(vtpm))
+
+    async def _snapshot(self, request: web.Request) -> web.Response:
+        raise self._owned(request).stays_here("no snapshot of it can be taken")
+
+    async def _move(self, request: web.Request) -> web.Response:
+        raise self._owned(request).stays_here("it cannot move to another host")
 
     async def _log(self, request: web.Request) -> web.Response:
         return web.json_response(_log_of(self._owned(request)))

@@ -475,6 +475,16 @@ class VirtualTpm:
         answer, _ = await self._worker.link.ask(message, lc.Quoted)
         return answer
 
+    def stays_here(self, what: str) -> Conflict:
+        """Why this vTPM's state goes nowhere: nothing of this version lets any out."""
+        if self.record.device:
+            why = (
+                f"its state is in {self.record.device}, a TPM of this machine, and never leaves it"
+            )
+        else:
+            why = "this version of Holdfast lets no state of a vTPM out"
+        return Conflict(f"{self.record.name}: {what}: {why}")
+
     def keys(self) -> KeySet:
         """What it was made with."""
         return self._around.registry.keys(self.record.id)
