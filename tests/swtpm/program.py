@@ -16,6 +16,7 @@ from pathlib import Path
 from holdfast.tpm2.wire import u32
 
 OURS = (str(Path(sys.executable).with_name("holdfast-swtpm")),)
+SETUP = str(Path(sys.executable).with_name("holdfast-swtpm-setup"))
 THEIRS = ("swtpm",)
 SECONDS = 20.0
 STARTED = ("--flags", "not-need-init,startup-clear")

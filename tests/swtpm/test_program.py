@@ -20,7 +20,7 @@ from holdfast.tpm2 import requests as rq
 from holdfast.tpm2.constants import Rc
 from holdfast.tpm2.wire import u32
 
-from .program import OURS, SECONDS, STARTED, THEIRS, Program, refused, running
+from .program import OURS, SECONDS, SETUP, STARTED, THEIRS, Program, refused, running
 
 SET_LOCALITY = bytes.fromhex("80010000000b20001000")
 FAILURE = rq.error_response(Rc.FAILURE)
@@ -46,6 +46,36 @@ def test_capabilities_are_those_that_drivers_look_for() -> None:
         said["features"]
     )  # fmt: skip
     assert "tpm-1.2" not in said["features"]
+
+
+def test_what_came_with_profiles_is_said_to_be_there_where_it_is() -> None:
+    """Debian 12's libtpms has none; lab/test_newer_libtpms.py runs on one that has."""
+    said = {}
+    for program in (OURS, (SETUP,)):
+        done = subprocess.run(
+            [*program, *(("socket",) if program == OURS else ()), "--tpm2", "--print-capabilities"],
+            capture_output=True, text=True, timeout=SECONDS, check=True,
+        )  # fmt: skip
+        said = json.loads(done.stdout)
+        assert not [name for name in said["features"] if "profile" in name or "info" in name]
+        assert "profiles" not in said
+
+
+def test_information_is_of_the_library_and_leaves_nothing(tmp_path: Path) -> None:
+    def info(*options: str) -> object:
+        done = subprocess.run(
+            [*OURS, "socket", "--tpm2", "--print-info", "7", *options], cwd=tmp_path,
+            capture_output=True, text=True, timeout=SECONDS, check=True,
+        )  # fmt: skip
+        return json.loads(done.stdout)
+
+    without = info()
+    assert isinstance(without, dict)
+    assert without["TPMAttributes"]["manufacturer"] == "id:00001014"
+    (tmp_path / "state").mkdir()
+    assert info("--tpmstate", "dir=state") == without
+    assert info("--tpmstate", "backend-uri=file://one") == without
+    assert [path.name for path in tmp_path.rglob("*")] == ["state"]
 
 
 def test_help_lists_what_is_probed_there_too() -> None:
@@ -127,7 +157,7 @@ def test_in_the_background_what_goes_wrong_is_still_told(tmp_path: Path) -> None
         tmp_path, "socket", "--tpm2", "--daemon", "--tpmstate", "dir=state",
         "--server", "type=unixio,path=data", *STARTED,
     )  # fmt: skip
-    assert said.startswith("swtpm: TPM state: ")
+    assert said.startswith(f"swtpm: {state}/tpm2-00.permall: TPM state: ")
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -397,7 +427,16 @@ CTRL = ("--ctrl", "type=unixio,path=c")
         (("--tpmstate", "dir=state,fsync=false", *CTRL), "fsync=false is not offered"),
         (("--tpmstate", "dir=state"), "--server, --port, --fd or --ctrl is needed"),
         (("--tpmstate", "dir=state", "--frob", *CTRL), "unrecognized arguments: --frob"),
-        (("--tpmstate", "dir=state", "--profile", "x", *CTRL), "unrecognized arguments: --profile"),
+        (("--tpmstate", "dir=state", "--profile", "x", *CTRL), "Unknown option 'x'"),
+        (("--tpmstate", "dir=state", "--profile", "name=null", *CTRL), "needs libtpms 0.10"),
+        (("--tpmstate", "dir=state", "--profile", "name=x,file=y", *CTRL), "one of name, profile"),
+        (("--tpmstate", "dir=state", "--profile", 'profile={"Name":"x"', *CTRL), "Unterminated"),
+        (("--tpmstate", "dir=state", "--profile", "profile={}x", *CTRL), "following JSON map"),
+        (("--tpmstate", "dir=state", "--profile", "fd=2", *CTRL), "greater than 2"),
+        (("--tpmstate", "dir=state", "--profile", "name=x,remove-disabled=y", *CTRL), "'y' for"),
+        (("--print-profiles",), "--print-profiles needs libtpms 0.10 or newer, and this is 0.9"),
+        (("--print-info", "0x20"), "--print-info 0x20 needs libtpms 0.10 or newer"),
+        (("--print-info", "all"), "Cannot parse info value 'all'."),
         (("--tpmstate", "dir=state", "--flags", "frob", *CTRL), "Unknown option 'frob'"),
         (("--tpmstate", "dir=state", "--flags", "startup-clear,startup-state", *CTRL), "at most"),
         (("--tpmstate", "dir=state", "--locality", "x", *CTRL), "Unknown option 'x'"),

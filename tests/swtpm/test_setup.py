@@ -8,7 +8,6 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -25,9 +24,8 @@ from holdfast.tpm2.constants import Cap, Ht, Rh
 from holdfast.tpm2.keys import public_key
 from holdfast.tpm2.structures import PcrSelection, Public
 
-from .program import OURS, SECONDS, STARTED, THEIRS, Program, running
+from .program import OURS, SECONDS, SETUP, STARTED, THEIRS, Program, running
 
-SETUP = str(Path(sys.executable).with_name("holdfast-swtpm-setup"))
 THEIR_SETUP = "swtpm_setup"
 CERTIFIED = ("--create-ek-cert", "--create-platform-cert", "--lock-nvram")
 EK_INDICES = {0x01C00002: 0x81010001, 0x01C0001C: 0x8101001C, 0x01C00016: 0x81010016}
@@ -519,8 +517,16 @@ BAD: dict[tuple[str, ...], str] = {
     ("--take-ownership",): "Taking ownership is not supported for TPM 2",
     ("--ownerpass", "x"): "TPM 1.2 is not offered",
     ("--srk-well-known",): "TPM 1.2 is not offered",
-    ("--profile-name", "default-v1"): "profiles are of libtpms 0.10",
-    ("--profile", "{}"): "profiles are of libtpms 0.10",
+    ("--profile-name", "default-v1"): "--profile needs libtpms 0.10 or newer, and this is 0.9",
+    ("--profile", "{}"): "--profile needs libtpms 0.10 or newer, and this is 0.9",
+    ("--profile", ""): "--profile is empty",
+    ("--profile-name", "../x"): "contains unacceptable characters",
+    ("--profile-name", "local:x"): "Could not find or access profile 'local:x'.",
+    ("--profile-file-fd", "x"): "Invalid file descriptor 'x'",
+    ("--profile", "{}", "--profile-file", "x"): "Only one of --profile, --profile-name",
+    ("--profile-remove-disabled", "x"): "Unsupported parameter for --profile-remove-disabled",
+    ("--profile-remove-disabled", "check"): "changes a profile, and none is given",
+    ("--profile", "{}", "--reconfigure"): "Reconfiguration does not accept a (new) profile.",
     ("--iakkeyalgo", "ecc_nist_p384"): "not offered",
     ("--tpm", "/nonexistent"): "swtpm at /nonexistent is not an executable.",
     ("--tpm", "/usr/bin/swtpm"): "made without another program here",
@@ -573,7 +579,8 @@ def test_tpm_1_2_and_no_place_are_refused(place: Place) -> None:
         ("active_pcr_banks = md5\n", "PCR bank 'md5' is not known"),
         ("rsa_keysize = 512\n", "Unsupported RSA key size 512"),
         ("rsa_keysize = 2048\nrsa_keysize = 3072\n", "line 2: 'rsa_keysize' is given twice"),
-        ("profile = {}\n", "'profile' is not known"),
+        ("profile = {}\n", "--profile needs libtpms 0.10 or newer"),
+        ("profile_file = x\n", "--profile needs libtpms 0.10 or newer"),
         ("create_certs_tool = ${NO_SUCH_NAME}/x\n", "NO_SUCH_NAME is not set"),
         ("create_certs_tool_seconds = 0\n", "is no number of seconds"),
         ("create_certs_tool = /nonexistent\n", "Could not find /nonexistent in PATH."),

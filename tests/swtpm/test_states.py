@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,10 +12,14 @@ import pytest
 
 from holdfast.protocol import control
 from holdfast.protocol.control import Capability, Command
+from holdfast.protocol.stateblob import decode_file, encode_blob
 from holdfast.tpm2 import requests as rq
+from holdfast.tpm2.constants import Rc
 from holdfast.tpm2.wire import u32
 
-from .program import OURS, STARTED, THEIRS, Program, refused, running
+from .program import OURS, SETUP, STARTED, THEIRS, Program, refused, running
+
+FIXTURES = Path(__file__).parents[1] / "fixtures" / "swtpm-0.10.2"
 
 KEYS: dict[str, tuple[str, ...]] = {
     "plain": (),
@@ -148,12 +154,12 @@ def _flip(data: bytes) -> bytes:
         (lambda data: b"", "TPM state: needs 1 bytes"),
         (lambda data: data[:9], "TPM state: needs 4 bytes"),
         (lambda data: data[:-1], "its header says"),
-        (lambda data: data[:16] + b"\0" * (len(data) - 16), "libtpms does not accept"),
+        (lambda data: data[:16] + b"\0" * (len(data) - 16), "does not accept this permanent state"),
         (lambda data: bytes([2, 3]) + data[2:], "it needs version 3 of the format"),
         (lambda data: data + bytes(1 << 20), "longer than the 524288 bytes"),
         # A newer libtpms: its record says that it needs a version which this one does not know.
         (lambda data: data[:16] + b"\0\x7f" + data[18:22] + b"\0\x7f" + data[24:],
-         "libtpms does not accept"),
+         "it is of a newer libtpms; use the one that made it"),
     ],
     ids=["empty", "no header", "cut", "zeros", "newer swtpm", "too long", "newer libtpms"],
 )  # fmt: skip
@@ -170,6 +176,7 @@ def test_a_state_that_is_none_is_refused_and_stays_as_it_is(
     )  # fmt: skip
     assert said.splitlines()[-1].startswith("swtpm: ")  # libtpms may have had its say before
     assert why in said
+    assert str(file) in said
     assert file.read_bytes() == spoiled
     with running(Program(directory)) as program:  # waits for INIT, which says so too
         assert program.ask(u32(Command.INIT) + u32(0))[:4] in (u32(0x21), u32(3), u32(9))
@@ -198,6 +205,77 @@ def test_a_wrong_key_opens_nothing_and_changes_nothing(
         "--server", "type=unixio,path=data", *STARTED, *KEYS["key of 128 bits"],
     )  # fmt: skip
     assert "Verification of HMAC failed" in said
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in directory.iterdir() if path.name != ".lock"}
+
+
+@pytest.fixture
+def newer(directory: Path) -> Callable[[str], Path]:
+    """A state of swtpm 0.10.2 and libtpms 0.10.2, by its profile."""
+
+    def place(profile: str) -> Path:
+        return Path(shutil.copytree(FIXTURES / profile, directory / "state"))
+
+    return place
+
+
+def test_a_state_of_a_newer_libtpms_is_refused_by_name_and_stays(
+    directory: Path, newer: Callable[[str], Path]
+) -> None:
+    state = newer("default-v1")
+    before = contents(state)
+    for options in (STARTED, ("--print-info", "7")):
+        said = refused(
+            directory, "socket", "--tpm2", "--tpmstate", "dir=state",
+            "--server", "type=unixio,path=data", *options,
+        ).splitlines()[-1]  # fmt: skip
+        assert said.startswith(f"swtpm: {state}/tpm2-00.permall: libtpms 0.9")
+        assert (
+            "profile 'default-v1' (StateFormatLevel 7), which libtpms 0.10 and newer have" in said
+        )
+        assert "use the libtpms that made it" in said
+    with running(Program(directory)) as program:  # as a machine monitor starts it
+        result = program.ask(u32(Command.INIT) + u32(0))
+        assert result != u32(0)
+        assert program.send(rq.get_random(8)) == rq.error_response(Rc.FAILURE)
+    assert contents(state) == before
+    (state / "tpm2-00.volatilestate").unlink()
+    del before["tpm2-00.volatilestate"]
+    done = subprocess.run(
+        [SETUP, "--tpm2", "--tpmstate", state, "--reconfigure", "--pcr-banks", "sha384"],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert f"{state}: libtpms 0.9" in done.stderr
+    assert contents(state) == before
+
+
+@pytest.mark.parametrize("command", [OURS, THEIRS])
+def test_a_blob_of_a_newer_libtpms_is_answered_as_swtpm_answers(
+    directory: Path, command: tuple[str, ...]
+) -> None:
+    state = decode_file((FIXTURES / "default-v1" / "tpm2-00.permall").read_bytes(), None)
+    blob = encode_blob(state, None, None, bytes(32), bytes(32))
+    with running(Program(directory, command)) as program:
+        request = u32(Command.SET_STATEBLOB) + u32(0) + u32(1) + u32(len(blob)) + blob
+        assert program.ask(request) == u32(0x2E)  # TPM_BAD_VERSION
+        assert contents(directory / "state") == {}
+        assert program.ask(u32(Command.INIT) + u32(0)) == u32(0)  # and is a new TPM then
+
+
+def test_a_state_of_a_newer_libtpms_for_older_ones_opens(
+    directory: Path, newer: Callable[[str], Path]
+) -> None:
+    newer("null")
+    with running(Program(directory), *STARTED) as program:
+        assert program.tool("tpm2_nvread", "0x1500001", "-s", "4") == "abcd"
+        assert "0x81000001" in program.tool("tpm2_getcap", "handles-persistent")
+        pcr = hashlib.sha256(bytes(32) + bytes(range(32))).hexdigest()
+        assert pcr in program.tool("tpm2_pcrread", "sha256:16").lower()  # of the volatile state
+        program.shut_down()
+    assert read(Program(directory, THEIRS)) == "abcd"
 
 
 def test_a_volatile_state_of_another_tpm_is_not_mixed_in(directory: Path) -> None:

@@ -1,4 +1,5 @@
-/* libtpms 0.9 and newer, as far as we call it (tpm_library.h, tpm_tis.h). */
+/* libtpms 0.9 and newer, as far as we call it (tpm_library.h, tpm_tis.h).
+   A function is looked up when it is first used: TPMLIB_SetProfile is there from 0.10 on. */
 typedef uint32_t TPM_RESULT;
 struct libtpms_callbacks {
     int sizeOfStruct;
@@ -22,6 +23,7 @@ TPM_RESULT TPMLIB_CancelCommand(void);
 TPM_RESULT TPMLIB_SetState(int type, const unsigned char *data, uint32_t length);
 TPM_RESULT TPMLIB_GetState(int type, unsigned char **data, uint32_t *length);
 char *TPMLIB_GetInfo(uint32_t flags);
+TPM_RESULT TPMLIB_SetProfile(const char *profile);
 TPM_RESULT TPM_IO_Hash_Start(void);
 TPM_RESULT TPM_IO_Hash_Data(const unsigned char *data, uint32_t length);
 TPM_RESULT TPM_IO_Hash_End(void);

@@ -16,7 +16,8 @@ from typing import Any, Final
 
 from holdfast.engine import libcrypto_abi, libtpms_abi
 from holdfast.engine.curves import Curves
-from holdfast.errors import DecodeError, HostError, IntegrityError, TpmError
+from holdfast.engine.origin import refusal
+from holdfast.errors import DecodeError, HostError, IntegrityError, InvalidInput, TpmError
 from holdfast.tpm2.constants import BUFFER_MAX
 
 LIBRARY: Final = "libtpms.so.0"
@@ -81,9 +82,28 @@ class Engine:
     def version_text(self) -> str:
         return ".".join(map(str, self.version))
 
-    def manufacture(self) -> None:
-        """Make a new TPM with fresh seeds; its state is noted for storing."""
+    @property
+    def offers_profiles(self) -> bool:
+        """Whether libtpms can leave out algorithms and commands of a new TPM: from 0.10 on."""
+        try:
+            return bool(self._lib.TPMLIB_SetProfile)
+        except self._ffi.error:
+            return False
+
+    def manufacture(self, profile: str | None = None) -> None:
+        """Make a new TPM with fresh seeds; its state is noted for storing.
+
+        InvalidInput if libtpms does not take this profile (JSON), HostError if it takes none.
+        """
         self._noted = None
+        if self.offers_profiles:
+            # NULL, so that a profile is not the next TPM's too.
+            text = self._ffi.NULL if profile is None else profile.encode()
+            # SAFETY: libtpms copies the NUL-terminated text before it returns.
+            if self._lib.TPMLIB_SetProfile(text):
+                raise InvalidInput(f"Error: Could not set profile for TPM2: '{profile}'")
+        elif profile is not None:
+            raise self.too_old("a profile")
         self._check(self._lib.TPMLIB_MainInit(), "MainInit")
 
     def restore(self, permanent: bytes, volatile: bytes | None = None) -> None:
@@ -95,11 +115,14 @@ class Engine:
         if volatile is not None:
             blobs.append((StateKind.VOLATILE, volatile))
         for kind, blob in blobs:
-            if not self.accepts(kind, blob):
-                raise IntegrityError(f"libtpms does not accept this {kind.name.lower()} state")
+            self.look_at(kind, blob)
         if self._lib.TPMLIB_MainInit():
             raise IntegrityError("libtpms does not start on this state")
         self._noted = None  # MainInit stores back what it was given
+
+    def too_old(self, what: str) -> HostError:
+        """The error of who asks for what came with libtpms 0.10."""
+        return HostError(f"{what} needs libtpms 0.10 or newer, and this is {self.version_text}")
 
     def power_off(self) -> None:
         """Forget the TPM, without a Shutdown."""
@@ -135,6 +158,13 @@ class Engine:
         """The permanent state that was last to be stored, once; None if nothing changed."""
         noted, self._noted = self._noted, None
         return noted
+
+    def look_at(self, kind: StateKind, blob: bytes) -> None:
+        """While off: IntegrityError, with the reason, if libtpms does not recognise a state."""
+        try:
+            self.set_state(kind, blob)
+        except TpmError:
+            raise IntegrityError(refusal(kind.name.lower(), blob, self.version)) from None
 
     def dump(self, kind: StateKind) -> bytes:
         """The state of the running TPM as libtpms marshals it."""
@@ -180,10 +210,10 @@ class Engine:
         least, most = self._ffi.new("uint32_t *"), self._ffi.new("uint32_t *")
         return int(self._lib.TPMLIB_SetBufferSize(wanted, least, most)), least[0], most[0]
 
-    def accepts(self, kind: StateKind, blob: bytes) -> bool:
-        """While off: whether libtpms would go on from this state."""
+    def set_state(self, kind: StateKind, blob: bytes) -> None:
+        """While off: have libtpms look at a state. TpmError if it would not go on from it."""
         # SAFETY: libtpms copies the blob before it returns.
-        return int(self._lib.TPMLIB_SetState(kind, blob, len(blob))) == 0
+        self._check(self._lib.TPMLIB_SetState(kind, blob, len(blob)), "SetState")
 
     def info(self, flags: int) -> str:
         """libtpms' JSON about itself; `flags` of TPMLIB_GetInfo."""

@@ -18,19 +18,21 @@ from pathlib import Path
 from typing import Final
 
 from holdfast import __version__
-from holdfast.engine.libtpms import Engine, Entropy
-from holdfast.errors import HoldfastError, HostError, InvalidInput
+from holdfast.engine.libtpms import Engine, Entropy, StateKind
+from holdfast.errors import Conflict, HoldfastError, HostError, InvalidInput
 from holdfast.frontend.cancelling import Canceller
 from holdfast.frontend.loop import Loop
 from holdfast.linux import process, seccomp, vtpm_proxy
 from holdfast.protocol import linear
+from holdfast.protocol.stateblob import decode_file
 from holdfast.sandbox import swtpm as box
-from holdfast.swtpm import keys, listening, user
+from holdfast.swtpm import keys, listening, profiles, user
 from holdfast.swtpm.controls import Leaving
-from holdfast.swtpm.machine import Machine
+from holdfast.swtpm.machine import FILES, PROFILE_TOO_LATE, Machine
 from holdfast.swtpm.options import (
     CAPABILITIES,
     PREFIX,
+    PROFILE_CAPABILITIES,
     Endpoint,
     Interface,
     Options,
@@ -39,7 +41,7 @@ from holdfast.swtpm.options import (
     parse,
 )
 from holdfast.swtpm.service import Service
-from holdfast.swtpm.storage import Directory, SingleFile, Storage
+from holdfast.swtpm.storage import Directory, SingleFile, Storage, told_of
 
 USAGE: Final = """A TPM 2.0 that is driven as swtpm is.
 
@@ -55,15 +57,19 @@ _ACTIONS: Final = {"kill": seccomp.KILL_PROCESS, "log": seccomp.LOG}
 def run(options: Options) -> None:
     """Do what the command line asks for; returns at its end."""
     if options.print_capabilities:
-        features = {"type": "swtpm", "features": list(CAPABILITIES), "version": __version__}
-        sys.stdout.write(json.dumps(features) + "\n")
+        _print(_capabilities(Engine()))
+        return
+    if options.print_profiles:
+        _print({"AvailableProfiles": profiles.built_in(Engine())})
+        return
+    if options.print_info is not None:
+        sys.stdout.write(_info(options, options.print_info) + "\n")
         return
     if options.state is None:
         wanted = " for --print-states" if options.print_states else ""
         raise InvalidInput(f"Error: --tpmstate option is required{wanted}")
     if options.print_states:
-        states = _states(options.state)
-        sys.stdout.write(json.dumps({"type": "swtpm", "states": states}) + "\n")
+        _print({"type": "swtpm", "states": _states(options.state)})
         return
     _check_reachable(options)
     leaving = Leaving(
@@ -75,6 +81,7 @@ def run(options: Options) -> None:
         user.become(options.run_as)
     storage = _storage(options.state)
     engine, loop = Engine(), Loop()
+    profile = profiles.load(options.profile, engine) if options.profile is not None else None
     with contextlib.ExitStack() as opened:
         serve = _open(options, opened)  # before going into the background: errors are seen
         pid_path = Path(options.pid.file if options.pid else "").absolute()
@@ -86,7 +93,7 @@ def run(options: Options) -> None:
         canceller = _confined(options.seccomp, engine)
         Entropy().reseed()
         cancellable = partial(loop.run_cancellable, canceller)
-        machine = Machine(engine, storage, key, options.rules, cancellable)
+        machine = Machine(engine, storage, key, options.rules, cancellable, profile)
         service = Service(machine, leaving, loop, ends_with_data=options.terminate)
         if not options.incoming:
             storage.lock()
@@ -97,6 +104,40 @@ def run(options: Options) -> None:
         log("ready")
         service.run()
         log("ended")
+
+
+def _print(said: dict[str, object]) -> None:
+    sys.stdout.write(json.dumps(said) + "\n")
+
+
+def _capabilities(engine: Engine) -> dict[str, object]:
+    features, said = list(CAPABILITIES), {}
+    if engine.offers_profiles:
+        features += PROFILE_CAPABILITIES
+        said = {"profiles": profiles.capabilities(engine)}
+    return {"type": "swtpm", "features": features, **said, "version": __version__}
+
+
+def _info(options: Options, flags: int) -> str:
+    """What libtpms says, of the TPM in --tpmstate if that is given. Nothing is written."""
+    engine = Engine()
+    profile = profiles.load(options.profile, engine) if options.profile is not None else None
+    if options.state is None:
+        return profiles.info(engine, flags)
+    process.set_dumpable(False)
+    Entropy().reseed()
+    key = keys.load(options.key) if options.key is not None else None
+    name, place = FILES[StateKind.PERMANENT], options.state
+    storage = None if place.linear and not Path(place.path).exists() else _storage(place)
+    data = storage.load(name) if storage is not None else None
+    if storage is None or data is None:
+        engine.manufacture(profile)  # as the one that would be made
+    elif profile is not None:
+        raise Conflict(PROFILE_TOO_LATE)
+    else:
+        with told_of(storage.where(name)):
+            engine.restore(decode_file(data, key))
+    return profiles.info(engine, flags)
 
 
 def _confined(action: str, engine: Engine) -> Canceller:

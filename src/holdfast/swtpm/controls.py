@@ -170,7 +170,8 @@ class HostControls:
         except ValueError:
             return u32(control.RESULT_BAD_PARAMETER)
         state = decode_blob(data, self._machine.key, self._leaving.key) if data else b""
-        return OK if self._machine.offer(kind, state) else u32(control.RESULT_BAD_PARAMETER)
+        self._machine.offer(kind, state)
+        return OK
 
     def _get_config(self, _body: bytes) -> bytes:
         file_key = _GET_CONFIG_FILE_KEY if self._machine.key is not None else 0

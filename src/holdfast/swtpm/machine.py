@@ -15,9 +15,9 @@ from enum import Enum
 from typing import Final
 
 from holdfast.engine.libtpms import Engine, StateKind
-from holdfast.errors import HoldfastError, IntegrityError, TpmError
+from holdfast.errors import Conflict, HoldfastError, IntegrityError, TpmError
 from holdfast.protocol.stateblob import Key, decode_file, encode_file
-from holdfast.swtpm.storage import Storage
+from holdfast.swtpm.storage import Storage, told_of
 from holdfast.tpm2 import requests as rq
 from holdfast.tpm2.commands import Cc
 from holdfast.tpm2.constants import HEADER_SIZE, Rc
@@ -26,6 +26,10 @@ from holdfast.worker.tpm import Cancellable, DurableTpm
 
 FILES: Final = {StateKind.PERMANENT: "permall", StateKind.VOLATILE: "volatilestate"}
 LOCALITY_MAX: Final = 4
+PROFILE_TOO_LATE: Final = (
+    "Error: Profile could not be applied to an existing TPM 2 instance: it is chosen once, when "
+    "the TPM is made"
+)
 _CODE: Final = slice(6, 10)
 _SHUTDOWN: Final = Cc.Shutdown.to_bytes(4, "big")
 _STARTUP: Final = Cc.Startup.to_bytes(4, "big")
@@ -61,13 +65,16 @@ class Machine:
         key: Key | None,
         rules: Rules,
         cancellable: Cancellable | None = None,
+        profile: str | None = None,
     ) -> None:
+        """`profile` is that of a TPM which the first start makes."""
         self.engine = engine
         self.storage = storage
         self.key = key
         self.running = False
         self.locality = 0
         self._rules = rules
+        self._profile = profile
         self._startup = rules.startup  # once: who resets the TPM by INIT starts it up too
         self._offered: dict[StateKind, bytes] = {}
         self._orderly = True  # nothing has run since the last TPM2_Shutdown
@@ -77,21 +84,28 @@ class Machine:
     def start(self, *, delete_volatile: bool = False) -> None:
         """Power on, from off or not.
 
-        IntegrityError: the states are not a TPM's, or not of this key; Conflict: it runs elsewhere.
+        IntegrityError: the states are not a TPM's, or not of this key; Conflict: it runs elsewhere,
+        or there is a profile for a TPM that was made before.
         """
         self.stop()
         self.storage.lock()
         permanent, volatile = self._state(StateKind.PERMANENT), self._state(StateKind.VOLATILE)
         if permanent is None:
-            self.engine.manufacture()
+            self.engine.manufacture(self._profile)
             permanent = self.engine.take_noted()
             assert permanent is not None  # libtpms stores what it manufactures
             self.save(StateKind.PERMANENT, permanent)
         else:
+            if self._profile is not None:
+                raise Conflict(PROFILE_TOO_LATE)
+            self._look_at(StateKind.PERMANENT, permanent)
+            if volatile is not None:
+                self._look_at(StateKind.VOLATILE, volatile)
             self.engine.restore(permanent, volatile)
             if StateKind.PERMANENT in self._offered:
                 self.save(StateKind.PERMANENT, permanent)
         self._offered.clear()
+        self._profile = None
         self._tpm.committed(permanent)
         if volatile is not None:
             self._stir()
@@ -102,7 +116,11 @@ class Machine:
         startup, self._startup = self._startup, Startup.NONE
         if startup is not Startup.NONE:
             command = rq.startup(state=startup is Startup.STATE)
-            rq.response(Cc.Startup, self._tpm.execute(command))
+            try:
+                rq.response(Cc.Startup, self._tpm.execute(command))
+            except TpmError as error:
+                if volatile is None or error.rc != Rc.INITIALIZE:  # it was started before
+                    raise
             self._orderly = False
 
     def stop(self) -> None:
@@ -153,17 +171,21 @@ class Machine:
         most = LOCALITY_MAX - 1 if self._rules.reject_locality_4 else LOCALITY_MAX
         return 0 <= locality <= most
 
-    def offer(self, kind: StateKind, state: bytes) -> bool:
-        """Start from this state next time, or from none if it is empty; whether libtpms would."""
+    def offer(self, kind: StateKind, state: bytes) -> None:
+        """Start from this state next time, or from none if it is empty.
+
+        TpmError if libtpms would not; then nothing that was offered stays.
+        """
         if not state:
             self._offered.pop(kind, None)
             self.storage.delete(FILES[kind])
-            return True
-        if not self.engine.accepts(kind, state):
+            return
+        try:
+            self.engine.set_state(kind, state)
+        except TpmError:
             self._offered.clear()
-            return False
+            raise
         self._offered[kind] = state
-        return True
 
     def state(self, kind: StateKind) -> bytes | None:
         """A state as it is now; None if there is none."""
@@ -179,7 +201,14 @@ class Machine:
         if self._offered:
             return None  # states of two TPMs are not mixed
         data = self.storage.load(FILES[kind])
-        return None if data is None else decode_file(data, self.key)
+        if data is None:
+            return None
+        with told_of(self.storage.where(FILES[kind])):
+            return decode_file(data, self.key)
+
+    def _look_at(self, kind: StateKind, state: bytes) -> None:
+        with told_of(self.storage.where(FILES[kind])):
+            self.engine.look_at(kind, state)
 
     def _commit(self, permanent: bytes) -> bool:
         try:

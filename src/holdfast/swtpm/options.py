@@ -7,7 +7,7 @@ is an error and never ignored. Nothing is opened.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from typing import Final, NoReturn
@@ -21,6 +21,11 @@ CAPABILITIES: Final = (
     "cmdarg-print-states", "cmdarg-migration", "nvram-backend-dir", "nvram-backend-file",
     "tpmstate-opt-lock", "rsa-keysize-2048", "rsa-keysize-3072",
 )  # fmt: skip
+# Those that need a libtpms with profiles.
+PROFILE_CAPABILITIES: Final = (
+    "cmdarg-profile", "cmdarg-print-profiles", "profile-opt-remove-disabled", "cmdarg-print-info",
+)  # fmt: skip
+REMOVALS: Final = ("check", "fips-host")
 LOG_LEVEL_MAX: Final = 4
 PREFIX = "swtpm"
 _TRUE: Final = {"true": True, "false": False}
@@ -61,6 +66,17 @@ class KeySource:
     size: int = 16
     kdf: str = "pbkdf2"
     remove: bool = False
+
+
+@dataclass(frozen=True)
+class ProfileSource:
+    """A profile by its name, as JSON, in a file or behind a descriptor."""
+
+    name: str = ""
+    text: str = ""
+    file: str = ""
+    fd: int = -1
+    remove_disabled: str = ""  # one of REMOVALS
 
 
 @dataclass(frozen=True)
@@ -109,12 +125,44 @@ class Options:
     unsafe_plain: bool
     print_capabilities: bool
     print_states: bool
+    profile: ProfileSource | None
+    print_profiles: bool
+    print_info: int | None  # flags of TPMLIB_GetInfo
+
+
+def _end(option: str, text: str) -> int:
+    """Where the first member ends: at a comma, or behind the JSON object that is its value."""
+    comma = text.find(",")
+    end = comma if comma >= 0 else len(text)
+    start = text.find("=", 0, end) + 1
+    if not start or text[start : start + 1] != "{":
+        return end
+    depth = 0
+    for position in range(start, len(text)):
+        depth += {"{": 1, "}": -1}.get(text[position], 0)
+        if not depth:
+            break
+    else:
+        raise InvalidInput(f"Error parsing {option} options: Unterminated JSON map.")
+    end = position + 1
+    if text[end : end + 1] not in ("", ","):
+        raise InvalidInput(
+            f"Error parsing {option} options: Unexpected character following JSON map."
+        )
+    return end
+
+
+def _parts(option: str, text: str) -> Iterator[str]:
+    while (end := _end(option, text)) < len(text):
+        yield text[:end]
+        text = text[end + 1 :]
+    yield text
 
 
 def pairs(option: str, text: str, known: Mapping[str, str]) -> dict[str, str]:
     """Split `a=1,b`; `known` says of each member whether it has a "value" or is a "flag"."""
     found: dict[str, str] = {}
-    for part in text.split(","):
+    for part in _parts(option, text):
         name, equals, value = part.partition("=")
         kind = known.get(name)
         if kind is None or (kind == "value" and not equals):
@@ -264,6 +312,37 @@ def output(option: str, text: str) -> Output:
     )
 
 
+def profile_source(text: str) -> ProfileSource:
+    """`--profile`."""
+    given = pairs("profile", text, _values("name", "profile", "file", "fd", "remove-disabled"))
+    sources = [name for name in ("name", "profile", "file", "fd") if given.get(name)]
+    if len(sources) != 1:
+        raise InvalidInput("Error parsing profile options: one of name, profile, file, fd")
+    removal = given.get("remove-disabled", "")
+    if "remove-disabled" in given and removal not in REMOVALS:
+        raise InvalidInput(
+            f"Invalid option parameter '{removal}' for 'remove-disabled': "
+            f"there are {' and '.join(REMOVALS)}"
+        )
+    return ProfileSource(
+        name=given.get("name", ""),
+        text=given.get("profile", ""),
+        file=given.get("file", ""),
+        fd=_descriptor("profile", "fd", given["fd"]) if given.get("fd") else -1,
+        remove_disabled=removal,
+    )
+
+
+def _info_flags(text: str) -> int:
+    try:
+        flags = int(text, 0)
+    except ValueError:
+        flags = -1
+    if not 0 <= flags <= 0xFFFFFFFF:
+        raise InvalidInput(f"Cannot parse info value '{text}'.")
+    return flags
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise InvalidInput(message)
@@ -299,6 +378,11 @@ def _parser(interface: Interface) -> argparse.ArgumentParser:
     add("-r", "--runas", metavar="USER", default="", help="change to this user")
     add("--print-capabilities", action="store_true", help="print them as JSON and end")
     add("--print-states", action="store_true", help="print which states there are and end")
+    add("--profile", metavar="name=|profile=JSON|file=|fd=,...", help="which algorithms and "
+        f"commands a new TPM has (libtpms 0.10): remove-disabled={'|'.join(REMOVALS)}")  # fmt: skip
+    add("--print-profiles", action="store_true", help="print those of libtpms as JSON and end")
+    add("--print-info", metavar="FLAGS", help="print what libtpms says of itself, and of the TPM "
+        "in --tpmstate, as JSON and end")  # fmt: skip
     if interface is Interface.SOCKET:
         add("-p", "--port", metavar="PORT", help="TCP port for TPM commands; disconnects after "
             "each")  # fmt: skip
@@ -368,6 +452,9 @@ def parse(interface: Interface, arguments: list[str], environ: Mapping[str, str]
         unsafe_plain="unsafe-plain-stateblobs" in flags,
         print_capabilities=given.print_capabilities,
         print_states=given.print_states,
+        profile=profile_source(given.profile) if given.profile is not None else None,
+        print_profiles=given.print_profiles,
+        print_info=_info_flags(given.print_info) if given.print_info is not None else None,
     )
 
 

@@ -11,10 +11,11 @@ import errno
 import fcntl
 import os
 import stat
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Final, Protocol
 
-from holdfast.errors import Conflict, HostError
+from holdfast.errors import Conflict, DecodeError, HostError, IntegrityError
 from holdfast.protocol import linear
 from holdfast.protocol.stateblob import BLOB_MAX
 
@@ -37,6 +38,20 @@ class Storage(Protocol):
         """Replace a state. OSError, and the old one stays, if it cannot be made durable."""
 
     def delete(self, name: str) -> None: ...
+
+    def where(self, name: str, /) -> Path:
+        """The file that a state is in."""
+
+
+@contextlib.contextmanager
+def told_of(path: Path) -> Iterator[None]:
+    """What is wrong with a state is said together with its file."""
+    try:
+        yield
+    except DecodeError as error:
+        raise DecodeError(f"{path}: {error.what}", error.why) from None
+    except IntegrityError as error:
+        raise IntegrityError(f"{path}: {error}") from None
 
 
 class Directory:
@@ -107,6 +122,9 @@ class Directory:
             os.unlink(f"tpm2-00.{name}", dir_fd=self._fd)
             os.fsync(self._fd)
 
+    def where(self, name: str) -> Path:
+        return self.path / f"tpm2-00.{name}"
+
 
 class SingleFile:
     """swtpm's linear store in a file, which is made if it is not there, or on a block device."""
@@ -150,6 +168,9 @@ class SingleFile:
         states = dict(self._store.states)
         if states.pop(name, None) is not None:
             self._write(states)
+
+    def where(self, _name: str) -> Path:
+        return self.path
 
     def _write(self, states: dict[str, bytes]) -> None:
         change = linear.replace(self._store, states)

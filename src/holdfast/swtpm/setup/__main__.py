@@ -15,6 +15,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Final, NoReturn
 
@@ -23,20 +24,22 @@ from holdfast.engine.libtpms import Engine, Entropy
 from holdfast.errors import Conflict, HoldfastError, HostError, InvalidInput
 from holdfast.linux import process
 from holdfast.protocol.stateblob import Key, decode_file, encode_file
-from holdfast.swtpm import keys, user
-from holdfast.swtpm.options import KeySource
+from holdfast.swtpm import keys, profiles, user
+from holdfast.swtpm.options import KeySource, ProfileSource
 from holdfast.swtpm.setup import certificates, config, durable, options
 from holdfast.swtpm.setup.authority import Authority
 from holdfast.swtpm.setup.certificates import Platform
 from holdfast.swtpm.setup.config import SetupConfig
 from holdfast.swtpm.setup.keys import RSA
 from holdfast.swtpm.setup.manufacture import Certifier, Facts, Made, Plan, make, reconfigure
-from holdfast.swtpm.setup.options import CAPABILITIES, Existing, Options
+from holdfast.swtpm.setup.options import CAPABILITIES, PROFILE_CAPABILITIES, Existing, Options
 from holdfast.swtpm.setup.places import PERMANENT, SUSPENDED, Place
 from holdfast.swtpm.setup.report import Report
 from holdfast.swtpm.setup.tool import ENDING, Tool
+from holdfast.swtpm.storage import told_of
 
 OURS: Final = "holdfast-swtpm"
+DISTRIBUTION_PROFILES: Final = "/usr/share/swtpm/profiles"
 _CERTIFICATE_MODE: Final = 0o640
 _IV: Final = 32
 
@@ -55,7 +58,7 @@ def run(asked: Options, report: Report) -> int:
         return 0
     engine = Engine()
     facts = Facts.of(engine)
-    plan = _plan(asked, settings, facts)
+    plan = replace(_plan(asked, settings, facts), profile=_profile(asked, settings, engine))
     key = _key(asked.key, who, report) if asked.key is not None else None
     process.set_dumpable(False)
     Entropy().reseed()
@@ -142,6 +145,71 @@ def _plan(asked: Options, settings: SetupConfig, facts: Facts) -> Plan:
     )
 
 
+def _profile(asked: Options, settings: SetupConfig, engine: Engine) -> str | None:
+    """The profile that the caller chose, else the configuration, else libtpms."""
+    if asked.reconfigure:
+        return None
+    source = asked.profile
+    if asked.profile_name:
+        source = _named_profile(asked.profile_name, settings)
+    elif source is None and (settings.profile or settings.profile_file):
+        # Both are swtpm_setup's keywords, and the file is what it looks for first.
+        text = "" if settings.profile_file else settings.profile
+        source = ProfileSource(text=text, file=settings.profile_file)
+    if source is None:
+        if asked.remove_disabled:
+            raise InvalidInput("--profile-remove-disabled changes a profile, and none is given.")
+        return None
+    return profiles.load(replace(source, remove_disabled=asked.remove_disabled), engine)
+
+
+def _named_profile(text: str, settings: SetupConfig) -> ProfileSource:
+    places = {"local": settings.profiles, "distro": DISTRIBUTION_PROFILES}
+    prefix, _, rest = text.partition(":")
+    if rest and prefix in ("local", "distro", "builtin"):
+        places = {prefix: places[prefix]} if prefix in places else {}
+        name, built_in = rest, prefix == "builtin"
+    else:
+        name, built_in = text, True
+    for directory in filter(None, places.values()):
+        path = f"{directory}/{name}.json"
+        if os.access(path, os.R_OK):
+            return ProfileSource(file=path)
+    if not built_in:
+        raise InvalidInput(f"Could not find or access profile '{text}'.")
+    return ProfileSource(name=name)
+
+
+def _is_told(asked: Options) -> bool:
+    """Whether something was to be printed, which now is, and nothing more is to be done."""
+    if asked.version:
+        sys.stdout.write(f"TPM emulator setup tool version {__version__}, Holdfast\n")
+    elif asked.print_capabilities:
+        _print_capabilities()
+    elif asked.print_profiles:
+        _print_profiles(_settings(asked))
+    else:
+        return False
+    return True
+
+
+def _print_profiles(settings: SetupConfig) -> None:
+    places = {"local": settings.profiles, "distro": DISTRIBUTION_PROFILES}
+    found = {name: profiles.in_directory(Path(path)) for name, path in places.items() if path}
+    said = {name: there for name, there in found.items() if there is not None}
+    sys.stdout.write(json.dumps(said | {"builtin": profiles.built_in(Engine())}) + "\n")
+
+
+def _print_capabilities() -> None:
+    engine = Engine()
+    features, said = list(CAPABILITIES), {}
+    if engine.offers_profiles:
+        features += PROFILE_CAPABILITIES
+        said = {"profiles": profiles.names(engine)}
+    whole = {"type": "swtpm_setup", "features": features, **said, "version": __version__}
+    sys.stdout.write(json.dumps(whole) + "\n")
+
+
 def _key(source: KeySource, who: str, report: Report) -> Key:
     what = "pwdfile" if source.password else "keyfile"
     if source.file and not os.access(source.file, os.R_OK):
@@ -180,7 +248,8 @@ def _reconfigure(engine: Engine, place: Place, plan: Plan, key: Key | None, repo
     there = place.existing()
     if PERMANENT in there and (suspended := [name for name in there if name in SUSPENDED]):
         raise Conflict(f"The TPM in {place.path} is suspended: there is a '{suspended[0]}'.")
-    state = reconfigure(engine, decode_file(place.permanent(), key), plan.banks, report.say)
+    with told_of(place.path):
+        state = reconfigure(engine, decode_file(place.permanent(), key), plan.banks, report.say)
     with _undisturbed():
         place.write(encode_file(state, key, os.urandom(_IV)))
 
@@ -246,12 +315,7 @@ def _main() -> int:
         signal.signal(number, _end)
     try:
         asked = options.parse(sys.argv[1:])
-        if asked.version:
-            sys.stdout.write(f"TPM emulator setup tool version {__version__}, Holdfast\n")
-            return 0
-        if asked.print_capabilities:
-            said = {"type": "swtpm_setup", "features": list(CAPABILITIES), "version": __version__}
-            sys.stdout.write(json.dumps(said) + "\n")
+        if _is_told(asked):
             return 0
         if asked.run_as:
             user.become(asked.run_as)

@@ -42,6 +42,9 @@ class SetupConfig:
     tool_seconds: int = TOOL_SECONDS
     pcr_banks: str = ""
     rsa_keysize: str = ""
+    profile: str = ""  # JSON
+    profile_file: str = ""
+    profiles: str = ""  # the directory of --profile-name local:NAME
 
 
 @dataclass(frozen=True)
@@ -62,7 +65,9 @@ _SETUP_KEYWORDS: Final = {
     "create_certs_tool_seconds": "tool_seconds",
     "active_pcr_banks": "pcr_banks",
     "rsa_keysize": "rsa_keysize",
-    "local_profiles_dir": "",  # where --profile-name would look, which is refused
+    "profile": "profile",
+    "profile_file": "profile_file",
+    "local_profiles_dir": "profiles",
 }
 
 
@@ -86,7 +91,6 @@ def setup(path: Path, environ: Mapping[str, str]) -> SetupConfig:
     seconds = given.pop("create_certs_tool_seconds", str(TOOL_SECONDS))
     if not seconds.isdecimal() or not 0 < int(seconds) < 1 << 16:
         raise InvalidInput(f"{path}: create_certs_tool_seconds '{seconds}' is no number of seconds")
-    given.pop("local_profiles_dir", None)
     texts = {_SETUP_KEYWORDS[name]: value for name, value in given.items()}
     return SetupConfig(tool_seconds=int(seconds), **texts)
 

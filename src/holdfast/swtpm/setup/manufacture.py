@@ -14,6 +14,7 @@ from typing import Final, Protocol
 
 from holdfast.engine.libtpms import Engine, StateKind
 from holdfast.errors import HostError
+from holdfast.swtpm import profiles
 from holdfast.swtpm.setup.keys import (
     ECC,
     PLATFORM_CERT_INDEX,
@@ -91,6 +92,7 @@ class Plan:
     decryption: bool = False
     storage_key: bool = False
     storage_key_is_ecc: bool = False
+    profile: str | None = None
 
 
 @dataclass(frozen=True)
@@ -107,7 +109,9 @@ def make(
     engine: Engine, plan: Plan, certifier: Certifier | None, say: Callable[[str], None]
 ) -> Made:
     """A new TPM, powered off again. `say` is told of each step that is done."""
-    engine.manufacture()
+    engine.manufacture(plan.profile)
+    if profile := profiles.active(engine):
+        say(f"Active profile: {profile}")
     execute = engine.process
     rq.response(Cc.Startup, execute(rq.startup()))
     if plan.storage_key:

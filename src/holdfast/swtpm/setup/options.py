@@ -6,13 +6,14 @@ What we do not have is refused by name, with what to do instead.
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Final, NoReturn
 
 from holdfast.errors import InvalidInput
-from holdfast.swtpm.options import KeySource
+from holdfast.swtpm.options import REMOVALS, KeySource, ProfileSource
 from holdfast.tpm2.algorithms import HASHES_BY_NAME, Alg
 
 CAPABILITIES: Final = (
@@ -20,21 +21,21 @@ CAPABILITIES: Final = (
     "cmdarg-create-config-files", "cmdarg-reconfigure-pcr-banks", "tpm2-rsa-keysize-2048",
     "tpm2-rsa-keysize-3072",
 )  # fmt: skip
+# Those that need a libtpms with profiles.
+PROFILE_CAPABILITIES: Final = ("cmdarg-profile", "cmdarg-profile-remove-disabled")
 DEFAULT_BANKS: Final = "sha256"
 DEFAULT_RSA_BITS: Final = 2048
 NO_BANKS: Final = "-"
 CONFIG_FLAGS: Final = ("overwrite", "root", "skip-if-exist")
 _CIPHERS: Final = {"aes-cbc": 16, "aes-128-cbc": 16, "aes-256-cbc": 32}  # key sizes in bytes
+_PROFILE_NAME: Final = re.compile(r"[A-Za-z0-9.\-:]+")
 _TPM_1_2: Final = "TPM 1.2 is not offered"
-_PROFILES: Final = "profiles are of libtpms 0.10, and not offered"
 _DEVICE_KEYS: Final = "keys of swtpm 0.11, which are not offered"
 # Options of some swtpm_setup that are not here, and why.
 REFUSED: Final = {
     "take-ownership": f"Taking ownership is not supported for TPM 2: {_TPM_1_2}",
     "ownerpass": _TPM_1_2, "owner-well-known": _TPM_1_2, "srkpass": _TPM_1_2,
-    "srk-well-known": _TPM_1_2, "profile": _PROFILES, "profile-name": _PROFILES,
-    "profile-file": _PROFILES, "profile-file-fd": _PROFILES, "profile-remove-disabled": _PROFILES,
-    "print-profiles": _PROFILES, "ek1keyalgo": "--rsa-keysize chooses the first EK",
+    "srk-well-known": _TPM_1_2, "ek1keyalgo": "--rsa-keysize chooses the first EK",
     "ek2keyalgo": "the second EK is on P-384", "iakkeyalgo": _DEVICE_KEYS,
     "idevidkeyalgo": _DEVICE_KEYS,
 }  # fmt: skip
@@ -74,6 +75,10 @@ class Options:
     ek_cert_directory: str
     display: bool
     create_config_files: tuple[str, ...] | None
+    profile: ProfileSource | None
+    profile_name: str  # where it is, is the configuration's
+    remove_disabled: str
+    print_profiles: bool
     print_capabilities: bool
     version: bool
     deprecated: tuple[str, ...]
@@ -124,6 +129,16 @@ def _parser() -> argparse.ArgumentParser:
     add("--tpm", metavar="PROGRAM", default="", help="no other than holdfast-swtpm")
     add("--create-config-files", metavar="FLAGS", nargs="?", const="", help="write a user's "
         f"configuration files; flags: {', '.join(CONFIG_FLAGS)}")  # fmt: skip
+    add("--profile", metavar="JSON", help="which algorithms and commands the TPM has "
+        "(libtpms 0.10)")  # fmt: skip
+    add("--profile-name", metavar="NAME", default="", help="a profile of the configuration's "
+        "directory (local:NAME), the distribution's (distro:) or libtpms' own "
+        "(builtin:)")  # fmt: skip
+    add("--profile-file", metavar="FILE", help="a profile in a file")
+    add("--profile-file-fd", metavar="FD", help="the same by a descriptor")
+    add("--profile-remove-disabled", metavar="|".join(REMOVALS), default="", help="of a custom "
+        "profile, take out what is disabled on this host, or on one in FIPS mode")  # fmt: skip
+    add("--print-profiles", action="store_true", help="print them as JSON and end")
     add("--print-capabilities", action="store_true", help="print them as JSON and end")
     add("--version", action="store_true", help="print the version and end")
     add("--swtpm_ioctl", metavar="FILE", help="deprecated, has no effect")
@@ -168,6 +183,10 @@ def parse(arguments: Sequence[str]) -> Options:
         ek_cert_directory=given.write_ek_cert_files,
         display=given.display,
         create_config_files=_config_flags(given.create_config_files),
+        profile=_profile(given),
+        profile_name=given.profile_name,
+        remove_disabled=given.profile_remove_disabled,
+        print_profiles=given.print_profiles,
         print_capabilities=given.print_capabilities,
         version=given.version,
         deprecated=tuple(
@@ -175,7 +194,7 @@ def parse(arguments: Sequence[str]) -> Options:
             if getattr(given, name.replace("-", "_")) is not None
         ),
     )  # fmt: skip
-    if not (options.version or options.print_capabilities
+    if not (options.version or options.print_capabilities or options.print_profiles
             or options.create_config_files is not None):  # fmt: skip
         _check(options, tpm2=given.tpm2)
     return options
@@ -193,6 +212,9 @@ def _check(options: Options, *, tpm2: bool) -> None:
         options.create_spk or options.rsa_keysize or options.allow_signing or not kept
     ):
         raise InvalidInput("--reconfigure changes the PCR banks, and nothing else.")
+    profile = bool(options.profile or options.profile_name)
+    if options.reconfigure and profile:
+        raise InvalidInput("Reconfiguration does not accept a (new) profile.")
     if options.ek_cert_directory and not options.create_ek_cert:
         raise InvalidInput("--write-ek-cert-files needs --create-ek-cert.")
 
@@ -245,6 +267,31 @@ def _key(given: argparse.Namespace) -> KeySource | None:
         fd=int(value) if at_descriptor else -1,
         password=name.startswith("pwd"),
         size=_CIPHERS[cipher],
+    )
+
+
+def _profile(given: argparse.Namespace) -> ProfileSource | None:
+    names = ("profile", "profile_name", "profile_file", "profile_file_fd")
+    if len([name for name in names if getattr(given, name)]) > 1:
+        raise InvalidInput(
+            "Only one of --profile, --profile-name, --profile-file, and --profile-file-fd "
+            "may be given."
+        )
+    for name in names:
+        if getattr(given, name) == "" and name != "profile_name":
+            raise InvalidInput(f"--{name.replace('_', '-')} is empty.")
+    removal = given.profile_remove_disabled
+    if removal and removal not in REMOVALS:
+        raise InvalidInput(f"Unsupported parameter for --profile-remove-disabled: {removal}")
+    if given.profile_name and not _PROFILE_NAME.fullmatch(given.profile_name):
+        raise InvalidInput(f"Profile name '{given.profile_name}' contains unacceptable characters.")
+    fd = given.profile_file_fd
+    if fd is not None and not (fd.isascii() and fd.isdecimal() and len(fd) < 10):
+        raise InvalidInput(f"Invalid file descriptor '{fd}'")
+    if not (given.profile or given.profile_file or fd):
+        return None
+    return ProfileSource(
+        text=given.profile or "", file=given.profile_file or "", fd=int(fd) if fd else -1
     )
 
 
