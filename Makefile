@@ -30,6 +30,7 @@ bench: setup
 
 lab: setup
 	@scripts/setup-lab
+	@scripts/setup-lab-sid
 	.venv/bin/python -m pytest -q lab
 
 soak: setup
