@@ -31,7 +31,7 @@ bench: setup
 lab: setup
 	@scripts/setup-lab
 	@scripts/setup-lab-sid
-	.venv/bin/python -m pytest -q lab
+	.venv/bin/python -m pytest -q -rs lab
 
 soak: setup
 	HOLDFAST_SOAK=1 .venv/bin/python -m pytest -q tests/system/test_faults.py tests/system/test_frames.py \

@@ -28,7 +28,8 @@ from holdfast.tpm2.wire import u16, u32
 REPOSITORY = Path(__file__).resolve().parents[1]
 ROOTS = sorted((REPOSITORY / ".cache" / "lab").glob("sid-*"))
 pytestmark = pytest.mark.skipif(
-    not ROOTS, reason="there is no Debian sid in .cache/lab: scripts/setup-lab-sid says why"
+    not ROOTS or os.getuid() != 0,
+    reason="needs root, and Debian sid in .cache/lab: scripts/setup-lab-sid says why it is not",
 )
 INSIDE = 'mount --bind "$0/etc" /etc && mount --bind "$0/usr" /usr && exec "$@"'
 SID = ("unshare", "--mount", "sh", "-c", INSIDE, str(ROOTS[-1]) if ROOTS else "")
@@ -85,6 +86,25 @@ def profiles(tmp_path: Path) -> Path:
     (tmp_path / "few.json").write_text(f"\n  {json.dumps(CUSTOM)}\n")
     (tmp_path / "state").mkdir()
     return tmp_path
+
+
+# --- a container's worker ---------------------------------------------------------------------
+
+TRIAL = """
+from holdfast.spawner.pool import MotherProcess, Pool
+from holdfast.spawner.trial import self_test
+mother = MotherProcess()
+try:
+    self_test(Pool(0, mother))
+finally:
+    mother.close()
+print(mother.version)
+"""
+
+
+def test_workers_live_their_lives_on_the_newer_library() -> None:
+    """The spawner's self-test: manufactured, sealed, served and ended, inside the sandbox."""
+    assert run(*PYTHON, "-c", TRIAL).startswith("0.10.")
 
 
 # --- what is printed --------------------------------------------------------------------------

@@ -76,6 +76,11 @@ def test_information_is_of_the_library_and_leaves_nothing(tmp_path: Path) -> Non
     assert info("--tpmstate", "dir=state") == without
     assert info("--tpmstate", "backend-uri=file://one") == without
     assert [path.name for path in tmp_path.rglob("*")] == ["state"]
+    with running(Program(tmp_path), *STARTED):
+        before = (tmp_path / "state" / "tpm2-00.permall").read_bytes()
+        assert isinstance(beside := info("--tpmstate", "dir=state"), dict)
+        assert beside["TPMAttributes"] == without["TPMAttributes"]
+        assert (tmp_path / "state" / "tpm2-00.permall").read_bytes() == before
 
 
 def test_help_lists_what_is_probed_there_too() -> None:
