@@ -62,7 +62,7 @@ def run(*command: str, cwd: Path | None = None) -> str:
 
 def refused(*command: str, cwd: Path) -> str:
     done = subprocess.run(
-        command, cwd=cwd, capture_output=True, text=True, timeout=3 * SECONDS, check=False
+        command, cwd=cwd, capture_output=True, errors="replace", timeout=3 * SECONDS, check=False
     )
     assert done.returncode == 1, done.stderr + done.stdout
     assert "Traceback" not in done.stderr
@@ -226,12 +226,18 @@ BAD = {
     'profile={"Name":"custom","Commands":"0x17e"}': "Could not set profile for TPM2",
     "profile=x": "Could not set profile for TPM2: 'x'",
     "file=few.jsn": "few.jsn",
+    "file=state": "state",
+    "file=binary": None,
+    "file=long": None,
+    "file=nul": None,
     'profile={"Name":"custom"': None,
 }
 
 
 @pytest.mark.parametrize("profile", BAD)
 def test_a_profile_that_is_none_makes_no_tpm(profiles: Path, profile: str) -> None:
+    for name, content in (("binary", b"\xff"), ("long", b" " * 10241), ("nul", b"{\0}")):
+        (profiles / name).write_bytes(content)
     for command in (OURS, THEIRS):
         said = refused(
             *command, "socket", "--tpm2", "--tpmstate", "dir=state", *STARTED, "--profile", profile,

@@ -58,7 +58,7 @@ def refusal(kind: str, blob: bytes, version: tuple[int, int, int]) -> str:
     except DecodeError:
         return f"{said}: it is damaged, or none"
     if found.profile is not None:
-        of = f"of profile '{found.profile.name}' (StateFormatLevel {found.profile.level})"
+        of = f"of profile {found.profile.name!r:.64} (StateFormatLevel {found.profile.level})"
         if version < _PROFILES_SINCE:
             return (
                 f"{said}: it is {of}, which libtpms 0.10 and newer have; use the libtpms that made "
@@ -74,5 +74,5 @@ def _profile(text: bytes) -> Profile | None:
     try:
         said = json.loads(text.rstrip(b"\0"))
         return Profile(str(said["Name"]), int(said["StateFormatLevel"]))
-    except (ValueError, KeyError, TypeError, RecursionError):
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any, Final
 
@@ -30,6 +31,7 @@ _INFO_ALGORITHMS: Final = 8
 _INFO_COMMANDS: Final = 0x10
 _INFO_ACTIVE: Final = 0x20
 _INFO_AVAILABLE: Final = 0x40
+_NUMBER: Final = re.compile(r"[0-9]{1,9}")
 _FIPS_HOST: Final = "fips-host"
 
 
@@ -39,8 +41,8 @@ def load(source: ProfileSource, engine: Engine) -> str:
         raise engine.too_old("--profile")
     text = json.dumps({"Name": source.name}) if source.name else source.text or _read(source)
     text = text.strip()
-    if "\0" in text:
-        raise InvalidInput("a profile has no NUL in it")
+    if "\0" in text or not text.isascii():
+        raise InvalidInput("a profile is ASCII text, without NUL")
     if not source.remove_disabled:
         return text
     return _without_disabled(text, engine, assumed=source.remove_disabled == REMOVALS[1])
@@ -96,7 +98,7 @@ def _allowed(algorithms: str, lib: Libcrypto | None) -> str:
             continue
         sizes = [word for word in kept if word.startswith(f"{name}=")]
         numbers = [word.partition("=")[2] for word in sizes]
-        if not all(number.isascii() and number.isdecimal() for number in numbers):
+        if not all(_NUMBER.fullmatch(number) for number in numbers):
             raise InvalidInput(f"Error: Could not parse '{','.join(sizes)}' as a number.")
         wanted = f"{name}={max([least, *map(int, numbers)])}"
         if sizes:
