@@ -313,21 +313,53 @@ def test_evidence_reaches_down_to_a_hardware_tpm_and_its_maker(
     assert quoted in seen
 
 
-def test_a_program_that_serves_a_driver_ends_when_it_is_told_to(host: ContainerHost) -> None:
+def serve_a_driver(host: ContainerHost, name: str) -> str:
+    """Another TPM of this machine, by holdfast-swtpm: N of its /dev/tpmN."""
     started = host.run(
-        "mkdir -p /run/plain; setsid holdfast-swtpm chardev --tpm2 --vtpm-proxy --tpmstate "
-        "dir=/run/plain --pid file=/run/plain/pid > /run/plain/out 2>&1 < /dev/null & "
-        "for turn in $(seq 100); do grep -q New /run/plain/out && break; sleep 0.2; done; "
-        "cat /run/plain/out"
+        f"mkdir -p /run/{name}; setsid holdfast-swtpm chardev --tpm2 --vtpm-proxy --tpmstate "
+        f"dir=/run/{name} --pid file=/run/{name}/pid > /run/{name}/out 2>&1 < /dev/null & "
+        f"for turn in $(seq 100); do grep -q New /run/{name}/out && break; sleep 0.2; done; "
+        f"cat /run/{name}/out"
     )
     found = re.match(r"New TPM device: /dev/tpm(\d+) \(major/minor = \d+/\d+\)", started)
     assert found, started
     for node in (f"tpm{found[1]}", f"tpmrm{found[1]}"):
         host.run(f"for turn in $(seq 50); do [ -c /dev/{node} ] && exit 0; sleep 0.2; done; exit 1")
-        assert len(host.run(f"tpm2_getrandom -T device:/dev/{node} --hex 8")) == 16
+    return found[1]
+
+
+def end_driver(host: ContainerHost, name: str) -> None:
     host.run(
-        "kill $(cat /run/plain/pid); for turn in $(seq 50); do [ -e /run/plain/pid ] || exit 0; "
+        f"kill $(cat /run/{name}/pid); for turn in $(seq 50); do [ -e /run/{name}/pid ] || exit 0; "
         "sleep 0.2; done; exit 1"
     )
-    host.run(f"! ls /dev/tpm{found[1]}")
+
+
+def test_a_program_that_serves_a_driver_ends_when_it_is_told_to(host: ContainerHost) -> None:
+    number = serve_a_driver(host, "plain")
+    for node in (f"tpm{number}", f"tpmrm{number}"):
+        assert len(host.run(f"tpm2_getrandom -T device:/dev/{node} --hex 8")) == 16
+    end_driver(host, "plain")
+    host.run(f"! ls /dev/tpm{number}")
     assert "tpm2-00.permall" in host.run("ls /run/plain")
+
+
+def test_another_tpm_of_the_machine_is_passed_through(host: ContainerHost) -> None:
+    number = serve_a_driver(host, "second")
+    refused = host.run("holdfast create x --mode passthrough --tpm /dev/tpm0", check=False)
+    assert "is this host's anchor" in refused
+    host.run(f"holdfast create passed --mode passthrough --tpm /dev/tpm{number}")
+    host.begin("passed", host.bundle("passed"))
+    numbers(host, "passed", "character special file")
+    host.inside(
+        "passed",
+        "cd /tmp && tpm2 createprimary -Q -c p && tpm2 nvdefine -Q 0x1500001 -s 4 && "
+        "echo -n abcd > v && tpm2 nvwrite -Q 0x1500001 -i v",
+    )
+    busy = f"python3 -c 'import os; os.open(\"/dev/tpm{number}\", os.O_RDWR)' 2>&1"
+    assert "Device or resource busy" in host.run(busy, check=False)
+    host.end("passed")
+    assert host.run(f"tpm2_nvread -T device:/dev/tpm{number} -s 4 0x1500001") == "abcd"
+    assert host.run(f"tpm2_getcap -T device:/dev/tpm{number} handles-transient").strip() == ""
+    host.run("holdfast rm passed")
+    end_driver(host, "second")
