@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 import socket
 from collections.abc import Iterator
 from dataclasses import replace
@@ -41,20 +42,21 @@ def test_a_command_that_runs_is_cancelled(program: Program) -> None:
             sock.connect(os.fspath(path))
         for turn in range(TRIES):
             data.sendall(rsa_primary())
-            if turn % 2:  # one that stays, or one that comes for this
-                control.sendall(CANCEL)
-                assert control.recv(4) == u32(0)
-            else:
-                assert program.ask(CANCEL) == u32(0)
+            while not select.select([data], [], [], 0.001)[0]:  # a cancel may come before it
+                if turn % 2:  # by a connection that stays, or one that comes for this
+                    control.sendall(CANCEL)
+                    assert control.recv(4) == u32(0)
+                else:
+                    assert program.ask(CANCEL) == u32(0)
             answer = data.recv(4096)
             rc = int.from_bytes(answer[6:10], "big")
             assert rc in (0, Rc.CANCELED), hex(rc)
             cancelled += rc == Rc.CANCELED
-            if not rc:  # it was found at once, or had been before the cancel came
+            if not rc:  # primes were found before the cancel came
                 flush = rq.flush_context(int.from_bytes(answer[10:14], "big"))
                 data.sendall(flush)
                 assert data.recv(100) == rq.error_response(0)
-        assert cancelled > 3
+        assert cancelled > TRIES // 4
         # What comes after is whole: no cancel stays behind.
         data.sendall(rsa_primary())
         assert data.recv(4096)[6:10] == bytes(4)

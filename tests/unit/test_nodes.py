@@ -5,6 +5,7 @@ Real devices are made in the lab (lab/test_host.py): the kernel of this machine 
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import socket
@@ -17,7 +18,7 @@ import pytest
 
 from holdfast.daemon.starting import check_nodes
 from holdfast.daemon.wanted import wanted
-from holdfast.errors import Conflict, DecodeError, InvalidInput
+from holdfast.errors import Conflict, DecodeError, HostError, InvalidInput
 from holdfast.frontend import nodes, page
 from holdfast.frontend.bundle import with_vtpm
 from holdfast.frontend.cdi import container_edits
@@ -166,7 +167,10 @@ def test_devices_are_a_containers() -> None:
 
 def test_nodes_that_are_not_made_yet_have_no_numbers() -> None:
     assert nodes.numbers(Nodes()) == ()
-    assert nodes.numbers(Nodes(NodeKind.VTPM_PROXY, (), ("tpm/tpm4711", "tpmrm/tpmrm4711"))) is None
+    made = Nodes(NodeKind.VTPM_PROXY, (), ("tpm/tpm4711", "tpmrm/tpmrm4711"))
+    assert nodes.numbers_yet(made) is None
+    with pytest.raises(HostError, match="no device node by vtpm-proxy"):
+        nodes.numbers(made)
 
 
 # --- CUSE ---
@@ -223,6 +227,26 @@ def test_a_driver_s_commands_are_answered_one_by_one(
     assert shared.in_flight == 0
     kernel.close()
     assert connection.readable() == GONE
+
+
+def test_a_driver_that_has_waited_long_enough_is_served_again(
+    driver: tuple[socket.socket, ProxyConnection, SharedPage], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """vtpm_proxy answers EIO to an answer that comes when it has sent its next command."""
+    kernel, connection, shared = driver
+    kernel.send(rq.get_random(8))
+    write = os.write
+
+    def late(_fd: int, _data: bytes) -> int:
+        raise OSError(errno.EIO, "the driver has gone on")
+
+    monkeypatch.setattr(os, "write", late)
+    assert connection.readable() == SERVED
+    monkeypatch.setattr(os, "write", write)
+    assert shared.in_flight == 0
+    kernel.send(rq.get_random(9))
+    assert connection.readable() == SERVED
+    assert kernel.recv(4096) == rq.get_random(9)[::-1]
 
 
 def test_no_locality_but_0_is_granted_in_band() -> None:

@@ -48,7 +48,7 @@ from holdfast.frontend import cdi, ports
 from holdfast.frontend.attach import Attachment
 from holdfast.frontend.door import Door
 from holdfast.frontend.filter import Profile
-from holdfast.frontend.nodes import Asked, NodeKind, Nodes, Number, chosen, numbers
+from holdfast.frontend.nodes import Asked, NodeKind, Nodes, Number, chosen, numbers, numbers_yet
 from holdfast.ids import InstanceId, InstanceName, instance_name
 from holdfast.instance.ahead import Ahead
 from holdfast.instance.background import background
@@ -482,10 +482,10 @@ class Host:
 
     async def _introduced(self, nodes: Nodes) -> tuple[Number, ...]:
         """The numbers of device nodes, once the kernel knows what is behind them."""
-        if numbers(nodes) is None:
-            there = partial(_are_there, nodes)
-            await introduce(self.spawner, self._registry, nodes.fds, there)
-        return numbers(nodes) or ()
+        if nodes.kind is not NodeKind.VTPM_PROXY:
+            return numbers(nodes)
+        look = partial(numbers_yet, nodes)
+        return await introduce(self.spawner, self._registry, nodes.fds, look)
 
     def cdi_of(self, vtpm: VirtualTpm) -> dict[str, Any]:
         """The CDI specification of a vTPM's device."""
@@ -517,6 +517,7 @@ class Host:
             "init_pid": run.init_pid,
             "init_started": started,
             "host_log": run.host_log.hex(),
+            "nodes": self._numbers.get(vtpm.record.id, ()),
             "records": encode_json(run.records),
         }
         fresh = file.with_suffix(".new")
@@ -524,6 +525,7 @@ class Host:
         fresh.rename(file)
 
     def _saved_run(self, vtpm: VirtualTpm) -> tuple[Run, int] | None:
+        """The run and its init's start time; the numbers of its nodes are known again."""
         run = plain_run()
         try:
             value = json.loads(self._run_file(vtpm).read_text())
@@ -534,13 +536,11 @@ class Host:
                     value["container"], value["init_pid"], bytes.fromhex(value["host_log"]),
                     value["records"], vtpm.banks,
                 )  # fmt: skip
+            found = tuple(Number(int(major), int(minor)) for major, minor in value["nodes"])
+            self._numbers[vtpm.record.id] = found
             return run, int(value["init_started"])
         except (FileNotFoundError, ValueError, KeyError, TypeError):
             return None  # none, or of another version
-
-
-def _are_there(nodes: Nodes) -> bool:
-    return numbers(nodes) is not None
 
 
 def _node_kind(record: Instance) -> NodeKind:

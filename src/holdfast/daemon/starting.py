@@ -257,8 +257,9 @@ def check_nodes(process: int, rootfs: str, numbers: Sequence[Number]) -> None:
             there = Number(os.major(status.st_rdev), os.minor(status.st_rdev))
             if not stat.S_ISCHR(status.st_mode) or there != number:
                 raise Conflict(
-                    f"/dev/{device} of the container is not the device of its vTPM; one in a user "
-                    "namespace has no device nodes: make the vTPM with --devices fuse"
+                    f"/dev/{device} of the container is not the device of its vTPM: its bundle was "
+                    "made for an earlier run, or it is in a user namespace and has no nodes of its "
+                    "own, for which make the vTPM with --devices fuse"
                 )
     finally:
         os.close(root)

@@ -7,7 +7,7 @@ such a curve we answer with OpenSSL's own group (EC_GROUP_new_by_curve_name), fo
 what libtpms would have called. The mathematics, keys and signatures are the same.
 
 It is done in this process alone, by one entry of libtpms' table of imported functions (ELF: the
-slot of a JUMP_SLOT relocation). Where the table is not as expected, nothing is changed.
+slot of a JUMP_SLOT or GLOB_DAT relocation). Where that is not as expected, nothing is changed.
 
 Not here: anything else that libtpms computes.
 """
@@ -34,6 +34,7 @@ _RELA: Final = struct.Struct("<QQq")
 _SYMBOL: Final = struct.Struct("<IBBHQQ")
 _PT_LOAD, _PT_DYNAMIC = 1, 2
 _DT_PLTRELSZ, _DT_STRTAB, _DT_SYMTAB, _DT_RELA, _DT_RELASZ, _DT_JMPREL = 2, 5, 6, 7, 8, 23
+_E_PHOFF, _E_PHENTSIZE = 32, 54  # in the file's header
 _NAME_MAX: Final = 64
 
 
@@ -81,6 +82,12 @@ class Curves:
 
     def _install(self, library: str) -> bool:
         """Put our function where libtpms looks for OpenSSL's; False if that is not to be found."""
+        try:
+            return self._exchanged(library)
+        except OSError:
+            return False  # its file was replaced meanwhile, or its table cannot be written
+
+    def _exchanged(self, library: str) -> bool:
         ffi = self._ffi
         theirs = int(ffi.cast("uintptr_t", ffi.addressof(self._lib, FUNCTION)))
         ours = int(ffi.cast("uintptr_t", self._callback))
@@ -103,8 +110,8 @@ def _slots(path: Path, function: str) -> list[int]:
 def _jump_slots(data: mmap.mmap, function: bytes) -> Iterator[int]:
     if data[:6] != _ELF64:
         raise ValueError("not a 64-bit little-endian ELF file")
-    (at,) = _PHDR_AT.unpack_from(data, 32)
-    size, count = _PHDRS.unpack_from(data, 54)
+    (at,) = _PHDR_AT.unpack_from(data, _E_PHOFF)
+    size, count = _PHDRS.unpack_from(data, _E_PHENTSIZE)
     headers = [_PHDR.unpack_from(data, at + size * number) for number in range(count)]
     loads = [(h[3], h[2], h[5]) for h in headers if h[0] == _PT_LOAD]  # address, offset, size
 
@@ -112,17 +119,22 @@ def _jump_slots(data: mmap.mmap, function: bytes) -> Iterator[int]:
         return next(int(o) + address - int(a) for a, o, s in loads if a <= address < a + s)
 
     dynamic = next(h for h in headers if h[0] == _PT_DYNAMIC)
-    entries = dict(_PAIR.iter_unpack(data[dynamic[2] : dynamic[2] + dynamic[5] // 16 * 16]))
+    entries = dict(_PAIR.iter_unpack(_whole(data, dynamic[2], dynamic[5], _PAIR.size)))
     symbols, names = offset(entries[_DT_SYMTAB]), offset(entries[_DT_STRTAB])
     tables = [(_DT_JMPREL, _DT_PLTRELSZ), (_DT_RELA, _DT_RELASZ)]
     for table, length in tables:
         if table not in entries:
             continue
         begin = offset(entries[table])
-        for place, info, _ in _RELA.iter_unpack(data[begin : begin + entries[length] // 24 * 24]):
+        for place, info, _ in _RELA.iter_unpack(_whole(data, begin, entries[length], _RELA.size)):
             symbol = info >> 32
             if symbol:
                 name, *_ = _SYMBOL.unpack_from(data, symbols + _SYMBOL.size * symbol)
                 start = names + name
                 if data[start : start + _NAME_MAX].partition(b"\0")[0] == function:
                     yield place
+
+
+def _whole(data: mmap.mmap, begin: int, length: int, size: int) -> bytes:
+    """As many whole entries of `size` bytes as `length` has room for."""
+    return data[begin : begin + length // size * size]

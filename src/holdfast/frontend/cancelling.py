@@ -20,9 +20,11 @@ from collections.abc import Callable, Sequence
 from typing import Final, NamedTuple
 
 from holdfast.linux.accepting import GONE, accept
+from holdfast.protocol.control import Command
 from holdfast.tpm2.commands import Cc
+from holdfast.tpm2.wire import u32
 
-CANCEL: Final = (9).to_bytes(4, "big")  # CMD_CANCEL_TPM_CMD of swtpm, TPM_SIGNAL_CANCEL_ON
+CANCEL: Final = u32(Command.CANCEL_TPM_CMD)  # and TPM_SIGNAL_CANCEL_ON of the simulator
 # Commands that may make an RSA key, as bytes of their code.
 LONG: Final = frozenset(
     code.to_bytes(4, "big") for code in (Cc.CreatePrimary, Cc.Create, Cc.CreateLoaded)
@@ -31,36 +33,51 @@ _STACK: Final = 128 << 10  # bytes; what it does is not deep
 
 
 class Sources(NamedTuple):
-    """Descriptors to look at: listeners on which askers may arrive, and askers' connections."""
+    """Descriptors to look at: listeners on which askers may arrive, and askers' connections.
+
+    `room`: how many may arrive.
+    """
 
     listeners: tuple[int, ...] = ()
     connections: tuple[int, ...] = ()
+    room: int = 0
 
 
 class Canceller:
-    """The second thread. `cancel` ends the running command; `confine` is the thread's first act."""
+    """The second thread, once it is started. `cancel` ends the running command."""
 
-    def __init__(
-        self, cancel: Callable[[], None], confine: Callable[[], None] = lambda: None
-    ) -> None:
+    def __init__(self, cancel: Callable[[], None]) -> None:
         self._cancel = cancel
         self._lock = _thread.allocate_lock()
         self._sources: Sources | None = None  # of the command that runs
         self._accepted: list[tuple[int, int]] = []
         self._wake = os.eventfd(0, os.EFD_CLOEXEC)
-        beginning = _thread.allocate_lock()
-        beginning.acquire()
+
+    def start(self, confine: Callable[[], None] = lambda: None) -> None:
+        """Begin the thread, whose first act is to `confine` itself; what that raises, is raised."""
+        failed: list[BaseException] = []
+        confined = _thread.allocate_lock()
+        confined.acquire()
 
         def begin() -> None:
-            confine()
-            beginning.release()
+            try:
+                confine()
+            except BaseException as error:  # noqa: BLE001 - told to who waits for it
+                failed.append(error)
+                return
+            finally:
+                confined.release()
             self._run()
 
         # Not by `threading`: what that keeps of a thread would be pages of each worker's own.
         former = _thread.stack_size(_STACK)
-        _thread.start_new_thread(begin, ())
-        _thread.stack_size(former)
-        beginning.acquire()
+        try:
+            _thread.start_new_thread(begin, ())
+        finally:
+            _thread.stack_size(former)
+        confined.acquire()
+        if failed:
+            raise failed[0]
 
     def begin(self, sources: Sources) -> None:
         """A command that may be cancelled is about to run."""
@@ -99,7 +116,8 @@ class Canceller:
                     if self._sources is not sources:
                         return
                     if fd in sources.listeners:
-                        arrived = accept(fd)
+                        full = len(self._accepted) >= sources.room
+                        arrived = GONE if full else accept(fd)
                         if arrived == GONE:
                             poll.unregister(fd)
                         else:

@@ -18,7 +18,7 @@ from holdfast.frontend.attach import Attachment
 from holdfast.frontend.devices import TPM0, TPMRM0, Devices
 from holdfast.frontend.nodes import NodeKind
 from holdfast.frontend.page import SharedPage
-from holdfast.frontend.proxy import locality_answer
+from holdfast.frontend.proxy import answer, locality_answer
 from holdfast.protocol.fuse import REQUEST_MAX
 from holdfast.tpm2.constants import BUFFER_MAX, Rc
 from holdfast.tpm2.requests import error_response
@@ -65,8 +65,9 @@ class Door:
         if nodes.kind is NodeKind.CUSE:
             for fd, node in zip(nodes.fds, (TPM0, TPMRM0), strict=True):
                 self._watch(fd, self._one, node)
-        for fd in nodes.fds if nodes.kind is NodeKind.VTPM_PROXY else ():
-            self._watch(fd, self._refuse, 0)
+        elif nodes.kind is NodeKind.VTPM_PROXY:
+            (server,) = nodes.fds
+            self._watch(server, self._refuse, 0)
 
     def _watch(self, fd: int, serve: Callable[[int, int], None], node: int) -> None:
         os.set_blocking(fd, False)
@@ -89,9 +90,10 @@ class Door:
     def _refuse(self, fd: int, _node: int) -> None:
         try:
             command = os.read(fd, BUFFER_MAX)  # readable: the driver has one, and waits
-            os.write(fd, locality_answer(command) or error_response(Rc.INITIALIZE))
         except OSError:
             self.leave()
+            return
+        answer(fd, locality_answer(command) or error_response(Rc.INITIALIZE))
 
     def leave(self) -> None:
         """Answer no more: a worker does, or nobody."""

@@ -169,7 +169,8 @@ class Loop:
         """Run a command, which those clients may cancel who may ask for that."""
         listeners = () if self._paused else tuple(self._cancelling)
         asking = tuple(fd for fd, stream in self._connections.items() if stream.cancels)
-        canceller.begin(Sources(listeners, asking))
+        room = CONNECTIONS_MAX - len(self._connections)
+        canceller.begin(Sources(listeners, asking, room))
         try:
             return run()
         finally:

@@ -129,11 +129,19 @@ def _by_cuse(name: str) -> Nodes:
         return Nodes(NodeKind.CUSE, tuple(fds), tuple(names))
 
 
-def numbers(nodes: Nodes) -> tuple[Number, ...] | None:
-    """Which devices tpm0 and tpmrm0 are; None while the kernel has not made them."""
+def numbers(nodes: Nodes) -> tuple[Number, ...]:
+    """Which devices tpm0 and tpmrm0 are. HostError if the kernel has not made them."""
     try:
         return tuple(_number(name) for name in nodes.names)
-    except FileNotFoundError:
+    except OSError as error:
+        raise HostError(f"no device node by {nodes.kind.value}: {error}") from None
+
+
+def numbers_yet(nodes: Nodes) -> tuple[Number, ...] | None:
+    """The same, or None while there are none."""
+    try:
+        return numbers(nodes)
+    except HostError:
         return None
 
 

@@ -8,6 +8,7 @@ sends it here gets locality 0 or a refusal, and no command ever runs at another.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 from collections.abc import Callable
@@ -38,16 +39,16 @@ class DriverConnection(Stream):
             return IDLE
         if not ready[0][1] & select.POLLIN:
             return GONE  # the device is no more
-        try:
-            return self._serve_one()
-        except OSError:
-            return GONE
+        return self._serve_one()
 
     def _serve_one(self) -> int:
-        command = os.read(self.fd, BUFFER_MAX)
+        try:
+            command = os.read(self.fd, BUFFER_MAX)
+        except OSError:
+            return GONE
         if not command:
             return GONE
-        os.write(self.fd, self._answer(command))
+        answer(self.fd, self._answer(command))
         return SERVED
 
 
@@ -64,6 +65,15 @@ class ProxyConnection(DriverConnection):
             return super()._serve_one()
         finally:
             self._page.in_flight = 0
+
+
+def answer(fd: int, response: bytes) -> None:
+    """Answer the driver, which may have waited long enough and gone on: then nobody wants it.
+
+    Whether the device is still there is for the next poll to say.
+    """
+    with contextlib.suppress(OSError):
+        os.write(fd, response)
 
 
 def locality_answer(command: bytes) -> bytes | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Sequence
-from typing import Final
+from typing import Final, TypeVar
 from uuid import uuid4
 
 from holdfast.errors import HoldfastError, HostError
@@ -21,21 +21,23 @@ from holdfast.store.registry import Registry
 
 SECONDS: Final = 20.0
 _TICK: Final = 0.005
+Seen = TypeVar("Seen")
 
 
 async def introduce(
-    spawner: Peer, registry: Registry, server: Sequence[int], there: Callable[[], bool]
-) -> None:
-    """Answer the driver at its `server`'s end until the nodes are `there`. HostError if not."""
+    spawner: Peer, registry: Registry, server: Sequence[int], look: Callable[[], Seen | None]
+) -> Seen:
+    """Answer the driver at its `server`'s end until `look` sees the nodes. HostError if not."""
     worker, _ = await spawn(
         spawner, uuid4(), registry, lambda _: None, b"", lc.Introduce(), lc.PoweredOn, server
     )
     try:
         deadline = time.monotonic() + SECONDS
-        while not there():
+        while (seen := look()) is None:
             if worker.ended.is_set() or time.monotonic() > deadline:
                 raise HostError("the kernel's vtpm_proxy made no device of a vTPM")
             await asyncio.sleep(_TICK)
+        return seen
     finally:
         await _end(spawner, worker)
 

@@ -132,10 +132,8 @@ class Mother:
 
     def _enter(self) -> Canceller:
         """Shut every door behind this worker, and the thread that is its second."""
-        made: list[Canceller] = []
-        box = self.sandbox
-        box.enter(lambda: made.append(Canceller(self.engine.cancel, box.confine)))
-        (canceller,) = made
+        canceller = Canceller(self.engine.cancel)
+        self.sandbox.enter(lambda: canceller.start(self.sandbox.confine))
         return canceller
 
 

@@ -1,11 +1,12 @@
 """The spawner's service: workers for the daemon, and everything a container's device hangs on.
 
-It holds, for each vTPM, the descriptors of its FUSE file system and its listening sockets, and
-the page it shares with that vTPM's workers, so that neither a dead worker nor a dead daemon breaks
-a running container's device. It holds no secret: the key channel's ends go to worker and keeper.
+It holds, for each vTPM, the descriptors of its FUSE file system, its listening sockets and its
+device nodes, and the page it shares with that vTPM's workers, so that neither a dead worker nor a
+dead daemon breaks a running container's device. It holds no secret: the key channel's ends go to
+worker and keeper.
 
 Single thread; requests are answered in order. A worker that died by a signal leaves a request in
-flight, which is answered with EIO here; then workers get a new mother, because forks share her
+flight, which is answered with an error here; then workers get a new mother, because forks share her
 canary and address layout (a crash may have been somebody trying them).
 """
 
@@ -405,7 +406,7 @@ class Spawner:
 
     @staticmethod
     def _answer_in_flight(entry: Entry) -> None:
-        """A dead worker's request gets EIO."""
+        """A dead worker's request gets an error."""
         page = SharedPage(entry.page_fd)
         page.fail_in_flight(entry.held[0], entry.nodes, entry.held[_ENDS:])
         page.close()

@@ -142,11 +142,11 @@ def _info(options: Options, flags: int) -> str:
 
 def _confined(action: str, engine: Engine) -> Canceller:
     """Enter the box, both threads of ours; the second one."""
+    canceller = Canceller(engine.cancel)
     if action == "none":
-        return Canceller(engine.cancel)
-    made: list[Canceller] = []
-    box.enter(_ACTIONS[action], lambda confine: made.append(Canceller(engine.cancel, confine)))
-    (canceller,) = made
+        canceller.start()
+    else:
+        box.enter(_ACTIONS[action], canceller.start)
     return canceller
 
 

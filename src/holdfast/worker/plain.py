@@ -45,7 +45,9 @@ class PlainTpm:
         self._state = state
         self.engine = Engine()
         self.loop = Loop()
-        cancellable = partial(self.loop.run_cancellable, Canceller(self.engine.cancel))
+        canceller = Canceller(self.engine.cancel)
+        canceller.start()
+        cancellable = partial(self.loop.run_cancellable, canceller)
         self.tpm = DurableTpm(self.engine, self._save, cancellable)
         Entropy().reseed()
         file = state / STATE_FILE if state is not None else None
@@ -89,18 +91,19 @@ def serve(directory: Path, plain: PlainTpm, ready: Callable[[], None]) -> None:
     vtpm = Vtpm(plain.tpm.execute, Profile.PLAIN, engine.process)
     loop = plain.loop
     paths = [directory / "tpm.sock", directory / "tpm.sock.ctrl"]
-    makers: list[Callable[[int], Stream]] = [
-        partial(DataConnection, vtpm, loop.hear_host),
-        partial(ControlConnection, ContainerControls(engine.established, engine.info)),
+    controls = ContainerControls(engine.established, engine.info)
+    makers: list[tuple[Callable[[int], Stream], bool]] = [
+        (partial(DataConnection, vtpm, loop.hear_host), False),
+        (partial(ControlConnection, controls), True),
     ]
-    for number, (path, made) in enumerate(zip(paths, makers, strict=True)):
+    for path, (made, cancels) in zip(paths, makers, strict=True):
         if len(os.fsencode(path)) > PATH_MAX:
             raise HostError(f"{path} is too long for a Unix socket: use a shorter directory")
         path.unlink(missing_ok=True)
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         listener.bind(os.fspath(path))
         listener.listen(128)
-        loop.listen(listener.detach(), made, cancels=number == 1)
+        loop.listen(listener.detach(), made, cancels=cancels)
     wake, waker = socket.socketpair()
     waker.setblocking(False)
     signal.set_wakeup_fd(waker.fileno())

@@ -315,9 +315,7 @@ class Worker:
         server = self._one_given(message)
         self._engine.manufacture()
         rq.response(Cc.Startup, self._engine.process(rq.startup()))
-        vtpm = Vtpm(self._engine.process, Profile.LINKED)
-        execute = partial(vtpm.execute, vtpm.shared)
-        self._loop.add(ProxyConnection(execute, self._page, server))
+        self._serve_driver(Vtpm(self._engine.process, Profile.LINKED), server)
         return lc.PoweredOn()
 
     def _one_given(self, message: ipc.Message) -> int:
@@ -364,26 +362,32 @@ class Worker:
         devices = Devices(vtpm, self._page, time.monotonic, int(time.time()))
         self._loop.serve_devices(fuse_fd, devices)
         self._serve_nodes(vtpm, devices)
-        makers: list[Callable[[int], Stream]] = [
-            partial(DataConnection, vtpm, self._loop.hear_host),
-            partial(ControlConnection, controls),
+        commands: list[Callable[[int], Stream]] = [
+            partial(DataConnection, vtpm, self._loop.hear_host)
         ]
+        askers: list[Callable[[int], Stream]] = [partial(ControlConnection, controls)]
         if self._dialect == Dialect.SWTPM.value:
-            makers *= 2
+            commands *= 2
+            askers *= 2
         elif self._dialect:
-            makers += [partial(CommandPort, vtpm, self._loop.hear_host), PlatformPort]
-        listeners = (data_fd, control_fd, *self._ports)
-        for number, (fd, made) in enumerate(zip(listeners, makers, strict=True)):
-            self._loop.listen(fd, made, cancels=number % 2 == 1)
+            commands.append(partial(CommandPort, vtpm, self._loop.hear_host))
+            askers.append(PlatformPort)
+        for fd, made in zip((data_fd, *self._ports[:1]), commands, strict=True):
+            self._loop.listen(fd, made)
+        for fd, made in zip((control_fd, *self._ports[1:]), askers, strict=True):
+            self._loop.listen(fd, made, cancels=True)
 
     def _serve_nodes(self, vtpm: Vtpm, devices: Devices) -> None:
         if self._node_kind is NodeKind.CUSE:
             for fd, node in zip(self._nodes, (TPM0, TPMRM0), strict=True):
                 self._loop.serve_devices(fd, devices, node)
         elif self._node_kind is NodeKind.VTPM_PROXY:
-            execute = partial(vtpm.execute, vtpm.shared)
             (server,) = self._nodes
-            self._loop.add(ProxyConnection(execute, self._page, server))
+            self._serve_driver(vtpm, server)
+
+    def _serve_driver(self, vtpm: Vtpm, server: int) -> None:
+        execute = partial(vtpm.execute, vtpm.shared)
+        self._loop.add(ProxyConnection(execute, self._page, server))
 
     def _quote(self, message: lc.Quote) -> ipc.Message:
         selection = PcrSelection(tuple((Alg(bank), message.pcrs) for bank in message.banks))
