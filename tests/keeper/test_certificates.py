@@ -16,8 +16,8 @@ from cryptography.x509.oid import NameOID, ObjectIdentifier
 
 from holdfast.evidence.oids import EKU_AK, EKU_EK, OID_VIRTUAL
 from holdfast.keeper import vault
-from holdfast.keeper.certificates import CN_MAX
 from holdfast.keeper.custody import Custody
+from holdfast.tpm2.certificates import CN_MAX
 from holdfast.tpm2.keys import public_key
 from holdfast.tpm2.structures import Public
 

@@ -29,6 +29,7 @@ from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.x509.oid import NameOID, ObjectIdentifier
 
 from holdfast.evidence.oids import EKU_AK, EKU_EK, OID_ACTIVATED_EK, OID_HOST_AK, OID_VIRTUAL
+from holdfast.tpm2.certificates import CN_MAX, FOREVER, key_usage
 from holdfast.tpm2.keys import public_key
 from holdfast.tpm2.structures import Public
 
@@ -37,7 +38,6 @@ MODEL: Final = "Holdfast vTPM"
 VERSION: Final = "id:00010000"
 CLOCK_SKEW: Final = datetime.timedelta(minutes=5)
 CA_LIFETIME: Final = datetime.timedelta(days=3653)
-FOREVER: Final = datetime.datetime(9999, 12, 31, 23, 59, 59, tzinfo=datetime.UTC)  # RFC 5280
 
 _OID_MANUFACTURER: Final = ObjectIdentifier("2.23.133.2.1")
 _OID_MODEL: Final = ObjectIdentifier("2.23.133.2.2")
@@ -45,8 +45,6 @@ _OID_VERSION: Final = ObjectIdentifier("2.23.133.2.3")
 _OID_DIRECTORY_ATTRIBUTES: Final = ObjectIdentifier("2.5.29.9")
 # SEQUENCE OF Attribute { 2.23.133.2.16, { TPMSpecification { "2.0", 0, 164 } } }
 _SPECIFICATION: Final = bytes.fromhex("3019301706056781050210310e300c0c03322e30020100020200a4")
-
-CN_MAX: Final = 64  # ub-common-name, ub-organization-name (RFC 5280, appendix A.1)
 
 CaKey = ec.EllipticCurvePrivateKey
 
@@ -62,14 +60,6 @@ def _named(site: str, common: str) -> x509.Name:
         x509.NameAttribute(NameOID.ORGANIZATION_NAME, site),
         x509.NameAttribute(NameOID.COMMON_NAME, common[:CN_MAX]),
     ])  # fmt: skip
-
-
-def _usage(**wanted: bool) -> x509.KeyUsage:
-    names = (
-        "digital_signature", "content_commitment", "key_encipherment", "data_encipherment",
-        "key_agreement", "key_cert_sign", "crl_sign", "encipher_only", "decipher_only",
-    )  # fmt: skip
-    return x509.KeyUsage(**{name: wanted.get(name, False) for name in names})
 
 
 def _serial() -> int:
@@ -106,7 +96,7 @@ def site_root(site: str, key: CaKey, now: datetime.datetime) -> bytes:
     builder = (
         _builder(name, name, public, now, now + CA_LIFETIME)
         .add_extension(x509.BasicConstraints(ca=True, path_length=1), critical=True)
-        .add_extension(_usage(key_cert_sign=True, crl_sign=True), critical=True)
+        .add_extension(key_usage(key_cert_sign=True, crl_sign=True), critical=True)
         .add_extension(x509.SubjectKeyIdentifier.from_public_key(public), critical=False)
     )
     return _der(builder.sign(key, hashes.SHA256()))
@@ -132,7 +122,7 @@ def host_ca(
             issuer.subject, public, now, issuer.not_valid_after_utc,
         )
         .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
-        .add_extension(_usage(key_cert_sign=True, crl_sign=True), critical=True)
+        .add_extension(key_usage(key_cert_sign=True, crl_sign=True), critical=True)
         .add_extension(within, critical=True)
         .add_extension(x509.SubjectKeyIdentifier.from_public_key(public), critical=False)
         .add_extension(_authority(issuer), critical=False)
@@ -171,7 +161,7 @@ def vtpm_ek(
     public = public_key(ek)
     is_rsa = isinstance(public, rsa.RSAPublicKey)
     tpm = x509.DirectoryName(_tpm_name())
-    usage = _usage(key_encipherment=is_rsa, key_agreement=not is_rsa)
+    usage = key_usage(key_encipherment=is_rsa, key_agreement=not is_rsa)
     builder = (
         _builder(subject, issuer.subject, public, now, FOREVER)
         .add_extension(x509.SubjectAlternativeName([tpm]), critical=True)
@@ -209,7 +199,7 @@ def _attestation(
 ) -> x509.CertificateBuilder:
     return (
         builder.add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
-        .add_extension(_usage(digital_signature=True), critical=True)
+        .add_extension(key_usage(digital_signature=True), critical=True)
         .add_extension(x509.ExtendedKeyUsage([EKU_AK]), critical=True)
         .add_extension(_authority(issuer), critical=False)
     )

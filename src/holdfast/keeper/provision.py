@@ -31,6 +31,7 @@ from holdfast.hwtpm.transport import PATIENCE_TO_MAKE_KEYS, Transport
 from holdfast.keeper import certificates, recovery, vault
 from holdfast.keeper.vault import Vault
 from holdfast.tpm2.algorithms import Alg
+from holdfast.tpm2.certificates import CN_MAX
 from holdfast.tpm2.constants import PCR_COUNT
 from holdfast.tpm2.keys import make_credential
 from holdfast.tpm2.structures import Public
@@ -96,8 +97,8 @@ def provision(
 
 
 def _check(site: Site) -> None:
-    if not 1 <= len(site.name) <= certificates.CN_MAX or not site.name.isprintable():
-        raise InvalidInput(f"a site's name has 1 to {certificates.CN_MAX} printable characters")
+    if not 1 <= len(site.name) <= CN_MAX or not site.name.isprintable():
+        raise InvalidInput(f"a site's name has 1 to {CN_MAX} printable characters")
     if not site.pcrs or not set(site.pcrs) <= set(range(PCR_COUNT)):
         raise InvalidInput(f"the boot state is some of the PCRs 0 to {PCR_COUNT - 1}")
     if site.crl and not (site.crl.isascii() and site.crl.find(":") > 0 and len(site.crl) <= 256):

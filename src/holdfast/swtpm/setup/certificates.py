@@ -23,14 +23,13 @@ from cryptography.x509.oid import NameOID, ObjectIdentifier
 
 from holdfast.errors import HostError, InvalidInput
 from holdfast.swtpm.setup.manufacture import Facts
+from holdfast.tpm2.certificates import CN_MAX, FOREVER, key_usage
 from holdfast.tpm2.constants import ObjectAttr
 from holdfast.tpm2.keys import public_key
 from holdfast.tpm2.structures import Public
 
 ROOT_NAME: Final = "swtpm-localca-rootca"
 ISSUER_NAME: Final = "swtpm-localca"
-CN_MAX: Final = 64  # ub-common-name (RFC 5280, appendix A.1), in bytes of UTF-8 here
-FOREVER: Final = datetime.datetime(9999, 12, 31, 23, 59, 59, tzinfo=datetime.UTC)
 _TAIL: Final = 37  # of a name that is cut: ":" and a uuid, as libvirt ends it
 _EKU_EK: Final = ObjectIdentifier("2.23.133.8.1")
 _EKU_PLATFORM: Final = ObjectIdentifier("2.23.133.8.2")
@@ -157,7 +156,7 @@ def _authority(
     builder = (
         _builder(subject, above, key, x509.random_serial_number(), now)
         .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
-        .add_extension(_usage(key_cert_sign=True), critical=True)
+        .add_extension(key_usage(key_cert_sign=True), critical=True)
         .add_extension(x509.SubjectKeyIdentifier.from_public_key(key), critical=False)
     )
     if issuer is not None:
@@ -194,19 +193,11 @@ def _directory(
 
 def _key_usage(ek: Public, *, signs: bool, decrypts: bool) -> x509.KeyUsage:
     is_rsa = isinstance(public_key(ek), rsa.RSAPublicKey)
-    return _usage(
+    return key_usage(
         digital_signature=signs,
         key_encipherment=decrypts and is_rsa,
         key_agreement=decrypts and not is_rsa,
     )
-
-
-def _usage(**wanted: bool) -> x509.KeyUsage:
-    names = (
-        "digital_signature", "content_commitment", "key_encipherment", "data_encipherment",
-        "key_agreement", "key_cert_sign", "crl_sign", "encipher_only", "decipher_only",
-    )  # fmt: skip
-    return x509.KeyUsage(**{name: wanted.get(name, False) for name in names})
 
 
 def _specification(facts: Facts) -> x509.UnrecognizedExtension:
