@@ -622,6 +622,40 @@ def test_a_full_disk_is_an_error_and_leaves_nothing(place: Place, form: str, fre
         subprocess.run(["umount", small], check=True)
 
 
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        ((), "ek-rsa2048.crt"),
+        ((), "ek-secp384r1.crt"),
+        (("--rsa-keysize", "3072"), "ek-rsa3072.crt"),
+    ],
+)
+def test_a_directory_in_a_certificates_place_is_refused_before_anything_is_made(
+    place: Place, options: tuple[str, ...], name: str
+) -> None:
+    (place.path / name).mkdir()
+    before = sorted(place.path.rglob("*"))
+    said = place.refused("--create-ek-cert", "--write-ek-cert-files", ".", *options)
+    assert f"{name} is a directory" in said
+    assert sorted(place.path.rglob("*")) == before  # not even a lock, or a CA
+
+
+def test_certificate_files_that_cannot_have_their_names_are_not_left_under_others(
+    place: Place,
+) -> None:
+    target = place.path / "ek-secp384r1.crt"
+    target.touch()
+    subprocess.run(["mount", "--bind", target, target], check=True)
+    try:
+        done = place.run("--create-ek-cert", "--write-ek-cert-files", ".")
+    finally:
+        subprocess.run(["umount", target], check=True)
+    assert done.returncode == 1
+    assert "ek-secp384r1.crt: Device or resource busy" in done.stderr
+    assert target.read_bytes() == b""
+    assert not list(place.path.glob(".ek-*"))
+
+
 # --- the program that makes certificates -------------------------------------------------------
 
 
@@ -639,6 +673,8 @@ def tool(place: Place, script: str, seconds: int = 30) -> tuple[str, str]:
         ("kill -9 $$", "tool exit with status -9"),
         ("exit 0", "tool left no ek.cert"),
         ('touch "$6"/ek.cert', "tool left ek.cert of 0 bytes"),
+        ('mkfifo "$6"/ek.cert', "tool left no ek.cert: not a regular file"),
+        ('ln -s /dev/zero "$6"/ek.cert', "tool left no ek.cert: not a regular file"),
         ('head -c 2049 /dev/zero > "$6"/ek.cert', "tool left ek.cert of 2049 bytes"),
         ('echo certificate > "$6"/ek.cert', "tool made no certificate"),
         ('cp "$(dirname "$0")"/another.der "$6"/ek.cert', "of another key than the EK's"),
@@ -878,6 +914,14 @@ def test_a_serial_number_is_never_guessed(place: Place, content: str) -> None:
     place.made("--create-ek-cert")
     (place.ca / "certserial").write_text(content)
     assert "serial number" in place.refused("--create-ek-cert", "--overwrite")
+
+
+@pytest.mark.parametrize("name", ["signkey.pem", "issuercert.pem", "certserial"])
+def test_a_part_of_the_ca_that_nobody_writes_is_not_waited_for(place: Place, name: str) -> None:
+    place.made("--create-ek-cert")
+    (place.ca / name).unlink()
+    os.mkfifo(place.ca / name)
+    assert f"{name}: not a regular file" in place.refused("--create-ek-cert", "--overwrite")
 
 
 def test_a_signing_key_of_another_ca_is_refused(place: Place) -> None:

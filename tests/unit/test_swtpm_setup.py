@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,10 +15,11 @@ from hypothesis import strategies as st
 from holdfast.errors import Conflict, HoldfastError, HostError, InvalidInput
 from holdfast.swtpm.options import KeySource
 from holdfast.swtpm.setup import config, durable, options
-from holdfast.swtpm.setup.certificates import CN_MAX, common_name
+from holdfast.swtpm.setup.certificates import common_name
 from holdfast.swtpm.setup.keys import ECC, RSA, STORAGE_ECC, STORAGE_RSA
 from holdfast.swtpm.setup.options import Existing, parse
 from holdfast.tpm2.algorithms import Alg
+from holdfast.tpm2.certificates import CN_MAX
 from holdfast.tpm2.structures import Public
 
 REQUIRED = ["--tpm2", "--tpmstate", "state"]
@@ -129,7 +131,9 @@ def test_a_configuration_has_comments_and_the_environment(tmp_path: Path) -> Non
         "local_profiles_dir = /somewhere\n",
     )
     read = config.setup(path, {"BIN": "/b", "ETC": "/e"})
-    assert read == config.SetupConfig("/b/tool", "/b/e", "", 60, "sha1,sha256", "")
+    assert read == config.SetupConfig(
+        "/b/tool", "/b/e", "", 60, "sha1,sha256", profiles="/somewhere"
+    )
 
 
 @pytest.mark.parametrize("missing", ["statedir", "signingkey", "issuercert"])
@@ -182,6 +186,17 @@ def test_any_file_is_a_configuration_or_a_named_error(
         except HoldfastError as error:
             said = str(error)
         assert str(path) in said
+
+
+@pytest.mark.parametrize("read", [
+    lambda path: config.setup(path, {}), lambda path: config.authority(path, {}), config.platform,
+], ids=["setup", "authority", "platform"])  # fmt: skip
+def test_a_configuration_that_nobody_writes_is_not_waited_for(
+    tmp_path: Path, read: Callable[[Path], object]
+) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    with pytest.raises(HostError, match="fifo: not a regular file"):
+        read(tmp_path / "fifo")
 
 
 def test_a_file_that_is_too_long_is_refused(tmp_path: Path) -> None:

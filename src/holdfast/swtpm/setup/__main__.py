@@ -31,7 +31,15 @@ from holdfast.swtpm.setup.authority import Authority
 from holdfast.swtpm.setup.certificates import Platform
 from holdfast.swtpm.setup.config import SetupConfig
 from holdfast.swtpm.setup.keys import RSA
-from holdfast.swtpm.setup.manufacture import Certifier, Facts, Made, Plan, make, reconfigure
+from holdfast.swtpm.setup.manufacture import (
+    Certifier,
+    Facts,
+    Made,
+    Plan,
+    endorsement_keys,
+    make,
+    reconfigure,
+)
 from holdfast.swtpm.setup.options import CAPABILITIES, PROFILE_CAPABILITIES, Existing, Options
 from holdfast.swtpm.setup.places import PERMANENT, SUSPENDED, Place
 from holdfast.swtpm.setup.report import Report
@@ -59,6 +67,8 @@ def run(asked: Options, report: Report) -> int:
     engine = Engine()
     facts = Facts.of(engine)
     plan = replace(_plan(asked, settings, facts), profile=_profile(asked, settings, engine))
+    if asked.ek_cert_directory:
+        _check_targets(asked.ek_cert_directory, plan)
     key = _key(asked.key, who, report) if asked.key is not None else None
     process.set_dumpable(False)
     Entropy().reseed()
@@ -117,6 +127,17 @@ def _check_directory(path: str, who: str) -> None:
         raise HostError(
             f"User {who} cannot access directory {path}. Make sure it exists and is a directory."
         )
+
+
+def _check_targets(directory: str, plan: Plan) -> None:
+    for key in endorsement_keys(plan):
+        path = _certificate_path(directory, key.suffix)
+        if path.is_dir() and not path.is_symlink():
+            raise HostError(f"{path} is a directory, and a certificate is to have its place.")
+
+
+def _certificate_path(directory: str, suffix: str) -> Path:
+    return Path(directory, f"ek-{suffix}.crt")
 
 
 def _is_kept(place: Place, existing: Existing, report: Report) -> bool:
@@ -261,15 +282,15 @@ def _write(place: Place, made: Made, key: Key | None, directory: str) -> None:
     try:
         if directory:
             for suffix, certificate in made.certificates.items():
-                path = Path(directory, f"ek-{suffix}.crt")
+                path = _certificate_path(directory, suffix)
                 ready.append((durable.fresh(path, certificate, _CERTIFICATE_MODE), path))
         place.write(data)
+        for name, path in ready:
+            durable.put(name, path)
     except BaseException:
         for name, _ in ready:
-            name.unlink()
+            name.unlink(missing_ok=True)
         raise
-    for name, path in ready:
-        durable.put(name, path)
 
 
 @contextlib.contextmanager

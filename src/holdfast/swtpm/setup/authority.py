@@ -23,7 +23,7 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 
 from holdfast.errors import Conflict, HostError, InvalidInput
-from holdfast.swtpm.setup import certificates, durable
+from holdfast.swtpm.setup import certificates, durable, regular
 from holdfast.swtpm.setup.certificates import Platform, SigningKey
 from holdfast.swtpm.setup.config import AuthorityConfig
 from holdfast.swtpm.setup.manufacture import Facts
@@ -200,8 +200,7 @@ def _write_certificate(path: Path, certificate: x509.Certificate) -> None:
 
 
 def _read(path: Path) -> bytes:
-    with path.open("rb") as file:
-        data = file.read(_FILE_MAX + 1)
+    data = regular.read(path, _FILE_MAX + 1)
     if len(data) > _FILE_MAX:
         raise HostError(f"{path} is longer than {_FILE_MAX} bytes")
     return data

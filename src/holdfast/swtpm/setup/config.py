@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Final
 
 from holdfast.errors import Conflict, HostError, InvalidInput
-from holdfast.swtpm.setup import durable
+from holdfast.swtpm.setup import durable, regular
 
 SETUP: Final = "swtpm_setup.conf"
 LOCALCA: Final = "swtpm-localca.conf"
@@ -194,8 +194,7 @@ def _word(text: str) -> str:
 
 def _read(path: Path) -> str:
     try:
-        with path.open("rb") as file:
-            data = file.read(_FILE_MAX + 1)
+        data = regular.read(path, _FILE_MAX + 1)
     except OSError as error:
         raise HostError(f"Cannot read {path}: {error.strerror}") from None
     if len(data) > _FILE_MAX:

@@ -119,7 +119,7 @@ def make(
         persist(execute, Rh.OWNER, template, SPK_HANDLE, Rh.OWNER)
         say(f"Successfully created storage primary key with handle {SPK_HANDLE:#x}.")
     certificates = {}
-    for number, key in enumerate(_endorsement_keys(plan)):
+    for number, key in enumerate(endorsement_keys(plan)):
         public = persist(execute, Rh.ENDORSEMENT, key.template, key.handle, Rh.OWNER)
         say(f"Successfully created {key.title} EK with handle {key.handle:#x}.")
         if plan.signing:
@@ -148,7 +148,8 @@ def reconfigure(
     return _finish(engine, banks, say)
 
 
-def _endorsement_keys(plan: Plan) -> tuple[EndorsementKey, ...]:
+def endorsement_keys(plan: Plan) -> tuple[EndorsementKey, ...]:
+    """Those that a TPM of this plan has."""
     if not plan.endorsement_keys:
         return ()
     keys = (RSA[plan.rsa_bits], ECC)

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import IO, Final
 
 from holdfast.errors import HostError
-from holdfast.swtpm.setup import certificates
+from holdfast.swtpm.setup import certificates, regular
 from holdfast.swtpm.setup.config import SetupConfig
 from holdfast.swtpm.setup.manufacture import Facts
 from holdfast.tpm2.algorithms import Alg, Curve
@@ -83,8 +83,7 @@ class Tool:
                 if status:
                     raise HostError(f"{self._name} exit with status {status}: {_text(errors)}")
             try:
-                with Path(directory, name).open("rb") as file:
-                    certificate = file.read(NV_INDEX_MAX + 1)
+                certificate = regular.read(Path(directory, name), NV_INDEX_MAX + 1)
             except OSError as error:
                 raise HostError(f"{self._name} left no {name}: {error.strerror}") from None
         if not 0 < len(certificate) <= NV_INDEX_MAX:
