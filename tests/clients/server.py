@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from tests.system.serve import until
+from tests.asking import until
 
 from .tools import Programs
 

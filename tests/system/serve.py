@@ -8,45 +8,30 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import select
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import pyrage
 
 from holdfast.client import Client
 from holdfast.errors import HostError
 from holdfast.linux.mounts import mounted
+from tests.asking import until
 
 from .conftest import HOST_LOG, PYTHON
 
-T = TypeVar("T")
 PROGRAM = str(Path(sys.executable).with_name("holdfast"))
 ROOT = Path(__file__).parents[2]
 GROUPS = "holdfast-worker-"
 START_SECONDS = 60.0
-TICK = 0.01
-
-
-def until(what: str, probe: Callable[[], T], seconds: float = 30.0) -> T:
-    """Poll until `probe` gives something true; the test fails with `what` after `seconds`."""
-    deadline = time.monotonic() + seconds
-    while True:
-        value = probe()
-        if value:
-            return value
-        assert time.monotonic() < deadline, f"not within {seconds} s: {what}"
-        select.select([], [], [], TICK)
 
 
 @dataclass
@@ -344,37 +329,3 @@ def container(vtpm: str, *options: str, image: str = IMAGE) -> Iterator[str]:
         yield name
     finally:
         remove_container(name)
-
-
-def connect(path: Path, seconds: float = 10.0) -> socket.socket:
-    """A stream connection; it waits for room in the backlog, and then `seconds` for each answer."""
-    sock = socket.socket(socket.AF_UNIX)
-    try:
-        sock.connect(os.fspath(path))
-    except OSError:
-        sock.close()
-        raise
-    sock.settimeout(seconds)
-    return sock
-
-
-def exchange(sock: socket.socket, command: bytes) -> bytes:
-    """One command, one response, over a stream."""
-    sock.sendall(command)
-    return receive(sock)
-
-
-def receive(sock: socket.socket) -> bytes:
-    """One response; ConnectionError where it ends before that."""
-    data = b""
-    while len(data) < 10 or len(data) < int.from_bytes(data[2:6], "big"):
-        wanted = 10 - len(data) if len(data) < 10 else int.from_bytes(data[2:6], "big") - len(data)
-        piece = sock.recv(wanted)
-        if not piece:
-            raise ConnectionResetError(f"the stream ended after {len(data)} bytes")
-        data += piece
-    return data
-
-
-def rc(response: bytes) -> int:
-    return int.from_bytes(response[6:10], "big")

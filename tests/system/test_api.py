@@ -16,8 +16,9 @@ import pytest
 
 from holdfast.client import Client
 from holdfast.daemon.__main__ import API_SECONDS
+from tests.asking import connect
 
-from .serve import Serve, a_host, connect
+from .serve import Serve, a_host
 
 NONCE = "00" * 16
 STATE = {"ociVersion": "1", "id": "c", "status": "stopped", "pid": 0, "bundle": "/"}

@@ -11,9 +11,10 @@ import pytest
 from holdfast.tpm2 import requests as rq
 from holdfast.tpm2.constants import Rc
 from holdfast.tpm2.wire import u32
+from tests.asking import connect, exchange, rc
 from tests.swtpm.test_cancel import CANCEL, TRIES, rsa_primary
 
-from .serve import Serve, a_host, connect, exchange, rc
+from .serve import Serve, a_host
 
 pytestmark = [
     pytest.mark.needs_root,

@@ -25,18 +25,10 @@ from holdfast.errors import AppraisalError, Forbidden, HoldfastError, InvalidInp
 from holdfast.evidence.bundle import Evidence
 from holdfast.evidence.round import Leaf
 from holdfast.frontend.bundle import with_vtpm
+from tests.asking import connect, until
 from tests.cli.nobody import as_nobody
 
-from .serve import (
-    IMAGE,
-    Serve,
-    a_host,
-    build_images,
-    connect,
-    container,
-    podman,
-    until,
-)
+from .serve import IMAGE, Serve, a_host, build_images, container, podman
 from .test_measure_podman import make_rootfs
 
 pytestmark = [

@@ -27,9 +27,9 @@ from holdfast.tpm2.commands import Cc
 from holdfast.tpm2.constants import BUFFER_MAX, Rh
 from holdfast.tpm2.templates import AK_P256, EK_RSA2048
 from holdfast.tpm2.wire import u16, u32
+from tests.asking import rc, until
 
 from .conftest import Box
-from .serve import rc, until
 from .test_frames import GET_RANDOM, RANDOM_SIZE, Running, a_running_vtpm, fails, on_device, opened
 
 NAMES = ("tpm0", "tpmrm0")

@@ -27,21 +27,10 @@ from holdfast.eventlog import tcg2
 from holdfast.tpm2 import requests as rq
 from holdfast.tpm2.algorithms import Alg
 from holdfast.tpm2.constants import EK_RSA_HANDLE, NvAttr, Rc, Rh
+from tests.asking import connect, exchange, rc, until
 
 from .conftest import HOST_LOG
-from .serve import (
-    PROGRAM,
-    Serve,
-    a_host,
-    arguments,
-    build_images,
-    children,
-    connect,
-    container,
-    exchange,
-    rc,
-    until,
-)
+from .serve import PROGRAM, Serve, a_host, arguments, build_images, children, container
 
 SOAK = os.environ.get("HOLDFAST_SOAK") == "1"
 ROUNDS = 20 if SOAK else 3

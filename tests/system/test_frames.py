@@ -32,9 +32,9 @@ from holdfast.tpm2.constants import BUFFER_MAX, Cap, NvAttr, Rc, Rh
 from holdfast.tpm2.structures import PcrSelection
 from holdfast.tpm2.templates import EK_P256
 from holdfast.tpm2.wire import sized, u16, u32
+from tests.asking import connect, exchange, rc, receive, until
 
 from .conftest import Box
-from .serve import connect, exchange, rc, receive, until
 from .test_vtpm_life import a_vtpm, make_run
 
 FRAMES = 1_000_000 if os.environ.get("HOLDFAST_SOAK") == "1" else 100_000

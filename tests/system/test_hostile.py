@@ -29,8 +29,9 @@ from holdfast.tpm2.requests import Auth, command, create_primary
 from holdfast.tpm2.structures import Attest
 from holdfast.tpm2.templates import EK_RSA2048
 from holdfast.tpm2.wire import sized, u16
+from tests.asking import connect, until
 
-from .serve import Serve, a_host, connect, container, until
+from .serve import Serve, a_host, container
 
 OWNER, STRANGER = 4321, 65534
 REACH = """

@@ -21,9 +21,9 @@ import pytest
 from holdfast.tpm2 import requests as rq
 from holdfast.tpm2.commands import Cc
 from holdfast.tpm2.constants import NvAttr, Rc, Rh
+from tests.asking import connect, exchange, rc, until
 
 from .conftest import Box
-from .serve import connect, exchange, rc, until
 from .test_frames import GET_RANDOM, RANDOM_SIZE, Running, a_running_vtpm, fails, opened
 
 SECONDS = 20.0

@@ -22,9 +22,10 @@ from holdfast.daemon.starting import provider
 from holdfast.errors import Conflict, Forbidden, InvalidInput, NotFound
 from holdfast.tpm2 import requests as rq
 from holdfast.tpm2.constants import NvAttr, Rh
+from tests.asking import connect, exchange, rc, until
 from tests.cli.nobody import as_nobody
 
-from .serve import PROGRAM, Serve, a_host, connect, exchange, rc, serves, until
+from .serve import PROGRAM, Serve, a_host, serves
 from .test_containers import as_user
 from .test_frames import GET_RANDOM, RANDOM_SIZE, busy
 

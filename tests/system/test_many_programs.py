@@ -22,6 +22,7 @@ from holdfast.tpm2.keys import verify
 from holdfast.tpm2.structures import Attest, PcrSelection, Public, Signature
 from holdfast.tpm2.templates import AK_P256
 from holdfast.tpm2.wire import sized, u32
+from tests.asking import exchange, rc, until
 from tests.engine.test_resource_model import (
     LOADED,
     OBJECTS,
@@ -39,7 +40,6 @@ from tests.engine.test_resource_model import (
 )
 
 from .conftest import Box
-from .serve import exchange, rc, until
 from .test_frames import Running, a_running_vtpm
 
 PROGRAMS = 64

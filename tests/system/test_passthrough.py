@@ -16,8 +16,9 @@ import pytest
 
 from holdfast.errors import Conflict, InvalidInput
 from holdfast.tpm2 import requests as rq
+from tests.asking import connect, exchange, until
 
-from .serve import IMAGE, Serve, a_host, build_images, connect, container, exchange, podman, until
+from .serve import IMAGE, Serve, a_host, build_images, container, podman
 
 pytestmark = [
     pytest.mark.needs_root,

@@ -17,8 +17,9 @@ from holdfast.protocol.mssim import Signal
 from holdfast.tpm2 import requests as rq
 from holdfast.tpm2.constants import Rc
 from holdfast.tpm2.wire import u32
+from tests.asking import until
 
-from .serve import IMAGE, PODMAN, Serve, a_host, build_images, container, until
+from .serve import IMAGE, PODMAN, Serve, a_host, build_images, container
 
 pytestmark = [
     pytest.mark.needs_root,

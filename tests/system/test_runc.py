@@ -24,8 +24,9 @@ from holdfast.tpm2.algorithms import Alg
 from holdfast.tpm2.commands import Cc
 from holdfast.tpm2.constants import NvAttr, Rh
 from holdfast.tpm2.structures import PcrSelection
+from tests.asking import connect, exchange, rc, until
 
-from .serve import Serve, a_host, connect, exchange, rc, until
+from .serve import Serve, a_host
 from .test_measure_podman import make_rootfs
 
 pytestmark = [
