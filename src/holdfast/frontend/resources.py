@@ -39,7 +39,6 @@ _HIERARCHY_CHANGERS: Final = frozenset(
     {Cc.Clear, Cc.HierarchyControl, Cc.ChangeEPS, Cc.ChangePPS, Cc.Startup}
 )
 _SESSION_TYPES: Final = frozenset({Ht.HMAC_SESSION, Ht.POLICY_SESSION})
-_HANDLE_RANGES: Final = {0x80: "objects", 0x02: "loaded", 0x03: "saved"}
 # Commands whose success changes what clients have, or which name handles in their parameters.
 _FOLLOWED: Final = frozenset(
     {
@@ -51,7 +50,7 @@ _FOLLOWED: Final = frozenset(
         *_HIERARCHY_CHANGERS,
     }
 )
-_OWNED_KINDS: Final = frozenset({0x80, 0x02, 0x03})
+_OWNED_KINDS: Final = frozenset({Ht.TRANSIENT, *_SESSION_TYPES})
 _ONE_EMPTY_PASSWORD: Final = bytes.fromhex("0000000940000009")
 _AUTH_CONTEXT: Final = 0x145  # TPM_RC_AUTH_CONTEXT: sessions are not used with this command
 _CODE: Final = slice(6, 10)
@@ -420,7 +419,7 @@ class ResourceManager:
             return self._execute(client, command, Cc.GetCapability, SHAPES[Cc.GetCapability])
         reader = Reader(command[area:], "TPM2_GetCapability")
         capability, prop, count = reader.u32(), reader.u32(), reader.u32()
-        if capability != Cap.HANDLES or prop >> 24 not in _HANDLE_RANGES:
+        if capability != Cap.HANDLES or prop >> 24 not in _OWNED_KINDS:
             return self._execute(client, command, Cc.GetCapability, SHAPES[Cc.GetCapability])
         if not plain:
             return error_response(_AUTH_CONTEXT)  # a signed list would show everybody's
