@@ -21,9 +21,11 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from socket import AF_UNIX, socket
 
+from tests.asking import connect, receive
+
 from . import esapi, tools
-from .sides import STREAMS, State, Swtpm, connect, receive, running
-from .stream import SUFFIX, Step, write
+from .sides import State, Swtpm, running
+from .stream import STREAMS, SUFFIX, Step, write
 
 STREAM_SECONDS = 120
 
@@ -64,7 +66,7 @@ class Recorder:
             sock.sendall(response)
 
     def _control(self, sock: socket) -> None:
-        with connect(self._swtpm.data.with_name("data.ctrl")) as its:
+        with connect(self._swtpm.control_path) as its:
             while request := sock.recv(4096):
                 its.sendall(request)
                 sock.sendall(its.recv(4096))

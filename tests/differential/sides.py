@@ -9,12 +9,10 @@ byte is `plain` from just after that.
 from __future__ import annotations
 
 import os
-import select
 import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,11 +26,14 @@ from holdfast.protocol import stateblob
 from holdfast.protocol.control import Command
 from holdfast.tpm2.wire import Reader, u32
 from holdfast.worker.tpm import DurableTpm
+from tests.asking import connect, exchange
+from tests.swtpm.program import STARTED, THEIRS, Program
+
+from .stream import STREAMS
 
 SECONDS = 30.0
 PERMANENT, VOLATILE = 1, 2
 RESTORES_MAX = 500  # swtpm 0.7.1 opens its lock file anew with every INIT and never closes it
-STREAMS = Path(__file__).with_name("streams")
 
 
 @dataclass(frozen=True)
@@ -65,96 +66,51 @@ class Side(Protocol):
     def send(self, command: bytes) -> bytes: ...
 
 
-def receive(sock: socket.socket) -> bytes:
-    data = b""
-    while len(data) < 10 or len(data) < int.from_bytes(data[2:6], "big"):
-        piece = sock.recv(8192)
-        if not piece:
-            raise ConnectionResetError(f"the stream ended after {len(data)} bytes")
-        data += piece
-    return data
-
-
-def connect(path: Path) -> socket.socket:
-    sock = socket.socket(socket.AF_UNIX)
-    sock.settimeout(SECONDS)
-    try:
-        sock.connect(os.fspath(path))
-    except OSError:
-        sock.close()
-        raise
-    return sock
-
-
 class Swtpm:
-    """A process that stands on swtpm's command line: Debian's, or ours."""
+    """A process that stands on swtpm's command line, Debian's or ours, put back again and again."""
 
-    def __init__(self, program: str, directory: Path, *, setup: bool = False) -> None:
-        self.data = directory / "data"
-        self._control = directory / "data.ctrl"
-        self._program = program
+    def __init__(self, command: str, directory: Path, *, setup: bool = False) -> None:
+        self._program = Program(directory, (command,))
         self._sock: socket.socket | None = None
         self._restored = 0
-        (directory / "state").mkdir()
         if setup:  # with endorsement keys, as virtual machines have them
+            state = directory / "state"
+            state.mkdir()
             subprocess.run(
-                ["swtpm_setup", "--tpm2", "--createek", "--tpm-state", str(directory / "state"),
+                ["swtpm_setup", "--tpm2", "--createek", "--tpm-state", str(state),
                  "--pcr-banks", "sha1,sha256,sha384"],
                 cwd=directory, check=True, stdout=subprocess.DEVNULL, timeout=60,
             )  # fmt: skip
         self._start()
 
+    @property
+    def control_path(self) -> Path:
+        return self._program.control
+
     def _start(self) -> None:
-        directory = self.data.parent
-        for path in (self.data, self._control):
+        for path in (self._program.data, self._program.control):
             path.unlink(missing_ok=True)
-        self._process = subprocess.Popen(
-            [self._program, "socket", "--tpm2", "--tpmstate", f"dir={directory / 'state'}",
-             "--server", f"type=unixio,path={self.data}",
-             "--ctrl", f"type=unixio,path={self._control}", "--flags", self.flags(self._program)],
-            cwd=directory,
-        )  # fmt: skip
-        deadline = time.monotonic() + SECONDS
-        while not (self.data.is_socket() and self._control.is_socket()):
-            assert self._process.poll() is None
-            assert time.monotonic() < deadline
-            select.select([], [], [], 0.01)
+        blobs = () if self._program.command == THEIRS else (",unsafe-plain-stateblobs",)
+        self._program.start(STARTED[0], "".join((STARTED[1], *blobs)))
 
-    @staticmethod
-    def flags(program: str) -> str:
-        more = "" if program == "swtpm" else ",unsafe-plain-stateblobs"
-        return f"not-need-init,startup-clear{more}"
-
-    def control(self, request: bytes, answer: int = 4) -> bytes:
+    def control(self, request: bytes) -> bytes:
         """One control command, which must succeed; what follows its result."""
-        with connect(self._control) as sock:
-            sock.sendall(request)
-            data = b""
-            while len(data) < answer:
-                piece = sock.recv(1 << 20)
-                assert piece, request[:16].hex()
-                data += piece
-        assert data[:4] == bytes(4), (request[:16].hex(), data[:4].hex())
-        return data[4:]
+        answer = self._program.ask(request)
+        assert answer[:4] == bytes(4), (request[:16].hex(), answer[:4].hex())
+        return answer[4:]
 
     def state(self) -> State:
         """Its state as it is now."""
         blobs = []
         for kind in (PERMANENT, VOLATILE):
-            with connect(self._control) as sock:
+            with connect(self._program.control, SECONDS) as sock, sock.makefile("rb") as answer:
                 sock.sendall(u32(Command.GET_STATEBLOB) + u32(1) + u32(kind) + u32(0))
-                head = b""
-                while len(head) < 16:
-                    head += sock.recv(16 - len(head))
-                reader = Reader(head, "GET_STATEBLOB")
+                reader = Reader(answer.read(16), "GET_STATEBLOB")
                 assert reader.u32() == 0
                 reader.u32()
                 total, length = reader.u32(), reader.u32()
                 assert total == length
-                blob = b""
-                while len(blob) < length:
-                    blob += sock.recv(length - len(blob))
-            blobs.append(blob)
+                blobs.append(answer.read(length))
         return State(*blobs)
 
     def restore(self, state: State) -> None:
@@ -170,9 +126,8 @@ class Swtpm:
 
     def send(self, command: bytes) -> bytes:
         if self._sock is None:
-            self._sock = connect(self.data)
-        self._sock.sendall(command)
-        return receive(self._sock)
+            self._sock = connect(self._program.data, SECONDS)
+        return exchange(self._sock, command)
 
     def disconnect(self) -> None:
         if self._sock is not None:
@@ -181,15 +136,16 @@ class Swtpm:
 
     def end(self) -> None:
         self.disconnect()
-        if self._process.poll() is None:
-            self.control(u32(Command.SHUTDOWN))
-        assert self._process.wait(SECONDS) == 0
+        try:
+            assert self._program.shut_down() == 0
+        finally:
+            self._program.kill()
 
 
 @contextmanager
-def running(program: str, directory: Path, *, setup: bool = False) -> Iterator[Swtpm]:
+def running(command: str, directory: Path, *, setup: bool = False) -> Iterator[Swtpm]:
     directory.mkdir()
-    swtpm = Swtpm(program, directory, setup=setup)
+    swtpm = Swtpm(command, directory, setup=setup)
     try:
         yield swtpm
     finally:
@@ -235,12 +191,11 @@ class Served:
         os.close(write)
         with os.fdopen(read, "rb") as ready:
             assert ready.read() == b"\n"
-        self._sock = connect(self._directory / "tpm.sock")
+        self._sock = connect(self._directory / "tpm.sock", SECONDS)
 
     def send(self, command: bytes) -> bytes:
         assert self._sock is not None
-        self._sock.sendall(command)
-        return receive(self._sock)
+        return exchange(self._sock, command)
 
     def end(self) -> None:
         if self._sock is not None:

@@ -13,7 +13,9 @@ from pathlib import Path
 
 from holdfast.tpm2.commands import Cc
 
+STREAMS = Path(__file__).with_name("streams")
 SUFFIX = ".stream"
+NAMES = tuple(sorted(path.stem for path in STREAMS.glob(f"*{SUFFIX}")))
 
 
 @dataclass(frozen=True)
@@ -52,3 +54,8 @@ def read(path: Path) -> list[Step]:
             known = steps[int(command[1:])].command if again else b64decode(command)
             steps.append(Step(int(rc, 16), known))
     return steps
+
+
+def steps_of(name: str) -> list[Step]:
+    """The stream of that name."""
+    return read(STREAMS / f"{name}{SUFFIX}")

@@ -21,15 +21,14 @@ from holdfast.tpm2.wire import sized, u8, u16, u32
 
 from .player import DELIBERATE, REFUSALS, Player, Report, unused
 from .sides import InProcess, State, Swtpm
-from .stream import name_of
-from .test_recorded import NAMES, steps_of
+from .stream import NAMES, name_of, steps_of
 
 SOAK: Final = os.environ.get("HOLDFAST_SOAK") == "1"
 EXAMPLES: Final = 200_000 if SOAK else 10_000
 ROUND: Final = 12  # commands on one state
 ROUNDS: Final = 10 if SOAK else 1
-# Not sent changed: libtpms 0.9.2 reads or writes where it should not (facts: libtpms #614-#619),
-# and what it then answers is no property of anybody. StirRandom brings in what nobody repeats.
+# Not sent changed: libtpms 0.9.2 reads or writes where it should not (its issues 614 to 619), and
+# what it then answers is no property of anybody. StirRandom brings in what nobody repeats.
 UNSAFE: Final = frozenset({Cc.Import, Cc.CertifyX509, Cc.PolicyTemplate, Cc.StirRandom})
 FULL: Final = frozenset({Rc.OBJECT_MEMORY, Rc.SESSION_MEMORY, Rc.SESSION_HANDLES})
 INDEX: Final = 0x01500040

@@ -21,10 +21,9 @@ from tests.swtpm.program import OURS
 
 from .fields import STIRRED, VARIES, Row, split
 from .player import DELIBERATE, Deliberate, Player, Report, unused
-from .sides import STREAMS, InProcess, Served, Side, State, Swtpm, running
-from .stream import SUFFIX, Step, read
+from .sides import InProcess, Served, Side, State, Swtpm, running
+from .stream import NAMES, STREAMS, SUFFIX, Step, steps_of
 
-NAMES = tuple(sorted(path.stem for path in STREAMS.glob(f"*{SUFFIX}")))
 SIZE_MAX = 300_000  # bytes of fixtures in the repository
 # libtpms knows them by name only, or wants someone to press a button at the machine.
 ABSENT = {
@@ -32,10 +31,6 @@ ABSENT = {
     Cc.Policy_AC_SendSelect, Cc.ACT_SetTimeout,
 }  # fmt: skip
 NEVER_SUCCEEDS = {Cc.PP_Commands, Cc.PCR_SetAuthValue, Cc.CertifyX509, Cc.Startup}
-
-
-def steps_of(name: str) -> list[Step]:
-    return read(STREAMS / f"{name}{SUFFIX}")
 
 
 @pytest.fixture

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import os
-import select
-import socket
 import subprocess
 import sys
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from holdfast.tpm2.wire import u32
+from tests.asking import connect, until
 
 OURS = (str(Path(sys.executable).with_name("holdfast-swtpm")),)
 SETUP = str(Path(sys.executable).with_name("holdfast-swtpm-setup"))
@@ -57,16 +55,17 @@ class Program:
             return False
         return True
 
-    def wait_for(self, probe: object) -> None:
-        assert callable(probe)
-        deadline = time.monotonic() + SECONDS
-        while not probe():
+    def wait_for(self, probe: Callable[[], object]) -> None:
+        """Until `probe` gives something true, while the process runs."""
+
+        def there() -> object:
             assert self.process is not None
             if self.process.poll() is not None:
                 assert self.process.stderr is not None
                 raise AssertionError(self.process.stderr.read())
-            assert time.monotonic() < deadline
-            select.select([], [], [], 0.01)
+            return probe()
+
+        until(f"{self.command[0]} has come so far", there, SECONDS)
 
     def ask(self, request: bytes) -> bytes:
         """One control command over a connection of its own."""
@@ -78,9 +77,7 @@ class Program:
 
     @staticmethod
     def _exchange(path: Path, request: bytes) -> bytes:
-        with socket.socket(socket.AF_UNIX) as sock:
-            sock.settimeout(SECONDS)
-            sock.connect(os.fspath(path))
+        with connect(path, SECONDS) as sock:
             sock.sendall(request)
             return sock.recv(1 << 20)
 

@@ -5,11 +5,9 @@ from __future__ import annotations
 import array
 import json
 import os
-import select
 import signal
 import socket
 import subprocess
-import time
 from pathlib import Path
 
 import pytest
@@ -19,6 +17,7 @@ from holdfast.protocol.control import Command
 from holdfast.tpm2 import requests as rq
 from holdfast.tpm2.constants import Rc
 from holdfast.tpm2.wire import u32
+from tests.asking import until
 
 from .program import OURS, SECONDS, SETUP, STARTED, THEIRS, Program, refused, running
 
@@ -146,10 +145,7 @@ def test_in_the_background_it_is_ready_when_its_parent_has_ended(program: Progra
     os.kill(pid, 0)
     assert program.ask(u32(Command.INIT) + u32(0)) == u32(0)  # a relative directory works
     assert program.ask(u32(Command.SHUTDOWN)) == u32(0)
-    deadline = time.monotonic() + SECONDS
-    while (directory / "pid").exists():
-        assert time.monotonic() < deadline
-        select.select([], [], [], 0.01)
+    until("its pid file is gone", lambda: not (directory / "pid").exists(), SECONDS)
     assert (directory / "log").read_text() == "swtpm: ready\nswtpm: ended\n"
     assert (directory / "state" / "tpm2-00.permall").exists()
 
