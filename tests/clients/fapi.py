@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from .tools import Programs, environment
+from .tools import Package, environment
 
 PROFILES = Path("/etc/tpm2-tss/fapi-profiles")  # Debian's, of package libtss2-fapi-common
 ECC, RSA = "P_ECCP256SHA256", "P_RSA2048SHA256"
@@ -31,13 +31,12 @@ def configuration(directory: Path, tcti: str, profile: str, **more: object) -> P
     return path
 
 
-class Fapi(Programs):
+class Fapi(Package):
     """Programs tss2_*, called as in a shell with the names of their options in full."""
 
     def __init__(self, directory: Path, tcti: str, profile: str, ran: set[str]) -> None:
         path = configuration(directory, tcti, profile)
-        super().__init__(directory, environment(TSS2_FAPICONF=str(path), TPM2TOOLS_TCTI=tcti))
-        self._ran = ran
+        super().__init__(directory, environment(TSS2_FAPICONF=str(path), TPM2TOOLS_TCTI=tcti), ran)
 
     def _command(self, name: str, options: dict[str, str]) -> list[str]:
         return [f"tss2_{name}", *(f"--{key}={value}" for key, value in options.items())]
@@ -64,9 +63,3 @@ class Fapi(Programs):
         text = json.dumps({"description": name, "policy": elements})
         self.write(f"{name}.json", text.encode())
         self("import", path=f"/policy/{name}", importData=f"{name}.json")
-
-    def other(self, *command: str) -> bytes:
-        """A program of the package that has another kind of name."""
-        output = self.out(*command)
-        self._ran.add(command[0])
-        return output

@@ -62,13 +62,26 @@ class Programs:
         return (self.directory / name).read_bytes()
 
 
-class Tools(Programs):
+class Package(Programs):
+    """Programs of one package; those that did what they should are put into `ran`."""
+
+    def __init__(self, directory: Path, environment: dict[str, str], ran: set[str]) -> None:
+        super().__init__(directory, environment)
+        self._ran = ran
+
+    def other(self, *command: str) -> bytes:
+        """A program of the package that has another kind of name."""
+        output = self.out(*command)
+        self._ran.add(command[0])
+        return output
+
+
+class Tools(Package):
     """tpm2-tools, called as in a shell: `tpm("sign -c key.ctx -o s message")`."""
 
     def __init__(self, directory: Path, tcti: str, ran: set[str] | None = None) -> None:
-        super().__init__(directory, environment(TPM2TOOLS_TCTI=tcti))
+        super().__init__(directory, environment(TPM2TOOLS_TCTI=tcti), set() if ran is None else ran)
         self.tcti = tcti
-        self._ran = set() if ran is None else ran
 
     def __call__(self, line: str, given: bytes = b"") -> str:
         """Run it; it must succeed. Its standard output."""
@@ -77,12 +90,6 @@ class Tools(Programs):
     def data(self, line: str, given: bytes = b"") -> bytes:
         command = shlex.split(f"tpm2_{line}")
         output = self.out(*command, given=given)
-        self._ran.add(command[0])
-        return output
-
-    def other(self, *command: str) -> bytes:
-        """A program of the package that has another kind of name."""
-        output = self.out(*command)
         self._ran.add(command[0])
         return output
 
