@@ -67,6 +67,14 @@ class ContainerHost:
         self.run(START)
         self.answers()
 
+    def stop(self) -> None:
+        """End the service, in order."""
+        self.run(
+            "for p in /proc/[0-9]*; do grep -q holdfast.daemon.supervisor $p/cmdline 2>/dev/null "
+            "&& kill ${p#/proc/} && pid=${p#/proc/}; done; "
+            "for turn in $(seq 200); do [ -d /proc/$pid ] || exit 0; sleep 0.2; done; exit 1"
+        )
+
     def answers(self) -> None:
         """Wait until the daemon does."""
         self.run(ANSWERS, seconds=240)
@@ -101,17 +109,17 @@ json.dump(config, open(path, "w"))
         )
         return place
 
-    def begin(self, vtpm: str, place: str, *, check: bool = True) -> str:
-        """Start the bundle's container, by the vTPM's name; what runc said."""
+    def begin(self, container: str, place: str, *, check: bool = True) -> str:
+        """Start the bundle's container, mostly by its vTPM's name; what runc said."""
         return self.run(
-            f"runc --root /run/runc run -d -b {place} {vtpm} < /dev/null > {place}/out 2>&1; "
+            f"runc --root /run/runc run -d -b {place} {container} < /dev/null > {place}/out 2>&1; "
             f"status=$?; cat {place}/out; exit $status",
             check=check,
         )
 
-    def inside(self, vtpm: str, script: str, *, check: bool = True) -> str:
+    def inside(self, container: str, script: str, *, check: bool = True) -> str:
         return self.run(
-            f"runc --root /run/runc exec {vtpm} sh -c {shlex.quote(script)}", check=check
+            f"runc --root /run/runc exec {container} sh -c {shlex.quote(script)}", check=check
         )
 
     def end(self, vtpm: str) -> None:

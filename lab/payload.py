@@ -13,7 +13,7 @@ import sysconfig
 from importlib.metadata import distribution
 from pathlib import Path
 
-from tests.system.test_measure_podman import PROGRAMS, make_rootfs
+from tests.system.rootfs import PROGRAMS, make_rootfs
 
 from .guest import ROOT
 

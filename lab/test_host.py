@@ -251,6 +251,55 @@ def test_open_nodes_go_on_when_worker_or_daemon_die(host: ContainerHost, kind: s
     host.run(f"holdfast rm {name}")
 
 
+@pytest.mark.parametrize("kind", ["vtpm-proxy", "cuse"])
+def test_a_container_that_lives_on_never_finds_another_tpm_at_its_nodes(
+    host: ContainerHost, kind: str
+) -> None:
+    """Its nodes and its leave to use them outlive its vTPM; the kernel gives numbers anew."""
+
+    def dead(container: str) -> bool:
+        said = host.inside(container, "tpm2 getrandom --hex 8", check=False)
+        return "ERROR" in said and not re.search(r"^[0-9a-f]{16}$", said, re.MULTILINE)
+
+    seen: set[str] = set()
+    # Its vTPM is destroyed, and another one made.
+    host.run(f"holdfast create alice --devices {kind}")
+    host.begin("alice", host.bundle("alice"))
+    seen.update(numbers(host, "alice", "character special file"))
+    host.run("holdfast stop alice && holdfast rm alice")
+    host.run(f"holdfast create carol --devices {kind}")
+    host.begin("carol", host.bundle("carol"))
+    fresh = numbers(host, "carol", "character special file")
+    assert not seen & set(fresh)
+    seen.update(fresh)
+    assert dead("alice")
+    # Its vTPM goes to another container.
+    host.run("holdfast stop carol")
+    host.begin("carol-2", host.bundle("carol"))
+    fresh = numbers(host, "carol-2", "character special file")
+    assert not seen & set(fresh)
+    seen.update(fresh)
+    assert dead("alice")
+    assert dead("carol")
+    # Holdfast ends and begins again.
+    host.stop()
+    host.start()
+    host.begin("carol-3", host.bundle("carol"))
+    fresh = numbers(host, "carol-3", "character special file")
+    assert not seen & set(fresh)
+    assert len(host.inside("carol-3", "tpm2 getrandom --hex 8")) == 16
+    assert all(map(dead, ("alice", "carol", "carol-2")))
+    # Once they have ended, their numbers are free.
+    host.run("for c in alice carol carol-2 carol-3; do runc --root /run/runc delete -f $c; done")
+    host.end("carol")
+    host.run("holdfast rm carol")
+    host.run(f"holdfast create later --devices {kind}")
+    host.begin("later", host.bundle("later"))
+    assert set(numbers(host, "later", "character special file")) & seen
+    host.end("later")
+    host.run("holdfast rm later; ! ls /run/hf/run/nodes/*.json")
+
+
 def test_a_container_in_a_user_namespace_is_refused_nodes_and_given_files(
     host: ContainerHost,
 ) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from holdfast.daemon.reservations import Reservations
 from holdfast.daemon.starting import check_nodes
 from holdfast.daemon.wanted import wanted
 from holdfast.errors import Conflict, DecodeError, HostError, InvalidInput
@@ -27,6 +28,7 @@ from holdfast.frontend.page import PROXY_COMMAND, SharedPage
 from holdfast.frontend.proxy import SET_LOCALITY, ProxyConnection, locality_answer
 from holdfast.frontend.sockets import GONE, IDLE, SERVED
 from holdfast.ids import instance_name
+from holdfast.linux import cgroup
 from holdfast.measure.config import config_facts
 from holdfast.protocol import fuse
 from holdfast.tpm2 import requests as rq
@@ -104,12 +106,107 @@ def test_no_configuration_stands_for_another_by_our_words() -> None:
         config_facts(json.dumps(config).encode(), "c1", NUMBERS)
 
 
-@pytest.mark.parametrize("major", [[], {}, None, "253", True])
-def test_a_device_of_another_shape_is_measured_and_breaks_nothing(major: Any) -> None:
-    linux = {"devices": [{"path": "/dev/x", "type": "c", "major": major, "minor": 7}]}
-    config = {**CONFIG, "linux": linux}
-    facts = config_facts(json.dumps(config).encode(), "c1", NUMBERS)
-    assert b"{vtpm-device}" not in facts.normalised
+@pytest.mark.parametrize("where", ["devices", "resources"])
+@pytest.mark.parametrize(
+    ("part", "value"),
+    [
+        *(("minor", value) for value in (True, "7", [], {}, "{}")),
+        ("major", False), ("type", ["c"]), ("allow", 1), ("access", True), ("path", 7),
+        ("Minor", 7), ("Access", "rwm"), ("ALLOW", True),
+    ],
+)  # fmt: skip
+def test_a_device_of_another_shape_is_refused(where: str, part: str, value: Any) -> None:
+    """crun takes a number that is none for any: `"minor": true` would be every device."""
+    device = {"type": "c", "major": 1, "minor": 1, part: value}
+    linux = {"devices": [device]} if where == "devices" else {"resources": {"devices": [device]}}
+    with pytest.raises(DecodeError, match="a device"):
+        config_facts(json.dumps({**CONFIG, "linux": linux}).encode(), "c1", (Number(1, 1),))
+
+
+def test_a_rule_for_any_device_is_measured_as_it_is() -> None:
+    for part in ({}, {"major": None}, {"major": 253}):
+        rule = {"allow": True, "type": "c", "access": "rw", **part}
+        config = {**CONFIG, "linux": {"resources": {"devices": [rule]}}}
+        facts = config_facts(json.dumps(config).encode(), "c1", NUMBERS)
+        assert b"{vtpm-device}" not in facts.normalised
+
+
+# --- numbers that are still in use ---
+
+
+def test_a_number_is_taken_until_its_container_has_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernel gives a free number to the next device: an old container would have that TPM."""
+    group = tmp_path / "group"
+    (group / "below").mkdir(parents=True)
+    monkeypatch.setattr(cgroup, "of_devices", lambda pid: group)
+    (group / "cgroup.procs").write_text("")
+    (group / "below" / "cgroup.procs").write_text("4711\n")
+    reservations = Reservations(tmp_path / "nodes")
+    assert reservations.taken() == frozenset()
+    reservations.reserve(NUMBERS, 4711)
+    assert reservations.taken() == Reservations(tmp_path / "nodes").taken() == set(NUMBERS)
+    (group / "below" / "cgroup.procs").write_text("")
+    assert reservations.taken() == frozenset()
+    assert list((tmp_path / "nodes").iterdir()) == []
+    # By version 2, which says so itself.
+    reservations.reserve(NUMBERS, 4711)
+    (group / "cgroup.events").write_text("populated 1\nfrozen 0\n")
+    assert reservations.taken() == set(NUMBERS)
+    (group / "cgroup.events").write_text("populated 0\nfrozen 0\n")
+    assert reservations.taken() == frozenset()
+
+
+def test_of_another_boot_or_a_group_that_is_gone_nothing_is_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cgroup, "of_devices", lambda pid: tmp_path / "gone")
+    reservations = Reservations(tmp_path / "nodes")
+    reservations.reserve(NUMBERS, 1)
+    assert reservations.taken() == frozenset()
+    (tmp_path / "cgroup.procs").write_text("1\n")
+    monkeypatch.setattr(cgroup, "of_devices", lambda pid: tmp_path)
+    reservations.reserve(NUMBERS, 1)
+    (file,) = (tmp_path / "nodes").iterdir()
+    file.write_text(json.dumps({**json.loads(file.read_text()), "boot": "another"}))
+    assert reservations.taken() == frozenset()
+
+
+def test_a_container_in_everybodys_group_gets_no_nodes(tmp_path: Path) -> None:
+    with pytest.raises(Conflict, match="--devices fuse"):
+        Reservations(tmp_path / "nodes").reserve(NUMBERS, 2)  # a kernel thread's is the root
+
+
+def test_the_kernel_s_numbers_are_asked_for_until_one_is_free(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = iter(range(1, 100))
+
+    def new_device() -> nodes.vtpm_proxy.ProxyDevice:
+        number = next(asked)
+        return nodes.vtpm_proxy.ProxyDevice(os.open("/dev/null", os.O_RDWR), number, 253, number)
+
+    monkeypatch.setattr(nodes.vtpm_proxy, "new_device", new_device)
+    taken = frozenset((Number(253, 1), Number(253, 65537), Number(253, 2), Number(253, 65538)))
+    made, surplus = nodes.make(NodeKind.VTPM_PROXY, "web", taken)
+    assert made.given == (Number(253, 3),)
+    assert [each.given for each in surplus] == [(Number(253, 1),), (Number(253, 2),)]
+    # What is kept so is let go when nobody has the number any more.
+    reservations = Reservations(tmp_path / "nodes")
+    reservations.keep(surplus)
+    assert reservations.taken() == frozenset()
+    for each in surplus:
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            os.fstat(each.fds[0])
+    made.close()
+    # One that never is, is not asked for for ever.
+    monkeypatch.setattr(
+        nodes.vtpm_proxy, "new_device",
+        lambda: nodes.vtpm_proxy.ProxyDevice(os.open("/dev/null", os.O_RDWR), 1, 253, 1),
+    )  # fmt: skip
+    with pytest.raises(HostError, match="not in use"):
+        nodes.make(NodeKind.VTPM_PROXY, "web", taken)
 
 
 def test_a_runtime_that_puts_another_device_there_starts_nothing(tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ import structlog
 
 from holdfast.daemon import passthrough
 from holdfast.daemon.config import Config
+from holdfast.daemon.reservations import Reservations
 from holdfast.daemon.starting import (
     HostLog,
     container_edits,
@@ -98,6 +99,7 @@ class Host:
         self._vtpms: dict[InstanceName, VirtualTpm] = {}
         self._leases: dict[InstanceId, Lease] = {}
         self._numbers: dict[InstanceId, tuple[Number, ...]] = {}  # of device nodes
+        self._reservations = Reservations(paths.run / "nodes")
         self._opened = opened
         self._closed = closed
         banks = tuple(int(HASHES_BY_NAME[bank]) for bank in DEFAULT_BANKS)
@@ -266,7 +268,7 @@ class Host:
                 try:
                     attachment = await asyncio.to_thread(
                         places.attach, self.config.paths.vtpm(name), name, record.owner,
-                        _node_kind(record),
+                        _node_kind(record), self._reservations.taken(),
                     )  # fmt: skip
                     await self._attach(vtpm, attachment)
                     await making
@@ -338,6 +340,8 @@ class Host:
                     )
                 )
                 run = await asyncio.get_running_loop().run_in_executor(self._measuring, look)
+                if nodes:
+                    self._reservations.reserve(nodes, state.pid)
                 await self._open_ports(vtpm, state.pid)
                 await self._power_on(vtpm, run, _start_time(state.pid))
             except BaseException:
@@ -469,8 +473,9 @@ class Host:
     async def _attach(self, vtpm: VirtualTpm, attachment: Attachment | None = None) -> None:
         paths, name = self.config.paths, vtpm.record.name
         if attachment is None:
-            kind = _node_kind(vtpm.record)
-            attachment = places.attach(paths.vtpm(name), name, vtpm.record.owner, kind)
+            kind, taken = _node_kind(vtpm.record), self._reservations.taken()
+            attachment = places.attach(paths.vtpm(name), name, vtpm.record.owner, kind, taken)
+        self._reservations.keep(attachment.surplus)
         try:
             self._numbers[vtpm.record.id] = await self._introduced(attachment.nodes)
         except BaseException:

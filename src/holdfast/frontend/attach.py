@@ -16,12 +16,13 @@ import os
 import shutil
 import socket
 import struct
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
 from holdfast.frontend import nodes
-from holdfast.frontend.nodes import NodeKind, Nodes
+from holdfast.frontend.nodes import NodeKind, Nodes, Number
 from holdfast.linux.mounts import Ms, mount, mount_fuse, mounted, unmount
 
 DATA_SOCKET: Final = "tpm.sock"
@@ -42,6 +43,7 @@ class Attachment:
     control: socket.socket
     evidence: socket.socket
     nodes: Nodes = field(default_factory=Nodes)
+    surplus: tuple[Nodes, ...] = ()  # with numbers that are taken; not closed by `close`
 
     def close(self) -> None:
         os.close(self.fuse)
@@ -50,10 +52,17 @@ class Attachment:
         self.nodes.close()
 
 
-def attach(directory: Path, name: str, owner: int, kind: NodeKind = NodeKind.NONE) -> Attachment:
+def attach(
+    directory: Path,
+    name: str,
+    owner: int,
+    kind: NodeKind = NodeKind.NONE,
+    taken: Collection[Number] = (),
+) -> Attachment:
     """Make both mounts under `directory`, replacing what an earlier run left there, and the nodes.
 
     On the host only root and `owner` (a uid) come through to them: whoever does may use the vTPM.
+    The nodes get no number that is `taken`.
     """
     detach(directory)
     devices, run = directory / "dev", directory / "run"
@@ -71,10 +80,10 @@ def attach(directory: Path, name: str, owner: int, kind: NodeKind = NodeKind.NON
             ends.append(undo.enter_context(_listen(run / socket_name)))
         if owner:
             _let_pass(directory, owner)
-        made = nodes.make(kind, name)
+        made, surplus = nodes.make(kind, name, taken)
         undo.pop_all()
     data, control, evidence = ends
-    return Attachment(fuse, data, control, evidence, made)
+    return Attachment(fuse, data, control, evidence, made, surplus)
 
 
 def _let_pass(directory: Path, uid: int) -> None:

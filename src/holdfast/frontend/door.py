@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import select
 import time
 from collections.abc import Callable
 from functools import partial
@@ -88,6 +89,10 @@ class Door:
             self.leave()
 
     def _refuse(self, fd: int, _node: int) -> None:
+        ready = select.poll()
+        ready.register(fd, select.POLLIN)
+        if not ready.poll(0):
+            return  # somebody else took it: a read would wait for the next
         try:
             command = os.read(fd, BUFFER_MAX)  # readable: the driver has one, and waits
         except OSError:

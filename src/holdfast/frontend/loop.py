@@ -243,7 +243,7 @@ class Loop:
         del self._connections[fd]
         self._forget(fd)
         connection.close()
-        self._pause(False)
+        self._pause(len(self._connections) >= CONNECTIONS_MAX)
 
     def _sweep(self) -> None:
         """Close connections that began a command and left it there."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Collection
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -69,12 +70,13 @@ class Number(NamedTuple):
 class Nodes:
     """What serves the nodes, as descriptors of the caller's.
 
-    `names`: of the two devices in sysfs.
+    `names`: of the two devices in sysfs. `given`: numbers that the kernel told when it made them.
     """
 
     kind: NodeKind = NodeKind.NONE
     fds: tuple[int, ...] = ()
     names: tuple[str, ...] = ()
+    given: tuple[Number, ...] = ()
 
     def close(self) -> None:
         for fd in self.fds:
@@ -99,20 +101,38 @@ def chosen(asked: Asked) -> NodeKind:
             return NodeKind(asked.value)
 
 
-def make(kind: NodeKind, name: str) -> Nodes:
-    """Make the nodes of a vTPM. HostError if the kernel does not."""
-    try:
-        match kind:
-            case NodeKind.NONE:
-                return Nodes()
-            case NodeKind.CUSE:
-                return _by_cuse(name)
-            case NodeKind.VTPM_PROXY:
-                device = vtpm_proxy.new_device()
-                names = (f"tpm/tpm{device.number}", f"tpmrm/tpmrm{device.number}")
-                return Nodes(kind, (device.fd,), names)
-    except (OSError, DecodeError) as error:
-        raise HostError(f"no device node by {kind.value}: {error}") from None
+def make(
+    kind: NodeKind, name: str, taken: Collection[Number] = ()
+) -> tuple[Nodes, tuple[Nodes, ...]]:
+    """Make the nodes of a vTPM; and those that came in between with numbers that are `taken`.
+
+    HostError if the kernel makes none.
+    """
+    with contextlib.ExitStack() as undo:
+        surplus: list[Nodes] = []
+        for attempt in range(len(taken) + 1):
+            try:
+                made = _make(kind, name, attempt)
+            except (OSError, DecodeError) as error:
+                raise HostError(f"no device node by {kind.value}: {error}") from None
+            if not set(made.given) & set(taken):
+                undo.pop_all()
+                return made, tuple(surplus)
+            surplus.append(made)
+            undo.callback(made.close)
+        raise HostError(f"{kind.value} has no device with a number that is not in use")
+
+
+def _make(kind: NodeKind, name: str, attempt: int) -> Nodes:
+    match kind:
+        case NodeKind.NONE:
+            return Nodes()
+        case NodeKind.CUSE:
+            return _by_cuse(f"{name}.{attempt}" if attempt else name)
+        case NodeKind.VTPM_PROXY:
+            device = vtpm_proxy.new_device()
+            names = (f"tpm/tpm{device.number}", f"tpmrm/tpmrm{device.number}")
+            return Nodes(kind, (device.fd,), names, (Number(device.major, device.minor),))
 
 
 def _by_cuse(name: str) -> Nodes:
@@ -125,8 +145,9 @@ def _by_cuse(name: str) -> Nodes:
             os.write(fd, fuse.cuse_init_reply(os.read(fd, fuse.REQUEST_MAX), called))
             fds.append(fd)
             names.append(f"cuse/{called}")
+        given = tuple(map(_number, names))
         undo.pop_all()
-        return Nodes(NodeKind.CUSE, tuple(fds), tuple(names))
+        return Nodes(NodeKind.CUSE, tuple(fds), tuple(names), given)
 
 
 def numbers(nodes: Nodes) -> tuple[Number, ...]:

@@ -1,4 +1,4 @@
-"""A cgroup per worker: memory, CPU and number of processes, on cgroup v2 or the v1 hierarchies."""
+"""Control groups, of version 2 or 1: one for each worker, and those of others' processes."""
 
 from __future__ import annotations
 
@@ -97,3 +97,31 @@ def sweep(prefix: str) -> None:
             owner = group.name.removeprefix(prefix).partition("-")[0]
             if owner == str(os.getpid()) or not Path("/proc", owner).exists():
                 remove((group,))
+
+
+def of_devices(pid: int) -> Path | None:
+    """The group that says which devices a process may use; None if it is everybody's,
+    the root, or cannot be found.
+    """
+    found: dict[str, str] = {}
+    for line in Path(f"/proc/{pid}/cgroup").read_text().splitlines():
+        number, controllers, path = line.split(":", 2)
+        for controller in controllers.split(",") if number != "0" else ("",):
+            found[controller] = path
+    for controller, hierarchy in (("devices", ROOT / "devices"), ("", ROOT)):
+        path = found.get(controller, "/")
+        if path != "/" and ".." not in path.split("/"):
+            group = hierarchy / path.lstrip("/")
+            return group if group.is_dir() else None
+    return None
+
+
+def populated(group: Path) -> bool:
+    """Whether a process is in the group or below it; one that is gone has none."""
+    if not group.is_dir():
+        return False
+    try:
+        events = (group / "cgroup.events").read_text()
+    except FileNotFoundError:  # version 1 has no such file
+        return any(file.read_text() for file in group.rglob("cgroup.procs"))
+    return "populated 1" in events.splitlines()

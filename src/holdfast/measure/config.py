@@ -99,7 +99,11 @@ _KNOWN: Final[Mapping[str, frozenset[str]]] = {
     ),
 }
 _KNOWN_MOUNT: Final = frozenset({"destination", "source", "type", "options"})
-_KNOWN_DEVICE: Final = frozenset({"type", "major", "minor"})
+_KNOWN_DEVICE: Final[Mapping[str, type]] = {
+    "type": str, "path": str, "access": str, "allow": bool, "major": int, "minor": int,
+    "fileMode": int, "uid": int, "gid": int,
+}  # fmt: skip
+_TYPES: Final = {str: "a string", bool: "true or false", int: "a whole number"}
 _KNOWN_HOOK: Final = frozenset({"path", "args", "env", "timeout"})
 _KNOWN_NAMESPACE: Final = frozenset({"type", "path"})
 _KNOWN_ID_MAP: Final = frozenset({"containerID", "hostID", "size"})
@@ -299,14 +303,10 @@ def _normalise_linux(linux: Json, numbers: Sequence[tuple[int, int]]) -> None:
 
 def _normalise_devices(devices: list[Json], numbers: Sequence[tuple[int, int]]) -> None:
     for device in devices:
-        _check_keys(device, _KNOWN_DEVICE, "a device")
-        for index, (major, minor) in enumerate(numbers):
-            if (device.get("type"), device.get("major"), device.get("minor")) == (
-                "c",
-                major,
-                minor,
-            ):
-                device["major"], device["minor"] = DEVICE, index
+        found = tuple(map(device.get, ("type", "major", "minor")))
+        for index, number in enumerate(numbers):
+            if found == ("c", *number):
+                device.update(major=DEVICE, minor=index)
 
 
 def canonical_order(mounts: list[Json]) -> list[Json]:
@@ -407,6 +407,19 @@ def _check_spelling(config: Json) -> None:
     for mount in _mounts(config):
         _check_keys(mount, _KNOWN_MOUNT, "a mount")
     hooks(config)
+    linux = _object(config, "linux")
+    rules = _objects(_object(linux, "resources"), "devices", "linux.resources")
+    for device in (*_objects(linux, "devices", "linux"), *rules):
+        _check_device(device)
+
+
+def _check_device(device: Json) -> None:
+    """A device or a rule whose parts are of their types; crun takes `true` for any number."""
+    _check_keys(device, frozenset(_KNOWN_DEVICE), "a device")
+    for name, kind in _KNOWN_DEVICE.items():
+        value = device.get(name)
+        if value is not None and type(value) is not kind:
+            raise DecodeError(_WHAT, f"{name} of a device is not {_TYPES[kind]}")
 
 
 def _check_keys(section: Json, known: frozenset[str], where: str) -> None:
