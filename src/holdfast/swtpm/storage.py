@@ -2,6 +2,9 @@
 
 A state is replaced whole and durable when `save` returns. The directory is locked as swtpm locks
 it, so that neither program runs on what the other has open.
+
+The directory may be somebody else's than ours: what lies there under our names is never written
+to, and never waited for.
 """
 
 from __future__ import annotations
@@ -11,7 +14,7 @@ import errno
 import fcntl
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Final, Protocol
 
@@ -21,6 +24,8 @@ from holdfast.protocol.stateblob import BLOB_MAX
 
 MODE: Final = 0o640
 _LOCK: Final = ".lock"
+_PRIVATE: Final = 0o600
+_SAFELY: Final = os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK  # a FIFO is no file to wait for
 
 
 class Storage(Protocol):
@@ -72,10 +77,13 @@ class Directory:
     def lock(self) -> None:
         if self._lock_fd is not None or not self._locks:
             return
-        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
-        fd = os.open(_LOCK, flags, self._mode, dir_fd=self._fd)
+        fd = os.open(_LOCK, os.O_RDWR | os.O_CREAT | _SAFELY, self._mode, dir_fd=self._fd)
         try:
+            _check_kind(fd, self.path / _LOCK)
             fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except HostError:
+            os.close(fd)
+            raise
         except OSError as error:
             os.close(fd)
             if error.errno not in (errno.EACCES, errno.EAGAIN):
@@ -92,18 +100,19 @@ class Directory:
 
     def load(self, name: str) -> bytes | None:
         try:
-            fd = os.open(
-                f"tpm2-00.{name}", os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self._fd
-            )
+            fd = os.open(f"tpm2-00.{name}", os.O_RDONLY | _SAFELY, dir_fd=self._fd)
         except FileNotFoundError:
             return None
         with os.fdopen(fd, "rb") as file:
+            _check_kind(fd, self.where(name))
             return _bounded(file.read(BLOB_MAX + 1), self.path / f"tpm2-00.{name}", BLOB_MAX)
 
     def save(self, name: str, data: bytes) -> None:
         fresh = f"TMP2-00.{name}"
-        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
-        fd = os.open(fresh, flags, self._mode, dir_fd=self._fd)
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(fresh, dir_fd=self._fd)  # what an interrupted one left, or somebody else
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | _SAFELY
+        fd = os.open(fresh, flags, _PRIVATE, dir_fd=self._fd)
         try:
             with os.fdopen(fd, "wb") as file:
                 os.fchmod(fd, self._mode)
@@ -130,11 +139,11 @@ class SingleFile:
     """swtpm's linear store in a file, which is made if it is not there, or on a block device."""
 
     def __init__(self, path: Path, *, mode: int = MODE, locks: bool = False) -> None:
-        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
         try:
-            self._fd = os.open(path, flags, mode)
+            self._fd = os.open(path, os.O_RDWR | os.O_CREAT | _SAFELY, mode)
         except OSError as error:
             raise HostError(f"Could not open TPM state file {path}: {error.strerror}") from None
+        _check_kind(self._fd, path, stat.S_ISREG, stat.S_ISBLK)
         self.path = path
         self._locks = locks
         self._locked = False
@@ -182,6 +191,13 @@ class SingleFile:
         self._store = change.store
         if self._grows:
             os.ftruncate(self._fd, change.store.end)
+
+
+def _check_kind(fd: int, path: Path, *kinds: Callable[[int], bool]) -> None:
+    """HostError unless this is a regular file, or of one of these kinds."""
+    mode = os.fstat(fd).st_mode
+    if not any(kind(mode) for kind in kinds or (stat.S_ISREG,)):
+        raise HostError(f"{path} is not the file that a TPM's state would be in")
 
 
 def _bounded(data: bytes, path: Path, most: int) -> bytes:

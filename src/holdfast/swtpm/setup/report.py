@@ -23,6 +23,7 @@ class Report:
         self._logs = bool(path)
         if path:
             flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
+            flags |= os.O_NONBLOCK
             try:
                 self._fd = os.open(path, flags, _MODE)
             except OSError as error:
