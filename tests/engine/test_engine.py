@@ -99,7 +99,7 @@ def test_a_refused_commit_keeps_sessions_and_pcrs(engine: Engine, tpm: DurableTp
 
 
 def test_a_wrong_password_commits_too(engine: Engine, tpm: DurableTpm) -> None:
-    """The `nv` attribute of a command is no guide to what stores (facts: F6)."""
+    """The `nv` attribute of a command is no guide to what stores: NV_Write fails, and counts."""
     attributes = NvAttr.AUTHREAD | NvAttr.AUTHWRITE
     public = rq.nv_define_space(Rh.OWNER, INDEX, attributes, 8)
     rq.response(Cc.NV_DefineSpace, tpm.execute(public))

@@ -1,6 +1,6 @@
 """What was measured of libtpms, and the filter and the design rest on; and that an owner stays one.
 
-Each was seen once by hand (facts/filter.md); a libtpms of which one is no longer true fails here.
+Each was seen once by hand; a libtpms of which one is no longer true fails here.
 """
 
 from __future__ import annotations

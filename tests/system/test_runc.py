@@ -26,8 +26,8 @@ from holdfast.tpm2.constants import NvAttr, Rh
 from holdfast.tpm2.structures import PcrSelection
 from tests.asking import connect, exchange, rc, until
 
+from .rootfs import make_rootfs
 from .serve import Serve, a_host
-from .test_measure_podman import make_rootfs
 
 pytestmark = [
     pytest.mark.needs_root,
@@ -147,7 +147,7 @@ def add_hook(bundle: Bundle, stage: str, path: str, *, first: bool = False) -> N
 def test_a_hook_of_the_bundles_that_runs_after_ours_stops_the_start(
     bundle: Bundle, stage: str
 ) -> None:
-    """One such hook changed a file after we had measured it (facts)."""
+    """One such hook changed a file after we had measured it."""
     bundle.give()
     script = bundle.directory / "rootfs" / "late"
     script.write_text("#!/bin/sh\necho changed > /tmp/late\n")
@@ -273,7 +273,7 @@ def start(bundle: Bundle) -> None:
 
 
 def test_the_end_of_init_powers_off_and_seals_without_anybody_cleaning_up(bundle: Bundle) -> None:
-    """poststop runs at `runc delete` alone (facts), and here nobody calls it."""
+    """poststop runs at `runc delete` alone, and here nobody calls it."""
     bundle.give()
     bundle.runs("sleep", "600")
     start(bundle)
@@ -338,7 +338,7 @@ def test_the_tmpfs_of_one_run_leads_to_no_other(bundle: Bundle) -> None:
 
 
 def test_a_container_can_put_nothing_in_its_sockets_place(bundle: Bundle) -> None:
-    """A directory bound read-write let a container replace the socket by a symlink (facts)."""
+    """A directory bound read-write let a container replace the socket by a symlink."""
     bundle.give()
     script = (
         "cd /run/vtpm; rm tpm.sock || echo kept; echo x > new || echo full; "

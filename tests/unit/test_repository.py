@@ -31,7 +31,7 @@ def test_pinned_dependencies_name_no_registry() -> None:
 
 
 def test_no_control_command_that_could_hurt_evidence_is_a_containers() -> None:
-    """INIT wipes PCRs 0-15, HASH_* forge PCR 17, STATEBLOB reads secrets (facts)."""
+    """INIT wipes PCRs 0-15, HASH_* forge PCR 17, STATEBLOB reads secrets."""
     containers = {
         c for c, row in control.TABLE.items() if row.audience is control.Audience.CONTAINER
     }

@@ -23,8 +23,8 @@ from holdfast.tpm2.constants import BUFFER_MAX
 LIBRARY: Final = "libtpms.so.0"
 LIBCRYPTO: Final = "libcrypto.so.3"  # the one libtpms is linked with
 API_MIN: Final = (0, 9, 0)
-# Versions with a known fault that a tenant can reach (facts: CVE list); distributions backport
-# fixes, so a listed version is shown by `doctor`, not refused.
+# Versions with a known fault that a tenant can reach; distributions backport fixes, so a listed
+# version is shown by `doctor`, not refused.
 KNOWN_BAD: Final = {
     (0, 9, 0): "CVE-2023-1017, CVE-2023-1018, CVE-2025-49133 unless the distribution patched them",
     (0, 9, 1): "CVE-2023-1017, CVE-2023-1018, CVE-2025-49133 unless the distribution patched them",
