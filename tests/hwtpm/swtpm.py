@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 import subprocess
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
 from holdfast.hwtpm.context import Context
 from holdfast.hwtpm.host import HostTpm
 from holdfast.hwtpm.transport import PATIENCE_TO_MAKE_KEYS, Transport
+from holdfast.protocol.control import Command
+from holdfast.tpm2.wire import u32
+from tests.asking import connect, until
 
 READY_SECONDS = 10
 
@@ -44,8 +46,17 @@ class Swtpm:
             ],
             stderr=subprocess.DEVNULL,
         )  # fmt: skip
-        wait_for(self.socket.exists)
+        until("swtpm answers", self._answers, READY_SECONDS)
         self.socket.chmod(0o666)  # the keeper gives up being root
+
+    def _answers(self) -> bool:
+        """On its control channel, when both are listened to: a socket is there before that."""
+        try:
+            with connect(self.socket.with_name("s.ctrl"), READY_SECONDS) as sock:
+                sock.sendall(u32(Command.GET_CONFIG))
+                return bool(sock.recv(8))
+        except OSError:
+            return False
 
     def stop(self) -> None:
         """Power off, without warning."""
@@ -70,12 +81,3 @@ class Swtpm:
 
     def host(self, context: Context) -> HostTpm:
         return HostTpm(context)
-
-
-def wait_for(condition: object, seconds: float = READY_SECONDS) -> None:
-    """Wait until `condition()` is true; there is no event to wait for in another program."""
-    assert callable(condition)
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.01)

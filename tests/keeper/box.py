@@ -25,7 +25,8 @@ from holdfast.tpm2.commands import Cc
 from holdfast.tpm2.constants import Rh
 from holdfast.tpm2.structures import Public
 from holdfast.tpm2.templates import AK_P256, EK_P256, EK_RSA2048
-from tests.hwtpm.swtpm import Swtpm, wait_for
+from tests.asking import until
+from tests.hwtpm.swtpm import Swtpm
 
 NOBODY = 65534
 PYTHON = [sys.executable, "-P", "-m"]
@@ -102,7 +103,7 @@ class Box:
                 ],
                 stderr=log,
             )  # fmt: skip
-        wait_for(self.listens)
+        until("the keeper listens", self.listens)
 
     def listens(self) -> bool:
         assert self.process is not None

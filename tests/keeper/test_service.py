@@ -18,7 +18,7 @@ from holdfast.hwtpm.transport import PATIENCE
 from holdfast.keeper.service import PEERS_MAX
 from holdfast.linux import channel
 from holdfast.protocol import ipc
-from tests.hwtpm.swtpm import wait_for
+from tests.asking import until
 
 from .box import NOBODY, Box, Client, Guest, Worker
 
@@ -135,7 +135,7 @@ def test_keeper_keeps_no_descriptor_of_a_refused_or_ended_lease(keeper: Box) -> 
             with Worker() as worker:
                 client.ask(ipc.Lease(INSTANCE), ipc.Refused, (worker.pidfd,))
                 client.ask(ipc.KeeperStatus(), ipc.KeeperState, (worker.pidfd, worker.pidfd))
-        wait_for(lambda: len(list(descriptors.iterdir())) == before)
+        until("descriptors are closed", lambda: len(list(descriptors.iterdir())) == before)
 
 
 def test_killed_keeper_starts_again_and_opens_the_same_data_key(keeper: Box) -> None:
@@ -247,7 +247,7 @@ def test_keeper_without_its_tpm_serves_the_reason_and_opens_when_it_is_back(box:
         worker.lease(client, INSTANCE, ipc.Done)
         assert worker.key(b"", ipc.Refused).error == "HostError"
         box.swtpm.start()
-        wait_for(lambda: is_open(client))
+        until("the keeper is open", lambda: is_open(client))
 
 
 def test_tpm_that_is_reset_midway_costs_one_answer(keeper: Box) -> None:
@@ -256,7 +256,7 @@ def test_tpm_that_is_reset_midway_costs_one_answer(keeper: Box) -> None:
         keeper.swtpm.stop()
         assert client.ask(ipc.HostPcrs(), ipc.Refused).error == "HostError"
         keeper.swtpm.start()
-        wait_for(lambda: is_open(client))
+        until("the keeper is open", lambda: is_open(client))
         client.ask(ipc.RoundQuote(1, bytes(32)), ipc.HostQuote)
         keeper.swtpm.stop()
         keeper.swtpm.start()  # reset, unseen: what was loaded is gone
@@ -279,7 +279,7 @@ def test_tpm_that_does_not_answer_is_refused_in_time(keeper: Box) -> None:
         assert not is_open(client)
         assert time.monotonic() - started < 3 * PATIENCE
         keeper.swtpm.process.send_signal(signal.SIGCONT)
-        wait_for(lambda: is_open(client), 30)
+        until("the keeper is open", lambda: is_open(client), 30)
 
 
 def test_other_boot_state_is_refused_until_it_is_authorized(keeper: Box) -> None:
@@ -291,7 +291,7 @@ def test_other_boot_state_is_refused_until_it_is_authorized(keeper: Box) -> None
         assert "PCR 7 differs" in state.why_not
         assert client.ask(ipc.HostPcrs(), ipc.Refused).error == "HostError"
         keeper.authorize()
-        wait_for(lambda: is_open(client), 30)
+        until("the keeper is open", lambda: is_open(client), 30)
 
 
 # --- peers that misbehave ---
@@ -332,7 +332,7 @@ def test_number_of_peers_is_bounded(keeper: Box) -> None:
         assert all(is_open(peer) for peer in peers)
         assert not _admitted(keeper)
         peers[0].sock.close()
-        wait_for(lambda: _admitted(keeper))
+        until("somebody is admitted", lambda: _admitted(keeper))
 
 
 def _admitted(keeper: Box) -> bool:
@@ -356,7 +356,7 @@ def test_peer_that_is_not_root_is_turned_away(keeper: Box) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], check=False, timeout=60)
     assert done.returncode == 0
-    wait_for(lambda: f"of user {NOBODY} turned away" in keeper.log)
+    until("the log says it", lambda: f"of user {NOBODY} turned away" in keeper.log)
 
 
 # --- the box it is in ---
