@@ -11,7 +11,7 @@ from typing import IO
 
 import pytest
 
-from .test_tpm_command import HOLDFAST, needs_tools
+from .program import HOLDFAST, needs_tools
 
 Process = subprocess.Popen[str]
 SLOW = """

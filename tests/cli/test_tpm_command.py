@@ -17,11 +17,7 @@ from pathlib import Path
 import pytest
 
 from .nobody import NOBODY, as_nobody
-
-HOLDFAST = str(Path(sys.executable).with_name("holdfast"))
-needs_tools = pytest.mark.skipif(
-    not shutil.which("tpm2_getrandom"), reason="tpm2-tools are not installed"
-)
+from .program import HOLDFAST, needs_tools
 
 
 @pytest.fixture

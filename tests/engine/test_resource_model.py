@@ -6,8 +6,6 @@ until it flushes it or goes, whatever the TPM had to save meanwhile.
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import pytest
@@ -33,71 +31,26 @@ from holdfast.tpm2.commands import SHAPES, Cc
 from holdfast.tpm2.constants import Cap, Rc, Rh
 from holdfast.tpm2.wire import sized, u8, u16, u32
 from holdfast.worker.tpm import DurableTpm
+from tests.asking import rc as code
+from tests.commands import (
+    AUTH,
+    LOADED,
+    OBJECTS,
+    SAVED,
+    data_in,
+    digest_of,
+    handle_of,
+    handles,
+    load,
+    said,
+    save,
+    say,
+    sealed,
+    unseal,
+)
 
-AUTH = (rq.Auth(),)
-OBJECTS, LOADED, SAVED = 0x80000000, 0x02000000, 0x03000000
 CLIENTS_MAX = 4
 SESSIONS_MAX = 12  # of the model's: more than the slots, less than the TPM has
-
-
-def code(answer: bytes) -> int:
-    return int.from_bytes(answer[6:10], "big")
-
-
-def handle_of(answer: bytes) -> int:
-    assert code(answer) == 0, hex(code(answer))
-    return int.from_bytes(answer[10:14], "big")
-
-
-def sealed(data: bytes, hierarchy: int = Rh.OWNER) -> bytes:
-    """CreatePrimary of a sealed object: cheap, and each has a Name of its own."""
-    public = u16(Alg.KEYEDHASH) + u16(Alg.SHA256) + u32(0x00000452) + sized(b"") + u16(Alg.NULL)
-    params = sized(sized(b"") + sized(data)) + sized(public + sized(b"")) + sized(b"") + u32(0)
-    return rq.command(Cc.CreatePrimary, (hierarchy,), AUTH, params)
-
-
-def unseal(handle: int) -> bytes:
-    return rq.command(Cc.Unseal, (handle,), AUTH)
-
-
-def data_in(answer: bytes) -> bytes:
-    return rq.response(Cc.Unseal, answer).params.sized()
-
-
-def save(handle: int) -> bytes:
-    return rq.command(Cc.ContextSave, (handle,))
-
-
-def load(context: bytes) -> bytes:
-    return rq.command(Cc.ContextLoad, (), (), context)
-
-
-def digest_of(handle: int) -> bytes:
-    return rq.command(Cc.PolicyGetDigest, (handle,))
-
-
-def say(handle: int, number: int) -> bytes:
-    """PolicySecret with a number as its policyRef: it changes the digest, as often as one likes."""
-    return rq.command(Cc.PolicySecret, (Rh.OWNER, handle), AUTH,
-                      sized(b"") * 2 + sized(number.to_bytes(2, "big")) + u32(0))  # fmt: skip
-
-
-def said(digest: bytes, number: int) -> bytes:
-    """PolicySecret's effect on a digest (Part 3, 23.4.1)."""
-    name = int(Rh.OWNER).to_bytes(4, "big")
-    first = hashlib.sha256(digest + u32(Cc.PolicySecret) + name).digest()
-    return hashlib.sha256(first + number.to_bytes(2, "big")).digest()
-
-
-def listed(answer: bytes) -> list[int]:
-    reader = rq.response(Cc.GetCapability, answer).params
-    assert reader.u8() == 0
-    assert reader.u32() == Cap.HANDLES
-    return [reader.u32() for _ in range(reader.u32())]
-
-
-def handles(ask: Callable[[bytes], bytes], first: int) -> list[int]:
-    return listed(ask(rq.get_capability(Cap.HANDLES, first, 200)))
 
 
 # --- the model -----------------------------------------------------------------------------------

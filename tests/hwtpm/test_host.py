@@ -13,24 +13,15 @@ from holdfast.errors import HostError, IntegrityError, TpmError
 from holdfast.hwtpm import endorsement, policy
 from holdfast.hwtpm.context import Context
 from holdfast.hwtpm.host import Approval, Blob, HostTpm, fresh_auth, quoted_selection
-from holdfast.hwtpm.policy import RecoverySigner, approved_policy
+from holdfast.hwtpm.policy import RecoverySigner
 from holdfast.hwtpm.version import VERSION_INDEX
 from holdfast.tpm2.algorithms import Alg
 from holdfast.tpm2.constants import ObjectAttr
 from holdfast.tpm2.keys import make_credential, verify
-from holdfast.tpm2.structures import (
-    Attest,
-    Public,
-    Signature,
-    pcr_composite,
-)
+from holdfast.tpm2.structures import Attest, Public, Signature, pcr_composite
 
+from .approving import AUTH, SECRET, UNIQUE, approve_now
 from .swtpm import Swtpm
-
-UNIQUE = bytes(range(32))
-AUTH = b"\x11" * 32
-PCRS = (0, 7)
-SECRET = bytes(range(32, 64))
 
 
 @contextmanager
@@ -42,13 +33,6 @@ def opened(swtpm: Swtpm) -> Iterator[tuple[Context, HostTpm]]:
         yield context, tpm
     finally:
         context.close()
-
-
-def approve_now(tpm: HostTpm, signer: RecoverySigner, version: int) -> Approval:
-    bank = tpm.read_pcrs()[Alg.SHA256]
-    values = {pcr: bank[pcr] for pcr in PCRS}
-    signature = signer.approve(approved_policy(values, version, tpm.index.name))
-    return Approval(version, values, signature)
 
 
 class Sealed:

@@ -20,8 +20,8 @@ from holdfast.tpm2.keys import verify
 from holdfast.tpm2.structures import Public, Signature
 from holdfast.tpm2.wire import sized, u32
 
+from .approving import AUTH, SECRET, UNIQUE, approve_now
 from .swtpm import Swtpm
-from .test_host import AUTH, SECRET, UNIQUE, approve_now
 
 Change = Callable[[bytes], bytes]
 

@@ -6,19 +6,17 @@ import os
 import select
 import socket
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from holdfast.tpm2 import requests as rq
-from holdfast.tpm2.constants import Rc, Rh
-from holdfast.tpm2.templates import EK_RSA2048
+from holdfast.tpm2.constants import Rc
 from holdfast.tpm2.wire import u32
+from tests.commands import CANCEL, rsa_primary
 
 from .program import SECONDS, STARTED, Program, running
 
-CANCEL = u32(0x09)
 TRIES = 60
 
 
@@ -26,12 +24,6 @@ TRIES = 60
 def program(tmp_path: Path) -> Iterator[Program]:
     with running(Program(tmp_path), *STARTED) as started:
         yield started
-
-
-def rsa_primary() -> bytes:
-    """One that nobody made before: 30 ms of looking for primes."""
-    template = replace(EK_RSA2048, unique=(os.urandom(256),), raw=b"")
-    return rq.create_primary(Rh.NULL, template)
 
 
 def test_a_command_that_runs_is_cancelled(program: Program) -> None:

@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +22,7 @@ from typing import Any
 import pyrage
 
 from holdfast.client import Client
-from holdfast.errors import HostError
+from holdfast.errors import HoldfastError, HostError
 from holdfast.linux.mounts import mounted
 from tests.asking import until
 
@@ -210,6 +210,32 @@ class Serve:
             if str(self.directory) in path.read_text():
                 found.append(str(path))
         return found
+
+
+def as_user(uid: int, action: Callable[[], Any]) -> Any:
+    """What `action` returns in a process of that user; the name of the error it raised."""
+    read, write = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        status = 1
+        try:
+            os.setgroups([])
+            os.setresgid(uid, uid, uid)
+            os.setresuid(uid, uid, uid)
+            try:
+                result: Any = action()
+            except HoldfastError as error:
+                result = type(error).__name__
+            os.write(write, json.dumps(result).encode())
+            status = 0
+        finally:
+            os._exit(status)
+    os.close(write)
+    with os.fdopen(read, "rb") as pipe:
+        data = pipe.read()
+    _, status = os.waitpid(pid, 0)
+    assert status == 0
+    return json.loads(data)
 
 
 def children(pid: int) -> list[int]:

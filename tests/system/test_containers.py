@@ -13,7 +13,7 @@ import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +28,8 @@ from holdfast.frontend.bundle import with_vtpm
 from tests.asking import connect, until
 from tests.cli.nobody import as_nobody
 
-from .serve import IMAGE, Serve, a_host, build_images, container, podman
-from .test_measure_podman import make_rootfs
+from .rootfs import make_rootfs
+from .serve import IMAGE, Serve, a_host, as_user, build_images, container, podman
 
 pytestmark = [
     pytest.mark.needs_root,
@@ -302,32 +302,6 @@ def test_a_container_gets_its_own_evidence_and_nothing_else_on_its_socket(host: 
 
 
 # --- who may call what ---------------------------------------------------------------------------
-
-
-def as_user(uid: int, action: Callable[[], Any]) -> Any:
-    """What `action` returns in a process of that user; the name of the error it raised."""
-    read, write = os.pipe()
-    pid = os.fork()
-    if pid == 0:
-        status = 1
-        try:
-            os.setgroups([])
-            os.setresgid(uid, uid, uid)
-            os.setresuid(uid, uid, uid)
-            try:
-                result: Any = action()
-            except HoldfastError as error:
-                result = type(error).__name__
-            os.write(write, json.dumps(result).encode())
-            status = 0
-        finally:
-            os._exit(status)
-    os.close(write)
-    with os.fdopen(read, "rb") as pipe:
-        data = pipe.read()
-    _, status = os.waitpid(pid, 0)
-    assert status == 0
-    return json.loads(data)
 
 
 def test_a_user_may_do_to_his_own_what_is_his_to_do_and_nothing_to_anothers(host: Serve) -> None:

@@ -1,5 +1,5 @@
 """The files of a vTPM as programs use and misuse them: tpm2-tss, event loops, threads, processes
-that share a descriptor or die with it. docs/devices.md is what this shows."""
+that share a descriptor or die with it. docs/devices.md says which of its rows are elsewhere."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from holdfast.tpm2.wire import u16, u32
 from tests.asking import rc, until
 
 from .conftest import Box
-from .test_frames import GET_RANDOM, RANDOM_SIZE, Running, a_running_vtpm, fails, on_device, opened
+from .running import GET_RANDOM, RANDOM_SIZE, Running, a_running_vtpm, fails, on_device, opened
 
 NAMES = ("tpm0", "tpmrm0")
 SECONDS = 10.0

@@ -5,7 +5,6 @@ HOLDFAST_SOAK=1 sends ten times as many random frames.
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import errno
 import os
@@ -15,16 +14,11 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from holdfast.instance.vtpm import VirtualTpm
-from holdfast.protocol import lifecycle as lc
 from holdfast.tpm2 import requests as rq
 from holdfast.tpm2.algorithms import Alg
 from holdfast.tpm2.commands import SHAPES, Cc
@@ -32,91 +26,22 @@ from holdfast.tpm2.constants import BUFFER_MAX, Cap, NvAttr, Rc, Rh
 from holdfast.tpm2.structures import PcrSelection
 from holdfast.tpm2.templates import EK_P256
 from holdfast.tpm2.wire import sized, u16, u32
-from tests.asking import connect, exchange, rc, receive, until
+from tests.asking import exchange, rc, receive, until
 
 from .conftest import Box
-from .test_vtpm_life import a_vtpm, make_run
+from .running import (
+    GET_RANDOM,
+    RANDOM_SIZE,
+    Running,
+    a_running_vtpm,
+    busy,
+    fails,
+    on_device,
+    opened,
+)
 
 FRAMES = 1_000_000 if os.environ.get("HOLDFAST_SOAK") == "1" else 100_000
 SECONDS = 10.0
-GET_RANDOM = bytes.fromhex("80010000000c0000017b0008")
-RANDOM_SIZE = 20  # of its response
-
-
-@dataclass
-class Running:
-    """A powered-on vTPM, served by an event loop of its own."""
-
-    vtpm: VirtualTpm
-    place: Path
-    loop: asyncio.AbstractEventLoop
-
-    def connect(self) -> socket.socket:
-        return connect(self.place / "run" / "tpm.sock", SECONDS)
-
-    def control(self) -> socket.socket:
-        return connect(self.place / "run" / "tpm.sock.ctrl", SECONDS)
-
-    def device(self, name: str = "tpmrm0") -> Path:
-        return self.place / "dev" / name
-
-    def ask(self, command: bytes) -> bytes:
-        with self.connect() as sock:
-            return exchange(sock, command)
-
-    def serves(self) -> None:
-        """Somebody else is served, at once."""
-        assert len(self.ask(GET_RANDOM)) == RANDOM_SIZE
-
-    def pid(self) -> int:
-        asked = self.vtpm._around.spawner.ask(lc.ListHeld(), lc.HeldList)
-        held, _ = asyncio.run_coroutine_threadsafe(asked, self.loop).result(SECONDS)
-        return next(e.pid for e in held.entries if e.instance == self.vtpm.record.id)
-
-    def pcrs(self) -> dict[Alg, tuple[bytes, ...]]:
-        values = {}
-        for alg in (Alg.SHA256, Alg.SHA384):
-            halves: tuple[bytes, ...] = ()
-            for start in (0, 8):
-                command = rq.pcr_read(PcrSelection.of(alg, range(start, start + 8)))
-                halves += rq.pcr_read_values(self.ask(command))[1]
-            assert len(halves) == 16
-            values[alg] = halves
-        return values
-
-
-@contextmanager
-def a_running_vtpm(box: Box, directory: Path) -> Iterator[Running]:
-    ready, end = threading.Event(), threading.Event()
-    made: list[Running] = []
-    failed: list[BaseException] = []
-
-    async def body() -> None:
-        async with a_vtpm(box, directory) as vtpm:
-            await vtpm.power_on(make_run())
-            made.append(Running(vtpm, directory / "place", asyncio.get_running_loop()))
-            ready.set()
-            await asyncio.to_thread(end.wait)
-
-    def run() -> None:
-        try:
-            asyncio.run(body())
-        except BaseException as error:  # noqa: BLE001 - told to the test
-            failed.append(error)
-        ready.set()
-
-    thread = threading.Thread(target=run)
-    thread.start()
-    try:
-        assert ready.wait(60)
-        if failed:
-            raise failed[0]
-        yield made[0]
-    finally:
-        end.set()
-        thread.join(60)
-    assert not thread.is_alive()
-    assert not failed, failed
 
 
 @pytest.fixture(scope="module")
@@ -277,12 +202,6 @@ def test_the_65th_client_waits_until_one_of_64_goes(running: Running) -> None:
     running.serves()
 
 
-def busy(pid: int) -> float:
-    """Seconds of CPU that a process has used."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-
-
 def test_who_waits_beyond_the_limit_makes_nobody_spin(running: Running) -> None:
     """A pending connection that nobody accepts keeps a level-triggered listener readable."""
     clients = [running.connect() for _ in range(66)]
@@ -420,21 +339,6 @@ def test_no_random_frame_changes_a_measured_pcr_or_ends_the_worker(
 # --- the device ----------------------------------------------------------------------------------
 
 
-@contextmanager
-def opened(path: Path) -> Iterator[int]:
-    fd = os.open(path, os.O_RDWR)
-    try:
-        yield fd
-    finally:
-        os.close(fd)
-
-
-def fails(number: int, action: object, *arguments: object) -> None:
-    with pytest.raises(OSError) as caught:
-        action(*arguments)  # type: ignore[operator]
-    assert caught.value.errno == number
-
-
 def test_half_a_command_is_invalid_to_the_device(running: Running) -> None:
     with opened(running.device()) as fd:
         for length in range(1, len(GET_RANDOM)):
@@ -544,11 +448,6 @@ def test_a_client_killed_between_command_and_answer_leaves_the_device_free(
 
 
 # --- clients' objects ----------------------------------------------------------------------------
-
-
-def on_device(fd: int, command: bytes) -> bytes:
-    os.write(fd, command)
-    return os.read(fd, 4096)
 
 
 def listed(response: bytes) -> list[int]:

@@ -11,17 +11,13 @@ from pathlib import Path
 
 import pytest
 from cryptography import x509
-from cryptography.hazmat.primitives.serialization import (
-    Encoding,
-    PublicFormat,
-    load_pem_public_key,
-)
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_pem_public_key
 
 from holdfast.cli.tpm import plain_tpm
 from holdfast.tpm2.constants import AK_HANDLE
 
 from .conftest import Box
-from .test_frames import Running, a_running_vtpm
+from .running import Running, a_running_vtpm
 
 pytestmark = pytest.mark.skipif(
     not shutil.which("tpm2_createek") or not shutil.which("openssl"),

@@ -24,7 +24,7 @@ from holdfast.tpm2.constants import NvAttr, Rc, Rh
 from tests.asking import connect, exchange, rc, until
 
 from .conftest import Box
-from .test_frames import GET_RANDOM, RANDOM_SIZE, Running, a_running_vtpm, fails, opened
+from .running import GET_RANDOM, RANDOM_SIZE, Running, a_running_vtpm, fails, opened
 
 SECONDS = 20.0
 INDEX = 0x01500020

@@ -25,9 +25,8 @@ from holdfast.tpm2.constants import NvAttr, Rh
 from tests.asking import connect, exchange, rc, until
 from tests.cli.nobody import as_nobody
 
-from .serve import PROGRAM, Serve, a_host, serves
-from .test_containers import as_user
-from .test_frames import GET_RANDOM, RANDOM_SIZE, busy
+from .running import GET_RANDOM, RANDOM_SIZE, busy
+from .serve import PROGRAM, Serve, a_host, as_user, serves
 
 NONCE = "00" * 16
 OWNER = 4343

@@ -23,7 +23,7 @@ from holdfast.tpm2.structures import Attest, PcrSelection, Public, Signature
 from holdfast.tpm2.templates import AK_P256
 from holdfast.tpm2.wire import sized, u32
 from tests.asking import exchange, rc, until
-from tests.engine.test_resource_model import (
+from tests.commands import (
     LOADED,
     OBJECTS,
     SAVED,
@@ -40,7 +40,7 @@ from tests.engine.test_resource_model import (
 )
 
 from .conftest import Box
-from .test_frames import Running, a_running_vtpm
+from .running import Running, a_running_vtpm
 
 PROGRAMS = 64
 ROOT = Path(__file__).parents[2]

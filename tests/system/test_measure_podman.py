@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 import stat
 import subprocess
@@ -29,6 +28,8 @@ from holdfast.measure.config import Provision, config_facts, parse_config
 from holdfast.measure.rootfs import EMPTY, plain_digest, upper_digest
 from holdfast.measure.tree import open_tree
 
+from .rootfs import make_rootfs
+
 pytestmark = [
     pytest.mark.needs_root,
     pytest.mark.skipif(os.geteuid() != 0, reason="containers of the system need root"),
@@ -37,7 +38,6 @@ pytestmark = [
 ]
 
 SOURCE = Path(holdfast.__file__).parents[1]
-PROGRAMS = ("sh", "cat", "sleep", "mkdir", "rm", "env", "ls")
 LIMITS = ("--ulimit", "nofile=1024:1024", "--ulimit", "nproc=1024:1024", "--network", "none")
 HOOK = """\
 #!{python} -I
@@ -113,26 +113,6 @@ def write_hook_entry(hooks: Path, hook: Path) -> None:
         "stages": ["createRuntime"],
     }
     (hooks / f"{hook.name}.json").write_text(json.dumps(entry))
-
-
-def make_rootfs(directory: Path, programs: tuple[str, ...] = PROGRAMS) -> Path:
-    """A few programs of the host, with the libraries that they need, and little else."""
-    for name in programs:
-        program = Path(shutil.which(name) or "").resolve()
-        linked = subprocess.run(["ldd", program], capture_output=True, text=True, check=False)
-        copies = {Path("/bin", name): program}
-        copies |= {Path(at): Path(at) for at in re.findall(r"(/\S+) \(0x", linked.stdout)}
-        for place, source in copies.items():
-            target = directory / str(place).lstrip("/")
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(source, target)
-            target.chmod(0o755)
-    (directory / "etc").mkdir()
-    (directory / "etc/passwd").write_text("root:x:0:0:root:/:/bin/sh\n")
-    (directory / "etc/group").write_text("root:x:0:\n")
-    (directory / "tmp").mkdir()
-    (directory / "tmp").chmod(0o1777)
-    return directory
 
 
 @pytest.fixture(scope="module")

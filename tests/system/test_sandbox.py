@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import ctypes
 import mmap
 import os
-import signal
 import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
@@ -19,47 +16,18 @@ import pytest
 from holdfast.engine.libtpms import Engine, StateKind
 from holdfast.linux import channel, memory
 from holdfast.linux.namespaces import Clone, fork_into, map_single_user
-from holdfast.protocol import ipc
-from holdfast.spawner.pool import Blank, Pool
+from holdfast.spawner.pool import Pool
 from holdfast.tpm2 import requests as rq
 from holdfast.tpm2.commands import Cc
 from holdfast.worker import manufacture
 
 from .one_pool import fork, mother, one_pool
-
-Probe = Callable[[], object]
-LIBC = ctypes.CDLL(None, use_errno=True)
+from .probes import LIBC, Probe, close, ending
 
 
 @pytest.fixture(scope="module")
 def pool() -> Pool:
     return one_pool()
-
-
-def ending(probe: Probe) -> str:
-    """How a sandboxed worker that does this ends: a signal's name, or `survived`."""
-
-    def then(sock: socket.socket, _engine: Engine) -> NoReturn:
-        probe()
-        channel.send(sock, ipc.Done().encode())
-        os._exit(0)
-
-    blank = fork(then)
-    try:
-        data, _ = channel.receive(blank.channel)
-        _, status = os.waitpid(blank.pid, 0)
-        if os.WIFSIGNALED(status):
-            return signal.Signals(os.WTERMSIG(status)).name
-        return "survived" if data else "raised"
-    finally:
-        _close(blank)
-
-
-def _close(blank: Blank) -> None:
-    try:
-        blank.discard()
-    except OSError:
-        blank.channel.close()
 
 
 def _pass_on() -> None:
@@ -114,7 +82,7 @@ def test_no_page_of_a_worker_is_writable_and_executable(pool: Pool) -> None:
         assert "libtpms" in maps
         assert not [line for line in maps.splitlines() if "wx" in line.split()[1]]
     finally:
-        _close(blank)
+        close(blank)
     assert memory.writable_code() == ()
 
 
@@ -144,7 +112,7 @@ def test_a_worker_is_nobody_anywhere(pool: Pool) -> None:
         groups = Path(f"/proc/{blank.pid}/cgroup").read_text()
         assert f"/{blank.groups[0].name}" in groups
     finally:
-        _close(blank)
+        close(blank)
 
 
 def say_a_new_ek(sock: socket.socket, engine: Engine) -> NoReturn:
@@ -161,7 +129,7 @@ def test_a_hundred_manufactured_vtpms_have_a_hundred_eks() -> None:
     for _ in range(100):
         blank = fork(say_a_new_ek)
         names.add(channel.receive(blank.channel)[0])
-        _close(blank)
+        close(blank)
     assert len(names) == 100
 
 

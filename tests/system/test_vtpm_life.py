@@ -7,84 +7,24 @@ import os
 import signal
 import socket
 import subprocess
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from pathlib import Path
-from uuid import uuid4
 
 import pytest
 from cryptography import x509
 
 from holdfast.errors import Conflict, HoldfastError
-from holdfast.eventlog import records
-from holdfast.eventlog.tcg2 import parse
-from holdfast.frontend import attach
-from holdfast.frontend.door import Door
-from holdfast.ids import InstanceId, InstanceName
-from holdfast.instance.lifecycle import State
-from holdfast.instance.links import Peer
-from holdfast.instance.vtpm import Run, Surroundings, VirtualTpm, host_extends
+from holdfast.ids import InstanceName
 from holdfast.linux import channel
 from holdfast.protocol import ipc
 from holdfast.protocol import lifecycle as lc
-from holdfast.store.registry import Instance, Registry
 from holdfast.tpm2.algorithms import Alg
 
-from .conftest import HOST_LOG, Box
+from .conftest import Box
+from .running import a_vtpm, make_run
 
 Runner = Callable[[Callable[[], Awaitable[None]]], None]
-BANKS = (Alg.SHA256, Alg.SHA384)
-
-
-def make_run() -> Run:
-    log = HOST_LOG.read_bytes()
-    parsed = parse(log)
-    own = (
-        records.make_record(0, records.IMAGE, {"layers": ["aa"]}, BANKS),
-        records.make_record(1, records.IDENTITY, {"name": "web"}, BANKS),
-    )
-    extends = (*host_extends(parsed, BANKS), *((r.pcr, r.digests) for r in own))
-    return Run("c1", 0, parsed.startup_locality, log, len(parsed.extends()), extends, own)
-
-
-@asynccontextmanager
-async def a_vtpm(box: Box, tmp_path: Path) -> AsyncIterator[VirtualTpm]:
-    tmp_path.mkdir(exist_ok=True)
-    registry = Registry(tmp_path / "registry.sqlite")
-    around = Surroundings(
-        registry,
-        Peer("spawner", box.spawner_socket),
-        Peer("keeper", box.keeper_socket),
-        tmp_path / "logs",
-    )
-    record = Instance(
-        InstanceId(uuid4()),
-        InstanceName("web"),
-        "defined",
-        "linked",
-        0,
-        ("sha256", "sha384"),
-        "now",
-    )
-    registry.add(record)
-    vtpm = VirtualTpm(record, around)
-    place = tmp_path / "place"
-    await vtpm.manufacture(None)
-    await vtpm.attach(Door(attach.attach(place, "web", 0)))
-    try:
-        yield vtpm
-    finally:
-        try:
-            if vtpm.state is State.ACTIVE:
-                await vtpm.power_off()
-            await vtpm.settle()
-            await vtpm.detach()
-        finally:
-            attach.detach(place)
-        around.spawner.close()
-        around.keeper.close()
-        registry.close()
 
 
 async def tool(place: Path, *command: str, device: str = "tpmrm0") -> str:

@@ -22,7 +22,7 @@ from holdfast.spawner.pool import Blank, Pool
 from holdfast.spawner.trial import self_test
 
 from .one_pool import mother, one_pool
-from .test_sandbox import LIBC, Probe, ending
+from .probes import LIBC, Probe, ending
 
 X32 = 0x40000000
 LAST_CALL = 462  # of the kernels this is run on; what is newer is not in the list either

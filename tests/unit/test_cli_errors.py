@@ -18,8 +18,8 @@ import pytest
 
 from holdfast.cli.app import run
 
-from .evidence_maker import AUDIENCE, NONCE, Given, make
-from .test_cli_verify import HOST, WEB, policy_text
+from .evidence_maker import AUDIENCE, NONCE, Given, make, policy_text
+from .web_host import HOST, WEB
 
 PROGRAM = str(Path(sys.executable).with_name("holdfast"))
 PEM_MISSING = '[trust]\nek_roots = ["file:missing.pem"]'

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 import errno
 import fcntl
 import io
@@ -17,11 +16,8 @@ import pytest
 from holdfast.appraise import progress
 from holdfast.cli.app import run
 
-from .evidence_maker import AUDIENCE, NONCE, USER_DATA, Given, Host, Site, Vtpm, make, policy_text
-
-NOW = datetime.datetime.now(datetime.UTC)
-HOST = Host(Site(made=NOW - datetime.timedelta(days=2)))
-WEB = Vtpm(HOST, made=NOW - datetime.timedelta(days=1))
+from .evidence_maker import AUDIENCE, NONCE, USER_DATA, Given, make, policy_text
+from .web_host import HOST, WEB
 
 
 @pytest.fixture

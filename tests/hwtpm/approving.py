@@ -1,0 +1,19 @@
+"""What is sealed in a host's TPM, and approving its present boot state."""
+
+from __future__ import annotations
+
+from holdfast.hwtpm.host import Approval, HostTpm
+from holdfast.hwtpm.policy import RecoverySigner, approved_policy
+from holdfast.tpm2.algorithms import Alg
+
+UNIQUE = bytes(range(32))
+AUTH = b"\x11" * 32
+PCRS = (0, 7)
+SECRET = bytes(range(32, 64))
+
+
+def approve_now(tpm: HostTpm, signer: RecoverySigner, version: int) -> Approval:
+    bank = tpm.read_pcrs()[Alg.SHA256]
+    values = {pcr: bank[pcr] for pcr in PCRS}
+    signature = signer.approve(approved_policy(values, version, tpm.index.name))
+    return Approval(version, values, signature)
