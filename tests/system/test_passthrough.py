@@ -139,6 +139,30 @@ def test_it_is_not_attested_by_this_host_and_not_started_by_hand(host: Serve, ot
         host.call("POST", f"/v1/vtpms/{name}/evidence", {"nonce": "00" * 16})
 
 
+@pytest.mark.parametrize("on", [False, True])
+def test_a_vtpm_of_this_host_is_none_to_pass_through(host: Serve, tmp_path: Path, on: bool) -> None:
+    """Its files are answered by the daemon that is asked: it must not wait for itself."""
+    name = f"itself-{on}-{os.getpid()}".lower()
+    host.create(name)
+    if on:
+        host.power_on(name)
+    link = tmp_path / "tpm0"
+    link.symlink_to(host.place(name) / "dev" / "tpm0")
+    for path in (str(host.place(name) / "dev" / "tpm0"), str(link)):
+        with pytest.raises(Conflict, match="is a vTPM of this host"):
+            host.create("looped", "", mode="passthrough", tpm=path)
+
+
+def test_a_device_that_is_off_is_not_waited_for(host: Serve, other: Serve) -> None:
+    name = f"off-{os.getpid()}"
+    other.create("six")
+    host.create(name, "", mode="passthrough", tpm=device(other, "six"))
+    done = podman("--rm", f"--device=holdfast.dev/vtpm={name}", IMAGE, "true")
+    assert done.returncode != 0
+    assert "No such device or address" in done.stderr
+    assert host.inspect(name)["state"] == "off"
+
+
 def test_its_state_goes_nowhere(host: Serve, other: Serve) -> None:
     name, own = f"stays-{os.getpid()}", f"own-{os.getpid()}"
     other.create("five")

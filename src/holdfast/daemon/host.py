@@ -57,6 +57,7 @@ from holdfast.instance.introduction import introduce
 from holdfast.instance.lifecycle import Event, State, after
 from holdfast.instance.links import Peer
 from holdfast.instance.vtpm import Run, Surroundings, VirtualTpm
+from holdfast.instance.waiting import in_time
 from holdfast.protocol import ipc
 from holdfast.protocol import lifecycle as lc
 from holdfast.protocol.oci_state import ContainerState
@@ -236,7 +237,7 @@ class Host:
         if len(self._vtpms) >= INSTANCES_MAX:
             raise Conflict(f"there are {INSTANCES_MAX} vTPMs, no more fit")
         if wanted.device:
-            self._may_pass_through(wanted.device)
+            await self._may_pass_through(wanted.device)
         alg_banks = tuple(HASHES_BY_NAME[bank] for bank in banks)
         parked = None if wanted.device else self._ahead.take(alg_banks)
         record = Instance(
@@ -286,10 +287,19 @@ class Host:
         LOG.info("created", vtpm=name, id=str(record.id))
         return vtpm
 
-    def _may_pass_through(self, device: str) -> None:
-        passthrough.check(device, self.config.host.tcti)
+    async def _check_device(self, device: str) -> None:
+        numbers = frozenset(number for each in self._numbers.values() for number in each)
+        ours = passthrough.Own(self.config.paths.run, numbers)
+        await in_time(device, passthrough.check, device, self.config.host.tcti, ours)
+
+    async def _may_pass_through(self, device: str) -> None:
+        await self._check_device(device)
         for other in self.all():
-            if other.record.device and passthrough.same(device, other.record.device):
+            there = other.record.device
+            if not there:
+                continue
+            taken: bool = await in_time(device, passthrough.same, device, there)
+            if taken:
                 raise Conflict(
                     f"{device} is {other.record.name}'s: a TPM is passed through to one container"
                 )
@@ -324,7 +334,7 @@ class Host:
             self._may_start(vtpm)
             device = vtpm.record.device
             if device:  # the configuration, and what a device is called, may be another by now
-                passthrough.check(device, self.config.host.tcti)
+                await self._check_device(device)
             elif not vtpm.record.unlinked:
                 wrong = await self.log_contradiction()
                 if wrong is not None:

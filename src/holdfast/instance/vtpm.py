@@ -33,6 +33,7 @@ from holdfast.instance.background import background
 from holdfast.instance.bucket import Bucket
 from holdfast.instance.lifecycle import Event, State, after
 from holdfast.instance.links import Peer
+from holdfast.instance.waiting import in_time
 from holdfast.instance.worker_link import WorkerLink, reattach, spawn
 from holdfast.protocol import ipc
 from holdfast.protocol import lifecycle as lc
@@ -334,7 +335,7 @@ class VirtualTpm:
     async def _begin_relay(self) -> None:
         """Give the run a worker that serves the TPM behind the instance's device."""
         around = self._around
-        device = _open_device(self.record.device)
+        device = await in_time(self.record.device, _open_device, self.record.device, late=os.close)
         try:
             self._worker, _ = await spawn(
                 around.spawner, self.record.id, around.registry, self._died, b"", lc.Relay(),
