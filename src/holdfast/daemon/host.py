@@ -485,8 +485,10 @@ class Host:
         if attachment is None:
             kind, taken = _node_kind(vtpm.record), self._reservations.taken()
             attachment = places.attach(paths.vtpm(name), name, vtpm.record.owner, kind, taken)
-        self._reservations.keep(attachment.surplus)
         try:
+            for surplus in attachment.surplus:  # in the order in which the kernel asks for them
+                await self._introduced(surplus)
+                self._reservations.keep(surplus)
             self._numbers[vtpm.record.id] = await self._introduced(attachment.nodes)
         except BaseException:
             attachment.close()

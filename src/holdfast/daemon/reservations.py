@@ -5,8 +5,8 @@ beyond the stop of its vTPM, and beyond ours. The kernel gives a number that is 
 device, so a number that some container was given is given to no other vTPM until that container's
 control group is empty. What is reserved is in files beside the runs, for the next daemon.
 
-Where the kernel offers a reserved number all the same, the device that has it is kept, unserved,
-so that it offers another.
+Where the kernel offers a reserved number all the same, the device that has it is kept, with no TPM
+behind it, so that it offers another.
 """
 
 from __future__ import annotations
@@ -19,7 +19,10 @@ from typing import Final
 from uuid import uuid4
 
 from holdfast.errors import Conflict
+from holdfast.frontend.door import Unpowered
 from holdfast.frontend.nodes import Nodes, Number
+from holdfast.frontend.page import SharedPage
+from holdfast.frontend.page import create as create_page
 from holdfast.linux import cgroup
 
 _BOOT_ID: Final = Path("/proc/sys/kernel/random/boot_id")
@@ -31,7 +34,7 @@ class Reservations:
     def __init__(self, directory: Path) -> None:
         self._directory = directory
         self._boot = _BOOT_ID.read_text().strip()
-        self._kept: list[Nodes] = []
+        self._kept: list[tuple[Nodes, Unpowered]] = []
 
     def reserve(self, numbers: Sequence[Number], pid: int) -> None:
         """Before a container is let go on that has nodes with these numbers; `pid`: of its init.
@@ -60,11 +63,17 @@ class Reservations:
                 found |= {Number(major, minor) for major, minor in value["numbers"]}
             else:
                 file.unlink()
-        for nodes in [nodes for nodes in self._kept if not found & set(nodes.given)]:
-            self._kept.remove(nodes)
-            nodes.close()
+        for nodes, unpowered in list(self._kept):
+            if not found & set(nodes.given):
+                self._kept.remove((nodes, unpowered))
+                unpowered.leave()
+                nodes.close()
         return frozenset(found)
 
-    def keep(self, surplus: Sequence[Nodes]) -> None:
+    def keep(self, nodes: Nodes) -> None:
         """Keep devices whose numbers are reserved from being free; takes them over."""
-        self._kept += surplus
+        page = create_page()
+        try:
+            self._kept.append((nodes, Unpowered(SharedPage(page), nodes)))
+        finally:
+            os.close(page)

@@ -17,12 +17,61 @@ from functools import partial
 from holdfast.errors import DecodeError
 from holdfast.frontend.attach import Attachment
 from holdfast.frontend.devices import TPM0, TPMRM0, Devices
-from holdfast.frontend.nodes import NodeKind
+from holdfast.frontend.nodes import NodeKind, Nodes
 from holdfast.frontend.page import SharedPage
 from holdfast.frontend.proxy import answer, locality_answer
 from holdfast.protocol.fuse import REQUEST_MAX
 from holdfast.tpm2.constants import BUFFER_MAX, Rc
 from holdfast.tpm2.requests import error_response
+
+
+class Unpowered:
+    """Answers at a vTPM's devices while it has no power; the descriptors stay their owner's."""
+
+    def __init__(self, page: SharedPage, nodes: Nodes, fuse: int | None = None) -> None:
+        self._devices = Devices(None, page, time.monotonic, int(time.time()))
+        self._watched: list[int] = []
+        if fuse is not None:
+            self._watch(fuse, self._one, 0)
+        if nodes.kind is NodeKind.CUSE:
+            for fd, node in zip(nodes.fds, (TPM0, TPMRM0), strict=True):
+                self._watch(fd, self._one, node)
+        elif nodes.kind is NodeKind.VTPM_PROXY:
+            (server,) = nodes.fds
+            self._watch(server, self._refuse, 0)
+
+    def _watch(self, fd: int, serve: Callable[[int, int], None], node: int) -> None:
+        os.set_blocking(fd, False)
+        asyncio.get_running_loop().add_reader(fd, partial(serve, fd, node))
+        self._watched.append(fd)
+
+    def _one(self, fd: int, node: int) -> None:
+        try:
+            reply = self._devices.answer(os.read(fd, REQUEST_MAX), node)
+            if reply is not None:
+                os.write(fd, reply)
+                self._devices.answered()
+        except (BlockingIOError, FileNotFoundError, InterruptedError):
+            return
+        except (OSError, DecodeError):
+            self.leave()
+
+    def _refuse(self, fd: int, _node: int) -> None:
+        ready = select.poll()
+        ready.register(fd, select.POLLIN)
+        if not ready.poll(0):
+            return  # somebody else took it: a read would wait for the next
+        try:
+            command = os.read(fd, BUFFER_MAX)  # readable: the driver has one, and waits
+        except OSError:
+            self.leave()
+            return
+        answer(fd, locality_answer(command) or error_response(Rc.INITIALIZE))
+
+    def leave(self) -> None:
+        """Answer no more: a worker does, or nobody."""
+        while self._watched:
+            asyncio.get_running_loop().remove_reader(self._watched.pop())
 
 
 class Door:
@@ -31,8 +80,7 @@ class Door:
     def __init__(self, attachment: Attachment) -> None:
         self._attachment = attachment
         self._page: SharedPage | None = None
-        self._devices: Devices | None = None
-        self._watched: list[int] = []
+        self._unpowered: Unpowered | None = None
 
     @property
     def nodes(self) -> str:
@@ -60,51 +108,14 @@ class Door:
     def answer(self) -> None:
         """Answer at the device from now on: the vTPM is off."""
         assert self._page is not None
-        self._devices = Devices(None, self._page, time.monotonic, int(time.time()))
-        nodes = self._attachment.nodes
-        self._watch(self._attachment.fuse, self._one, 0)
-        if nodes.kind is NodeKind.CUSE:
-            for fd, node in zip(nodes.fds, (TPM0, TPMRM0), strict=True):
-                self._watch(fd, self._one, node)
-        elif nodes.kind is NodeKind.VTPM_PROXY:
-            (server,) = nodes.fds
-            self._watch(server, self._refuse, 0)
-
-    def _watch(self, fd: int, serve: Callable[[int, int], None], node: int) -> None:
-        os.set_blocking(fd, False)
-        asyncio.get_running_loop().add_reader(fd, partial(serve, fd, node))
-        self._watched.append(fd)
-
-    def _one(self, fd: int, node: int) -> None:
-        if self._devices is None:
-            return
-        try:
-            reply = self._devices.answer(os.read(fd, REQUEST_MAX), node)
-            if reply is not None:
-                os.write(fd, reply)
-                self._devices.answered()
-        except (BlockingIOError, FileNotFoundError, InterruptedError):
-            return
-        except (OSError, DecodeError):
-            self.leave()
-
-    def _refuse(self, fd: int, _node: int) -> None:
-        ready = select.poll()
-        ready.register(fd, select.POLLIN)
-        if not ready.poll(0):
-            return  # somebody else took it: a read would wait for the next
-        try:
-            command = os.read(fd, BUFFER_MAX)  # readable: the driver has one, and waits
-        except OSError:
-            self.leave()
-            return
-        answer(fd, locality_answer(command) or error_response(Rc.INITIALIZE))
+        ends = self._attachment
+        self._unpowered = Unpowered(self._page, ends.nodes, ends.fuse)
 
     def leave(self) -> None:
         """Answer no more: a worker does, or nobody."""
-        while self._watched:
-            asyncio.get_running_loop().remove_reader(self._watched.pop())
-        self._devices = None
+        if self._unpowered is not None:
+            self._unpowered.leave()
+            self._unpowered = None
 
     def close(self) -> None:
         """Close our copies of the ends."""
