@@ -1,4 +1,4 @@
-"""State in a directory that others may write to: what lies there is neither written nor waited for."""
+"""State in a directory that others write to: what lies there is neither written nor waited for."""
 
 from __future__ import annotations
 
