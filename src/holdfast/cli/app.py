@@ -122,6 +122,7 @@ def init(
     """
     _root("init")
     settings = _settings(config)
+    there = _user(settings["keeper_user"]) is not None
     uid, gid = _keeper_user(settings["keeper_user"], make=True)
     command = [
         "provision", f"--dir={settings['keeper']}", f"--tcti={settings['tcti']}",
@@ -132,8 +133,13 @@ def init(
     command += [f"--owner-auth={owner_auth}"] if owner_auth else []
     command += [f"--crl={crl}"] if crl else []
     command += ["--print-recovery-key"] if print_recovery_key else []
-    with progress("making keys in the host TPM"):
-        made = _keeper(command)
+    try:
+        with progress("making keys in the host TPM"):
+            made = _keeper(command)
+    except BaseException:
+        if not there:
+            subprocess.run(["userdel", settings["keeper_user"]], check=False)
+        raise
 
     def human(value: dict[str, Any]) -> None:
         output.line("initialised", _MARKS["ok"])
@@ -178,6 +184,8 @@ def status(as_json: Json = False) -> None:
 @app.command()
 def doctor(config: ConfigFile = None, as_json: Json = False) -> None:
     """Look for what this host lacks, and say it in plain words; all of it if a daemon runs."""
+    if config is not None:
+        _settings(config)  # what is wrong with it, though a daemon that runs has read its own
     try:
         value = Client().call("GET", "/v1/doctor")
     except NoDaemon:
@@ -534,13 +542,19 @@ def _of_config(module: str, config: Path | None) -> dict[str, Any]:
 
 def _keeper_user(name: str, *, make: bool = False) -> tuple[int, int]:
     """The keeper's own user; with `make` it is made if there is none."""
-    try:
-        entry = pwd.getpwnam(name)
-    except KeyError:
-        if not make:
-            raise HostError(f"there is no user {name}: run holdfast init") from None
+    entry = _user(name)
+    if entry is None and not make:
+        raise HostError(f"there is no user {name}: run holdfast init")
+    if entry is None:
         command = ["useradd", "--system", "--no-create-home", "--shell", "/usr/sbin/nologin", name]
         if subprocess.run(command, check=False).returncode:
-            raise HostError(f"the user {name} could not be made") from None
+            raise HostError(f"the user {name} could not be made")
         entry = pwd.getpwnam(name)
     return entry.pw_uid, entry.pw_gid
+
+
+def _user(name: str) -> pwd.struct_passwd | None:
+    try:
+        return pwd.getpwnam(name)
+    except KeyError:
+        return None

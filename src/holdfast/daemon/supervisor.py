@@ -101,6 +101,7 @@ class Supervisor:
             if not self._ending:
                 self._begin(child)
         if not self._ending:
+            sys.stderr.write("holdfast: ready\n")
             _notify("READY=1")
         while not self._ending:
             for key, _ in self._selector.select():
