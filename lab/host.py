@@ -87,9 +87,9 @@ class ContainerHost:
         assert isinstance(value, dict)
         return value
 
-    def bundle(self, vtpm: str, **sections: Any) -> str:
+    def bundle(self, vtpm: str, name: str = "", **sections: Any) -> str:
         """A bundle with that vTPM, whose container sleeps; its directory in the guest."""
-        place = f"/run/bundles/{vtpm}"
+        place = f"/run/bundles/{name or vtpm}"
         change = f"""
 import json
 path = "{place}/config.json"

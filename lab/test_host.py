@@ -275,7 +275,7 @@ def test_a_container_that_lives_on_never_finds_another_tpm_at_its_nodes(
     assert dead("alice")
     # Its vTPM goes to another container.
     host.run("holdfast stop carol")
-    host.begin("carol-2", host.bundle("carol"))
+    host.begin("carol-2", host.bundle("carol", "carol-2"))
     fresh = numbers(host, "carol-2", "character special file")
     assert not seen & set(fresh)
     seen.update(fresh)
@@ -284,7 +284,7 @@ def test_a_container_that_lives_on_never_finds_another_tpm_at_its_nodes(
     # Holdfast ends and begins again.
     host.stop()
     host.start()
-    host.begin("carol-3", host.bundle("carol"))
+    host.begin("carol-3", host.bundle("carol", "carol-3"))
     fresh = numbers(host, "carol-3", "character special file")
     assert not seen & set(fresh)
     assert len(host.inside("carol-3", "tpm2 getrandom --hex 8")) == 16
