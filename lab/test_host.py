@@ -237,8 +237,9 @@ def test_open_nodes_go_on_when_worker_or_daemon_die(host: ContainerHost, kind: s
     )
     host.run("while [ -d /proc/$(cat /run/looping) ]; do sleep 0.2; done", seconds=60)
     answers = host.run("cat /run/answers")
-    # A response that nobody had read went with its worker: empty. A command was in flight: EIO; by vtpm_proxy TPM_RC_CANCELED, what the driver
-    # makes of that in its own commands, or ETIME: for a short command it waits two seconds.
+    # A response that nobody had read went with its worker: empty. A command was in flight: EIO; by
+    # vtpm_proxy TPM_RC_CANCELED, what the driver makes of that in its own commands, or ETIME: for a
+    # short command it waits two seconds.
     counts = ast.literal_eval(answers)
     assert counts.pop("00000000") > 100, answers
     assert sum(counts.values()) <= 5, answers
