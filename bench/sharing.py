@@ -72,6 +72,7 @@ def programs(opened: list[Callable[[], int]], turns: int) -> list[float]:
             with contextlib.suppress(BaseException):
                 os.close(begin_w)
                 fd = way()
+                os.write(writer, b"!")
                 os.read(begin_r, 1)
                 begin = time.perf_counter()
                 work(fd, turns)
@@ -81,7 +82,8 @@ def programs(opened: list[Callable[[], int]], turns: int) -> list[float]:
         os.close(writer)
         pids.append(pid)
         results.append(reader)
-    time.sleep(0.2)  # all are there; what follows is timed by themselves
+    for reader in results:
+        os.read(reader, 1)  # it is there; what follows is timed by itself
     os.close(begin_r)
     os.close(begin_w)
     took = []

@@ -485,13 +485,16 @@ class Host:
         if attachment is None:
             kind, taken = _node_kind(vtpm.record), self._reservations.taken()
             attachment = places.attach(paths.vtpm(name), name, vtpm.record.owner, kind, taken)
+        surplus = list(attachment.surplus)
         try:
-            for surplus in attachment.surplus:  # in the order in which the kernel asks for them
-                await self._introduced(surplus)
-                self._reservations.keep(surplus)
+            while surplus:  # in the order in which the kernel asks for them
+                await self._introduced(surplus[0])
+                self._reservations.keep(surplus.pop(0))
             self._numbers[vtpm.record.id] = await self._introduced(attachment.nodes)
         except BaseException:
             attachment.close()
+            for nodes in surplus:
+                nodes.close()
             raise
         await vtpm.attach(Door(attachment))
         self._opened(vtpm, attachment)
@@ -553,7 +556,7 @@ class Host:
                     value["container"], value["init_pid"], bytes.fromhex(value["host_log"]),
                     value["records"], vtpm.banks,
                 )  # fmt: skip
-            found = tuple(Number(int(major), int(minor)) for major, minor in value["nodes"])
+            found = tuple(Number(int(major), int(minor)) for major, minor in value.get("nodes", ()))
             self._numbers[vtpm.record.id] = found
             return run, int(value["init_started"])
         except (FileNotFoundError, ValueError, KeyError, TypeError):
