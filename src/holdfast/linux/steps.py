@@ -1,0 +1,42 @@
+"""Named steps of whatever changes state: a test can hold an operation there, and kill anybody.
+
+Without HOLDFAST_STEPS in the environment a step costs one comparison. With it, the step's name goes
+to the Unix socket of that name, and the process waits until the connection is answered or closed.
+The enumeration is the list of places at which a crash must be survived; tests visit all of them.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from enum import Enum
+from typing import Final
+
+ENVIRONMENT: Final = "HOLDFAST_STEPS"
+_SECONDS: Final = 60.0  # that a test may hold us
+_LISTENER: Final = os.environ.get(ENVIRONMENT, "")
+
+
+class Step(Enum):
+    """What has just been done, in the process that did it."""
+
+    COMMIT_WRITTEN = "commit: written, not extended"
+    COMMIT_EXTENDED = "commit: extended, not answered"
+
+
+def reached(step: Step) -> None:
+    """A crash here must lose nothing that was acknowledged, and leave nothing older behind."""
+    if _LISTENER:
+        _report(step)
+
+
+def _report(step: Step) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
+        sock.settimeout(_SECONDS)
+        try:
+            sock.connect(_LISTENER)
+            sock.sendall(step.name.encode())
+            sock.shutdown(socket.SHUT_WR)
+            sock.recv(1)
+        except OSError:
+            return  # the test has ended
