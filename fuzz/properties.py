@@ -12,6 +12,7 @@ from typing import Final
 
 from holdfast.errors import PeerError
 from holdfast.eventlog import cel, tcg2
+from holdfast.evidence import freshness
 from holdfast.evidence.bundle import Evidence, Statement
 from holdfast.evidence.pcrs import decode_pcrs, encode_pcrs
 from holdfast.evidence.round import InclusionProof, Leaf
@@ -58,6 +59,14 @@ def _statement(data: bytes) -> None:
 
 def _leaf(data: bytes) -> None:
     assert Leaf.decode(data).encode() == data
+
+
+def _map_leaf(data: bytes) -> None:
+    assert freshness.Leaf.decode(data).encode() == data
+
+
+def _link(data: bytes) -> None:
+    assert freshness.Link.decode(data).encode() == data
 
 
 def _proof(data: bytes) -> None:
@@ -152,6 +161,8 @@ PROPERTIES: Final[Mapping[str, Property]] = {
         "evidence": _evidence,
         "statement": _statement,
         "leaf": _leaf,
+        "map_leaf": _map_leaf,
+        "link": _link,
         "proof": _proof,
         "pcrs": _pcrs,
         "tcg2": _tcg2,

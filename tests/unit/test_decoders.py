@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from holdfast.eventlog import cel
 from holdfast.eventlog.records import IMAGE, make_record
+from holdfast.evidence import freshness
 from holdfast.protocol import ipc
 from holdfast.tpm2 import requests as rq
 from holdfast.tpm2.algorithms import Alg
@@ -50,6 +51,8 @@ def examples() -> dict[str, tuple[bytes, ...]]:
         "evidence": (evidence.encode_json(), evidence.encode_cbor()),
         "statement": (evidence.companions.statement.encode(),),
         "leaf": (evidence.leaf,),
+        "map_leaf": (freshness.Leaf(freshness.Status.LIVE, 3, bytes(32), 1, 0).encode(),),
+        "link": (freshness.GENESIS.encode(),),
         "proof": (evidence.proof.encode(),),
         "pcrs": (evidence.vtpm.pcrs,),
         "tcg2": (OVMF,),
