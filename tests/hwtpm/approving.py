@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from holdfast.hwtpm.host import Approval, HostTpm
+from holdfast.hwtpm.host import Approval, Blob, HostTpm
 from holdfast.hwtpm.policy import RecoverySigner, approved_policy
 from holdfast.tpm2.algorithms import Alg
 
@@ -10,6 +10,12 @@ UNIQUE = bytes(range(32))
 AUTH = b"\x11" * 32
 PCRS = (0, 7)
 SECRET = bytes(range(32, 64))
+
+
+def unsealed(tpm: HostTpm, blob: Blob) -> bytes:
+    """What is sealed in a blob, of at most 128 bytes."""
+    room = bytearray(128 + 15)
+    return bytes(room[: tpm.unseal(blob, room)])
 
 
 def approve_now(tpm: HostTpm, signer: RecoverySigner, version: int) -> Approval:

@@ -20,7 +20,7 @@ from holdfast.tpm2.constants import ObjectAttr
 from holdfast.tpm2.keys import make_credential, verify
 from holdfast.tpm2.structures import Attest, Public, Signature, pcr_composite
 
-from .approving import AUTH, SECRET, UNIQUE, approve_now
+from .approving import AUTH, SECRET, UNIQUE, approve_now, unsealed
 from .swtpm import Swtpm
 
 
@@ -49,7 +49,7 @@ class Sealed:
     def open(self, tpm: HostTpm, approval: Approval | None = None) -> bytes:
         tpm.index.open(self.index_name)
         tpm.approve(self.signer.public, approval or self.approval)
-        return bytes(tpm.unseal(self.blob))
+        return unsealed(tpm, self.blob)
 
 
 def test_sealed_key_opens_again_after_a_new_boot_into_the_same_state(swtpm: Swtpm) -> None:
@@ -92,7 +92,7 @@ def test_approval_by_another_key_is_refused(swtpm: Swtpm) -> None:
             sealed.open(tpm, forged)
         tpm.approve(other.public, forged)  # valid, but not the key that the object asks for
         with pytest.raises(TpmError):
-            tpm.unseal(sealed.blob)
+            unsealed(tpm, sealed.blob)
 
 
 def test_retired_approval_no_longer_opens_and_the_new_one_does(swtpm: Swtpm) -> None:

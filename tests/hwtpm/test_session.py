@@ -20,7 +20,7 @@ from holdfast.tpm2.keys import verify
 from holdfast.tpm2.structures import Public, Signature
 from holdfast.tpm2.wire import sized, u32
 
-from .approving import AUTH, SECRET, UNIQUE, approve_now
+from .approving import AUTH, SECRET, UNIQUE, approve_now, unsealed
 from .swtpm import Swtpm
 
 Change = Callable[[bytes], bytes]
@@ -116,7 +116,7 @@ def test_a_session_serves_use_after_use(installed: Installed) -> None:
 
 def test_who_listens_sees_neither_the_secret_nor_an_authorization(installed: Installed) -> None:
     installed.wire.seen = b""
-    assert bytes(installed.tpm.unseal(installed.sealed)) == SECRET
+    assert unsealed(installed.tpm, installed.sealed) == SECRET
     installed.sign()
     assert len(installed.wire.seen) > 1000
     for hidden in (SECRET, installed.sealed.auth, installed.ca.auth, AUTH):
@@ -176,8 +176,8 @@ def test_a_secret_that_was_changed_on_its_way_is_recognised(installed: Installed
         installed.wire.changing(response=flipped(HEADER_SIZE + 4 + 2 + 5)),
         pytest.raises(HostError, match="not its own"),
     ):
-        installed.tpm.unseal(installed.sealed)
-    assert bytes(installed.tpm.unseal(installed.sealed)) == SECRET
+        unsealed(installed.tpm, installed.sealed)
+    assert unsealed(installed.tpm, installed.sealed) == SECRET
 
 
 def test_a_downgrade_to_an_open_response_is_recognised(installed: Installed) -> None:
@@ -190,7 +190,7 @@ def test_a_downgrade_to_an_open_response_is_recognised(installed: Installed) -> 
         return command[:attributes] + b"\x01" + command[attributes + 1 :]
 
     with installed.wire.changing(command=downgrade), pytest.raises(TpmError):
-        installed.tpm.unseal(installed.sealed)
+        unsealed(installed.tpm, installed.sealed)
 
 
 def test_a_boot_state_that_changes_meanwhile_stops_the_signing(

@@ -19,6 +19,7 @@ from holdfast.hwtpm.transport import Transport
 from holdfast.keeper import vault
 from holdfast.keeper.custody import Custody
 from holdfast.linux import channel
+from holdfast.linux.secret import SecretMemory
 from holdfast.protocol import ipc
 from holdfast.tpm2 import requests as rq
 from holdfast.tpm2.commands import Cc
@@ -91,7 +92,7 @@ class Box:
 
     def custody(self) -> Custody:
         """What the keeper holds, in this process."""
-        return Custody(vault.load(self.keeper), Transport(self.swtpm.tcti))
+        return Custody(vault.load(self.keeper), Transport(self.swtpm.tcti), SecretMemory())
 
     def start(self) -> None:
         """Run the keeper as a service."""

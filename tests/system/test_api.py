@@ -176,7 +176,7 @@ def test_status_is_the_short_view(host: Serve) -> None:
     status = host.call("GET", "/v1/status")
     assert set(status) == {"verdict", "host", "keeper", "spawner", "more", "vtpms"}
     assert "software stand-in" in status["host"]["says"]
-    assert status["keeper"] == {"level": "ok", "says": "the root key is open"}
+    assert status["keeper"] == {"level": "ok", "says": "the root key is open, in memfd_secret"}
     assert status["spawner"]["level"] == "ok"
     assert status["vtpms"] == {"active": 1}
     assert set(host.call("GET", "/v1/doctor")) == {"verdict", "findings", "vtpms"}

@@ -10,6 +10,7 @@ from holdfast.errors import HoldfastError
 from holdfast.protocol import ipc
 from holdfast.protocol import lifecycle as lc
 
+_BEST_MEMORY: Final = "memfd_secret"
 # What `status` says of each part: these findings.
 _PARTS: Final = {
     "host": ("host TPM", "virtual host", "host event log"),
@@ -20,11 +21,12 @@ _PARTS: Final = {
 
 async def examine(host: Host) -> dict[str, Any]:
     """Look at everything; never raises for what it finds."""
-    findings = [*await _keeper(host), *await _host_log(host), *await _spawner(host), *kernel()]
+    keeper, memory = await _keeper(host)
+    findings = [*keeper, *await _host_log(host), *await _spawner(host), *kernel()]
     counts: dict[str, int] = {}
     for vtpm in host.all():
         counts[vtpm.record.state] = counts.get(vtpm.record.state, 0) + 1
-    return {**report(findings), "vtpms": counts}
+    return {**report(findings), "vtpms": counts, "root_key_memory": memory}
 
 
 async def overview(host: Host) -> dict[str, Any]:
@@ -47,17 +49,23 @@ def brief(seen: dict[str, Any]) -> dict[str, Any]:
         for f in seen["findings"]
         if f["what"] not in told and f["level"] in ("problem", "warning")
     ]
-    return {**value, "vtpms": seen["vtpms"]}
+    return {**value, "vtpms": seen["vtpms"], "root_key_memory": seen["root_key_memory"]}
 
 
-async def _keeper(host: Host) -> list[Finding]:
+async def _keeper(host: Host) -> tuple[list[Finding], str]:
+    """What there is to say of it; and where the root key is, as `status` tells it."""
     try:
         state, _ = await host.keeper.ask(ipc.KeeperStatus(), ipc.KeeperState)
     except HoldfastError as error:
-        return [Finding("keeper", "problem", str(error))]
+        return [Finding("keeper", "problem", str(error))], ""
+    memory = state.root_key_memory
     if not state.open:
-        return [Finding("keeper", "problem", f"the root key is not open: {state.why_not}")]
-    findings = [Finding("keeper", "ok", "the root key is open")]
+        why = f"the root key is not open: {state.why_not}"
+        return [Finding("keeper", "problem", why)], memory
+    findings = [Finding("keeper", "ok", f"the root key is open, in {memory}")]
+    if memory != _BEST_MEMORY:
+        says = f"the root key is open, in {memory}: this host gives no {_BEST_MEMORY}"
+        findings = [Finding("keeper", "note", says)]
     if state.stand_in:
         findings.append(
             Finding(
@@ -76,7 +84,7 @@ async def _keeper(host: Host) -> list[Finding]:
             "recovery: a new boot state is approved by the recovery key, which is not on this host",
         )
     )  # fmt: skip
-    return findings
+    return findings, memory
 
 
 async def _host_log(host: Host) -> list[Finding]:

@@ -40,7 +40,7 @@ from holdfast.hwtpm.context import (
     tss_signature,
 )
 from holdfast.hwtpm.endorsement import find_persistent
-from holdfast.hwtpm.session import Entity, PolicySession
+from holdfast.hwtpm.session import Entity, PolicySession, Room
 from holdfast.hwtpm.version import VERSION_INDEX, VersionIndex
 from holdfast.tpm2 import requests as rq
 from holdfast.tpm2.algorithms import Alg, Curve
@@ -297,11 +297,13 @@ class HostTpm:
         except TpmError as error:
             raise HostError(_why_not(error, approval)) from None
 
-    def unseal(self, blob: Blob) -> bytearray:
-        """Open the sealed root key; HostError unless this boot state is approved."""
+    def unseal(self, blob: Blob, into: Room) -> int:
+        """Open the sealed root key `into` room that is 15 bytes longer; returns its size.
+
+        HostError unless this boot state is approved.
+        """
         with self._context.flushed(self.load(blob)) as handle, self._authorized() as session:
-            params = session.use(Cc.Unseal, self._entity(handle, blob), b"", hidden=True)
-            return bytearray(params.sized())
+            return session.use_hidden(Cc.Unseal, self._entity(handle, blob), b"", into)
 
     def use_ca(self, blob: Blob) -> None:
         """Load the issuing CA's key, to be used from now on."""

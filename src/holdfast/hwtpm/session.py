@@ -36,6 +36,7 @@ _AES_BITS: Final = 128
 _BLOCK_BITS: Final = 128
 _CONTINUE: Final = 0x01  # TPMA_SESSION
 _ENCRYPT: Final = 0x40
+Room = bytearray | memoryview
 
 
 @dataclass(frozen=True)
@@ -84,13 +85,25 @@ class PolicySession:
         """Send a policy command; `others` are the handles before the session's."""
         self._context.raw(code, rq.command(code, (*others, self._handle), auths, params))
 
-    def use(self, code: Cc, entity: Entity, params: bytes, *, hidden: bool = False) -> Reader:
+    def use(self, code: Cc, entity: Entity, params: bytes) -> Reader:
         """Run a command of one handle; the parameters of its response.
 
-        The policy must ask for the authorization value (PolicyAuthValue), and is spent. `hidden`:
-        the TPM encrypts the first parameter of its response, a TPM2B, which is decrypted here.
+        The policy must ask for the authorization value (PolicyAuthValue), and is spent.
         TpmError if the TPM refuses, HostError if its response is not authentic.
         """
+        return self._use(code, entity, params, hidden=False)[1]
+
+    def use_hidden(self, code: Cc, entity: Entity, params: bytes, into: Room) -> int:
+        """The same, while the TPM encrypts the first parameter of its response, a TPM2B.
+
+        That is decrypted `into` room which is 15 bytes longer, and nowhere else; returns its size.
+        """
+        return self._show(*self._use(code, entity, params, hidden=True), into)
+
+    def _use(
+        self, code: Cc, entity: Entity, params: bytes, *, hidden: bool
+    ) -> tuple[bytes, Reader]:
+        """The key of this one use, and the parameters of the response."""
         key = self._key + entity.auth
         attributes = _CONTINUE | (_ENCRYPT if hidden else 0)
         self._nonce = os.urandom(_NONCE_SIZE)
@@ -107,7 +120,7 @@ class PolicySession:
         wanted = self._mac(key, answer_digest, self._nonce_tpm + self._nonce, answered)
         if not hmac.compare_digest(mac, wanted) or answered != attributes:
             raise HostError(f"what came as the host TPM's response to {code.name} is not its own")
-        return self._shown(key, response.params) if hidden else response.params
+        return key, response.params
 
     def end(self) -> None:
         """Remove it from the TPM."""
@@ -118,14 +131,14 @@ class PolicySession:
         """Part 1, 19.6.5: over cpHash or rpHash, the newer nonce, the older, the attributes."""
         return hmac.digest(key, parameters + nonces + u8(attributes), "sha256")
 
-    def _shown(self, key: bytes, params: Reader) -> Reader:
+    def _show(self, key: bytes, params: Reader, into: Room) -> int:
         """Decrypt the first parameter (Part 1, 21.3): AES-128-CFB, key and IV by KDFa."""
         with self._context.reading():
-            hidden = params.sized()
+            hidden = params.sized(len(into) - _BLOCK_BITS // 8 + 1)
         made = kdfa(Alg.SHA256, key, b"CFB", self._nonce_tpm + self._nonce, _AES_BITS + _BLOCK_BITS)
         cut = _AES_BITS // 8
         cipher = Cipher(algorithms.AES(made[:cut]), CFB(made[cut:])).decryptor()
-        return Reader(sized(cipher.update(hidden) + cipher.finalize()) + params.rest(), params.what)
+        return cipher.update_into(hidden, into)
 
 
 def _sha256(data: bytes) -> bytes:

@@ -25,6 +25,7 @@ from holdfast.keeper.leases import DESCRIPTORS, LEASES_MAX
 from holdfast.keeper.provision import DEFAULT_PCRS, Site, authorize, provision
 from holdfast.keeper.service import PEERS_MAX, Keeper, log
 from holdfast.linux import channel, process
+from holdfast.linux.secret import Kind, SecretMemory
 from holdfast.sandbox import keeper as sandbox
 from holdfast.tpm2.constants import PCR_COUNT
 
@@ -98,9 +99,12 @@ def _serve(options: argparse.Namespace) -> int:
         )
     listener = channel.listen(options.socket, 0o600)
     _raise_descriptor_limit()
+    memory = SecretMemory()  # a call that the sandbox does not allow
+    if memory.kind is not Kind.MEMFD_SECRET:
+        log(f"the root key will be in {memory.kind.value}, {memory.why_not}")
     for what in sandbox.enter(options.uid, options.gid):
         log(what)
-    keeper = Keeper(listener, options.dir, options.tcti, transport)
+    keeper = Keeper(listener, options.dir, options.tcti, memory, transport)
     signal.signal(signal.SIGTERM, lambda *_: keeper.stop())
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     keeper.run()

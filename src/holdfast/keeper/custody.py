@@ -11,16 +11,14 @@ import hmac
 import os
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Final
 from uuid import UUID
 
 from cryptography import x509
-from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec, utils
-from cryptography.hazmat.primitives.ciphers.aead import AESGCM
-from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 from holdfast.errors import (
     Conflict,
@@ -37,19 +35,18 @@ from holdfast.hwtpm.policy import Signature
 from holdfast.hwtpm.transport import Transport
 from holdfast.ids import instance_name
 from holdfast.keeper import certificates
+from holdfast.keeper.rootkey import RootKey
 from holdfast.keeper.vault import Vault
+from holdfast.linux.secret import SecretMemory
 from holdfast.protocol import ipc
 from holdfast.tpm2.algorithms import Alg
 from holdfast.tpm2.keys import make_credential, public_key
 from holdfast.tpm2.structures import Attest, Public, pcr_composite
 from holdfast.tpm2.templates import AK_P256, EK_P256, EK_RSA2048
 
-DATA_KEY_SIZE: Final = 32
 ENROLMENTS_MAX: Final = 1024
 CREDENTIAL_SIZE: Final = 32
 QUOTE_TRIES: Final = 5
-_WRAP_INFO: Final = b"holdfast/data-key/1"
-_NONCE: Final = 12
 _EC_BITS: Final = 256
 _KINDS: Final = 3  # of keys: RSA EK, ECC EK, AK
 
@@ -69,21 +66,22 @@ class _Enrolment:
 class Custody:
     """Root key and host TPM, open. `close` forgets."""
 
-    def __init__(self, made: Vault, transport: Transport) -> None:
-        """Open what `made` describes; HostError says why it does not."""
+    def __init__(self, made: Vault, transport: Transport, memory: SecretMemory) -> None:
+        """Open what `made` describes; HostError says why it does not.
+
+        The root key is in `memory`, which is nobody else's meanwhile.
+        """
         self._made = made
-        self._root_key = bytearray()
+        self._root = RootKey(memory)
         self._context = Context(transport)
         try:
             self._tpm = self._open()
-            wrapping = HKDF(hashes.SHA256(), 32, None, _WRAP_INFO).derive(self._root_key)
             self.description = self._tpm.describe()
         except BaseException as error:
             self.close()
             if isinstance(error, TpmError):
                 raise HostError(f"the host TPM does not open: {error}") from None
             raise
-        self._wrapping = AESGCM(wrapping)
         self._issuer = x509.load_der_x509_certificate(made.ca_certificate)
         self._ca_key = _TpmKey(self._tpm, Public.decode(made.ca_key.public))
         self._enrolments: OrderedDict[UUID, _Enrolment] = OrderedDict()
@@ -96,35 +94,21 @@ class Custody:
         tpm.index.open(made.index_name)
         approval = _matching(made.approvals, tpm.read_pcrs((Alg.SHA256,)).get(Alg.SHA256, {}))
         tpm.approve(Public.decode(made.recovery_public), approval)
-        self._root_key = tpm.unseal(made.root_key)
+        tpm.unseal(made.root_key, self._root.sealed)
         tpm.use_ak(made.ak)
         tpm.use_ca(made.ca_key)
         return tpm
 
     def close(self) -> None:
         """Forget the root key, and leave nothing in the TPM."""
-        # Copies remain in libraries until their memory is used again: AES-GCM's key schedule, and
-        # what ESAPI decrypted. Holding the root key in memfd_secret memory is an issue of its own.
-        self._root_key[:] = bytes(len(self._root_key))
+        self._root.forget()
         self._context.close()
 
     # --- data keys ---
 
-    def wrap_new(self, instance: UUID) -> tuple[bytes, bytes]:
-        """A new data key (32 bytes) for the instance, and its wrapped form: nonce ‖ AES-GCM."""
-        key, nonce = os.urandom(DATA_KEY_SIZE), os.urandom(_NONCE)
-        return key, nonce + self._wrapping.encrypt(nonce, key, _WRAP_INFO + instance.bytes)
-
-    def unwrap(self, instance: UUID, wrapped: bytes) -> bytes:
-        """The data key; IntegrityError if it was wrapped for another instance or host."""
-        try:
-            return self._wrapping.decrypt(
-                wrapped[:_NONCE], wrapped[_NONCE:], _WRAP_INFO + instance.bytes
-            )
-        except (InvalidTag, ValueError):
-            raise IntegrityError(
-                "the wrapped data key does not open: it is another instance's, or another host's"
-            ) from None
+    def grant(self, instance: UUID, wrapped: bytes) -> AbstractContextManager[memoryview]:
+        """`RootKey.grant`: a KeyGrant as it is sent, which is overwritten afterwards."""
+        return self._root.grant(instance, wrapped)
 
     # --- enrolment of new vTPMs ---
 

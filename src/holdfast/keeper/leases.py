@@ -12,6 +12,7 @@ import select
 import selectors
 import socket
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Final
 from uuid import UUID
@@ -34,12 +35,15 @@ class _Lease:
 
 
 class Leases:
-    """The live leases, watched on `selector` (its keys' data are called when ready)."""
+    """The live leases, watched on `selector` (its keys' data are called when ready).
+
+    `grant`: the packet that answers a worker's question, for as long as it is being sent.
+    """
 
     def __init__(
         self,
         selector: selectors.BaseSelector,
-        grant: Callable[[UUID, ipc.KeyRequest], ipc.Message],
+        grant: Callable[[UUID, ipc.KeyRequest], AbstractContextManager[bytes | memoryview]],
         log: Callable[[str], None],
     ) -> None:
         self._selector = selector
@@ -97,7 +101,8 @@ class Leases:
                     message = ipc.decode(data)
                     if not isinstance(message, ipc.KeyRequest):
                         raise ProtocolError("a key channel carries one key request")
-                    channel.send(keys, self._grant(lease.instance, message).encode())
+                    with self._grant(lease.instance, message) as answer:
+                        channel.send(keys, answer)
             except (OSError, PeerError) as error:
                 self._log(f"key channel of {lease.instance}: {error}")
 

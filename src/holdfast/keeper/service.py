@@ -16,7 +16,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Final
 from uuid import UUID
@@ -27,6 +27,7 @@ from holdfast.keeper import vault
 from holdfast.keeper.custody import Custody
 from holdfast.keeper.leases import Leases
 from holdfast.linux import channel
+from holdfast.linux.secret import SecretMemory
 from holdfast.protocol import ipc
 
 PEERS_MAX: Final = 16
@@ -42,7 +43,7 @@ def log(text: str) -> None:
 
 
 class Keeper:
-    """Serves `listener`; its secrets are in `directory` and the TPM at `tcti`.
+    """Serves `listener`; its secrets are in `directory`, the TPM at `tcti` and then `memory`.
 
     `transport`: the way to that TPM if it is open already, as it must be if this process has given
     up the right to open it.
@@ -53,9 +54,11 @@ class Keeper:
         listener: socket.socket,
         directory: Path,
         tcti: str,
+        memory: SecretMemory,
         transport: Transport | None = None,
     ) -> None:
         self._directory = directory
+        self._memory = memory
         self._tcti = tcti
         self._transport = transport
         self._custody: Custody | None = None
@@ -124,7 +127,7 @@ class Keeper:
             self._stand_in = made.stand_in
             if self._transport is None:
                 self._transport = Transport(self._tcti)
-            self._custody = Custody(made, self._transport)
+            self._custody = Custody(made, self._transport, self._memory)
         except (HoldfastError, OSError) as error:
             if str(error) != self._why_not:
                 log(f"not open: {error}")
@@ -166,7 +169,8 @@ class Keeper:
     def _status(self, _message: ipc.KeeperStatus) -> ipc.Message:
         tpm = self._custody.description if self._custody else ""
         opened = self._custody is not None
-        return ipc.KeeperState(opened, self._why_not, tpm, self._tcti, self._stand_in)
+        memory = self._memory.kind.value
+        return ipc.KeeperState(opened, self._why_not, tpm, self._tcti, self._stand_in, memory)
 
     def _enrol(self, message: ipc.EnrolProof) -> ipc.Message:
         self._open().enrol(message)
@@ -236,10 +240,13 @@ class Keeper:
         self._leases.add(message.instance, fds)
         return ipc.Done()
 
-    def _grant(self, instance: UUID, request: ipc.KeyRequest) -> ipc.Message:
-        def grant() -> ipc.Message:
-            if not request.wrapped:
-                return ipc.KeyGrant(*self._open().wrap_new(instance))
-            return ipc.KeyGrant(self._open().unwrap(instance, request.wrapped), request.wrapped)
-
-        return self._guarded(grant)
+    @contextlib.contextmanager
+    def _grant(self, instance: UUID, request: ipc.KeyRequest) -> Iterator[bytes | memoryview]:
+        """The packet that answers a worker, for as long as it is being sent."""
+        with contextlib.ExitStack() as stack:
+            try:
+                granted = self._open().grant(instance, request.wrapped)
+                packet: bytes | memoryview = stack.enter_context(granted)
+            except HoldfastError as error:
+                packet = ipc.Refused(type(error).__name__, str(error)).encode()
+            yield packet

@@ -62,7 +62,7 @@ def connect(path: Path) -> socket.socket:
     return channel
 
 
-def send(channel: socket.socket, data: bytes, fds: Sequence[int] = ()) -> None:
+def send(channel: socket.socket, data: bytes | memoryview, fds: Sequence[int] = ()) -> None:
     """Send one packet with duplicates of `fds`; OSError when the peer is gone or full."""
     if fds:
         rights = array.array("i", fds).tobytes()

@@ -208,7 +208,8 @@ class KeeperStatus(Message, code=30):
 class KeeperState(Message, code=31):
     """Whether the root key is open, and what the host TPM says it is.
 
-    `tpm` is e.g. "IBM SW TPM firmware 20191023.163636"; `stand_in` if it was provisioned as one.
+    `tpm` is e.g. "IBM SW TPM firmware 20191023.163636"; `stand_in` if it was provisioned as one;
+    `root_key_memory` is where the root key is: "memfd_secret", where the kernel has that.
     """
 
     open: bool
@@ -216,6 +217,7 @@ class KeeperState(Message, code=31):
     tpm: str
     tcti: str
     stand_in: bool
+    root_key_memory: str
 
 
 @dataclass(frozen=True)
@@ -303,6 +305,108 @@ class HostPcrValues(Message, code=39):
     """Every active bank's PCRs 0..23."""
 
     pcrs: tuple[PcrValue, ...]
+
+
+@dataclass(frozen=True)
+class MapLeaf(Message):
+    """A vTPM's newest leaf (`evidence.freshness`), and the one the durable chain remembers."""
+
+    instance: UUID
+    leaf: bytes
+    anchored: bytes  # empty: none
+
+
+@dataclass(frozen=True)
+class MapLeaves(Message, code=46):
+    """Leaves of the map that is about to be opened. Answered with Done. `first`: forget others."""
+
+    first: bool
+    leaves: tuple[MapLeaf, ...]
+
+
+@dataclass(frozen=True)
+class OpenMap(Message, code=47):
+    """Compare the leaves, and these last links of the chains, with the host TPM.
+
+    Answered with MapOpened; or Refused, and no key is given out: IntegrityError if this is not
+    what the TPM remembers. Links and MACs are empty where there is none.
+    """
+
+    hybrid: bytes
+    hybrid_mac: bytes
+    durable: bytes
+    durable_mac: bytes
+
+
+@dataclass(frozen=True)
+class MapOpened(Message, code=48):
+    """How the map was found (`keeper.freshness.Found`), and what the next link is made from.
+
+    `value`: the hybrid index's; `anchor`: the present one; `durable`: the durable chain's last
+    link. `key` (32 bytes) makes the MACs of links in this boot.
+    """
+
+    found: str
+    value: bytes
+    anchor: bytes
+    durable: bytes
+    key: bytes
+
+
+@dataclass(frozen=True)
+class Change(Message):
+    """A vTPM's next leaf."""
+
+    instance: UUID
+    leaf: bytes
+
+
+@dataclass(frozen=True)
+class Advance(Message, code=49):
+    """The map has these leaves now, and its link is on disk: extend the hybrid chain with it.
+
+    `digest` (32 bytes): the anchor's, as the daemon has it. Answered with Done.
+    """
+
+    changes: tuple[Change, ...]
+    digest: bytes
+
+
+@dataclass(frozen=True)
+class Settle(Message, code=50):
+    """This link (of the present map) is on disk: extend the durable chain with it.
+
+    Answered with Done.
+    """
+
+    link: bytes
+
+
+@dataclass(frozen=True)
+class AskRecovery(Message, code=51):
+    """What would be accepted if the leaves and links that were told last were? Answered with
+    Recovery, after a refused OpenMap."""
+
+
+@dataclass(frozen=True)
+class Recovery(Message, code=52):
+    """The durable link that would begin anew, and what the recovery key has to sign for that."""
+
+    link: bytes
+    digest: bytes
+
+
+@dataclass(frozen=True)
+class Recover(Message, code=53):
+    """Accept what is older, or otherwise not what the TPM remembers, because `reason`.
+
+    `signature`: TPMT_SIGNATURE by the recovery key over H(tag ‖ digest ‖ H(reason)). Answered with
+    MapOpened; the link, now on disk, is extended by Settle and the hybrid chain begins anew.
+    """
+
+    link: bytes
+    reason: str
+    signature: bytes
 
 
 @dataclass(frozen=True)
