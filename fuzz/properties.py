@@ -26,7 +26,7 @@ from holdfast.protocol import (
 from holdfast.protocol.frames import FrameBuffer
 from holdfast.protocol.oci_state import parse_state
 from holdfast.tpm2.constants import BUFFER_MAX, HEADER_SIZE
-from holdfast.tpm2.structures import Attest, Public, Signature
+from holdfast.tpm2.structures import Attest, NvPublic, Public, Signature
 
 Property = Callable[[bytes], bool]
 _RESPONSE: Final = 4  # bytes in a control channel's refusal
@@ -104,6 +104,12 @@ def _public(data: bytes) -> None:
     assert len(public.name) > 2
 
 
+def _nv_public(data: bytes) -> None:
+    public = NvPublic.decode(data)
+    assert public.encode() == data
+    assert public.as_written(public.written).name == public.name
+
+
 def _attest(data: bytes) -> None:
     Attest.decode(data)
 
@@ -170,6 +176,7 @@ PROPERTIES: Final[Mapping[str, Property]] = {
         "cel_json": _cel_json,
         "cel_tlv": _cel_tlv,
         "public": _public,
+        "nv_public": _nv_public,
         "attest": _attest,
         "signature": _signature,
         "frames": _frames,

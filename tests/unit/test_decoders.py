@@ -20,7 +20,8 @@ from holdfast.evidence import freshness
 from holdfast.protocol import ipc
 from holdfast.tpm2 import requests as rq
 from holdfast.tpm2.algorithms import Alg
-from holdfast.tpm2.constants import Rh
+from holdfast.tpm2.constants import NvAttr, Rh
+from holdfast.tpm2.structures import NvPublic
 from holdfast.tpm2.templates import AK_P256, EK_P256, EK_RSA2048
 from holdfast.tpm2.wire import sized, u16, u32
 
@@ -60,6 +61,7 @@ def examples() -> dict[str, tuple[bytes, ...]]:
         "cel_json": (cel.encode_json(RECORDS).encode(),),
         "cel_tlv": (cel.encode_tlv(RECORDS),),
         "public": tuple(template.encode() for template in (AK_P256, EK_P256, EK_RSA2048)),
+        "nv_public": (NvPublic(0x01804848, NvAttr.EXTEND, bytes(32), 32).encode(),),
         "attest": (evidence.vtpm.attest,),
         "signature": (evidence.vtpm.signature,),
         "frames": (rq.get_random(8) * 3, rq.startup() + rq.get_random(4)[:7]),

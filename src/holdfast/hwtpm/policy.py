@@ -2,7 +2,8 @@
 
     object      PolicyAuthorize(recovery key, "holdfast/boot/1") then PolicyAuthValue
     approved    PolicyPCR(selection, values) then PolicyNV(version index <= version)
-    index       written by PolicySigned(recovery key) alone
+    index       written by PolicySigned(recovery key) alone: the version, and the anchor's writer
+    chain       written by PolicySecret(writer index) alone: who knows the anchor secret
 
 So a boot state is approved by a signature of the recovery key, and retired by raising the version
 in the index: what was approved for a lower version no longer holds.
@@ -56,8 +57,13 @@ def object_policy(recovery_name: bytes) -> bytes:
 
 
 def index_policy(recovery_name: bytes) -> bytes:
-    """What writing the version index demands: PolicySigned by the recovery key."""
+    """What writing the version index demands, or the writer: PolicySigned by the recovery key."""
     return sha256(sha256(bytes(32), u32(Cc.PolicySigned), recovery_name))
+
+
+def chain_policy(writer_name: bytes) -> bytes:
+    """What extending a chain demands: PolicySecret of the writer index, without a policyRef."""
+    return sha256(sha256(bytes(32), u32(Cc.PolicySecret), writer_name))
 
 
 @dataclass(frozen=True)

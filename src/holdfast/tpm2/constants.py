@@ -98,12 +98,13 @@ class ObjectAttr(IntFlag):
 
 
 class NvAttr(IntFlag):
-    """TPMA_NV (Part 2, 13.4), without the index type in bits 4..7."""
+    """TPMA_NV (Part 2, 13.4); of the index types in bits 4..7 the one that has a name here."""
 
     PPWRITE = 1 << 0
     OWNERWRITE = 1 << 1
     AUTHWRITE = 1 << 2
     POLICYWRITE = 1 << 3
+    EXTEND = 4 << 4  # TPM_NT_EXTEND
     POLICY_DELETE = 1 << 10
     WRITELOCKED = 1 << 11
     WRITEALL = 1 << 12
@@ -113,6 +114,9 @@ class NvAttr(IntFlag):
     AUTHREAD = 1 << 18
     POLICYREAD = 1 << 19
     NO_DA = 1 << 25
+    ORDERLY = 1 << 26
+    CLEAR_STCLEAR = 1 << 27
+    WRITTEN = 1 << 29
     PLATFORMCREATE = 1 << 30
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 from holdfast.tpm2.algorithms import HASH_NAMES, HASH_SIZES, Alg, Curve, digest
@@ -16,6 +16,7 @@ from holdfast.tpm2.constants import (
     GENERATED_VALUE,
     PCR_COUNT,
     ST_ATTEST_QUOTE,
+    NvAttr,
     ObjectAttr,
 )
 from holdfast.tpm2.wire import Reader, sized, u8, u16, u32
@@ -194,6 +195,45 @@ class Public:
     def name(self) -> bytes:
         """The object's Name (Part 1, 16): 2-byte nameAlg, then the digest of the public area."""
         return u16(self.name_alg) + digest(self.name_alg, self.encode())
+
+
+@dataclass(frozen=True)
+class NvPublic:
+    """TPMS_NV_PUBLIC (Part 2, 13.5) of an NV index; `size` of its data in bytes."""
+
+    index: int
+    attributes: NvAttr
+    policy: bytes
+    size: int
+    name_alg: Alg = Alg.SHA256
+
+    def encode(self) -> bytes:
+        head = u32(self.index) + u16(self.name_alg) + u32(self.attributes)
+        return head + sized(self.policy) + u16(self.size)
+
+    @classmethod
+    def decode(cls, data: bytes) -> NvPublic:
+        """Read exactly one TPMS_NV_PUBLIC; raise DecodeError."""
+        reader = Reader(data, "TPMS_NV_PUBLIC")
+        index, name_alg = reader.u32(), _alg(reader, HASH_NAMES)
+        attributes, policy = NvAttr(reader.u32()), reader.sized(DIGEST_MAX)
+        made = cls(index, attributes, policy, reader.u16(), name_alg)
+        reader.end()
+        return made
+
+    @property
+    def name(self) -> bytes:
+        """The index's Name (Part 1, 16), which changes when it is first written."""
+        return u16(self.name_alg) + digest(self.name_alg, self.encode())
+
+    @property
+    def written(self) -> bool:
+        return NvAttr.WRITTEN in self.attributes
+
+    def as_written(self, written: bool) -> NvPublic:
+        """The same index, written or not."""
+        attributes = self.attributes & ~NvAttr.WRITTEN
+        return replace(self, attributes=attributes | NvAttr.WRITTEN if written else attributes)
 
 
 @dataclass(frozen=True)
