@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -28,7 +28,7 @@ from tpm2_pytss import (
     TPMT_SIG_SCHEME,
 )
 
-from holdfast.errors import HoldfastError, HostError, TpmError
+from holdfast.errors import HostError, TpmError
 from holdfast.hwtpm import policy
 from holdfast.hwtpm.context import (
     BANKS,
@@ -40,7 +40,7 @@ from holdfast.hwtpm.context import (
     tss_signature,
 )
 from holdfast.hwtpm.endorsement import find_persistent
-from holdfast.hwtpm.session import Entity, PolicySession, Room
+from holdfast.hwtpm.session import Entity, PolicySession, Room, Sessions
 from holdfast.hwtpm.version import VERSION_INDEX, VersionIndex
 from holdfast.tpm2 import requests as rq
 from holdfast.tpm2.algorithms import Alg, Curve
@@ -108,10 +108,10 @@ class HostTpm:
         self._esapi = context.esapi
         self._esapi.tr_set_auth(ESYS_TR.OWNER, owner_auth)
         self.index = VersionIndex(context)
+        self._sessions = Sessions(context)
         self._primary: Any = None
         self._ak: Any = None
         self._ca: Any = None
-        self._session: PolicySession | None = None
         self._ticket: tuple[Approval, bytes, bytes, bytes] | None = None
 
     def describe(self) -> str:
@@ -156,12 +156,13 @@ class HostTpm:
                 f"the host TPM does not make the keeper's primary key (0x{error.rc:x}): does the "
                 "owner hierarchy have an authorization that the keeper was not told?"
             ) from None
-        self._primary_public = own_public(public)
-        made = self._primary_public.name
+        primary = own_public(public)
+        made = primary.name
         if name and made != name:
             raise HostError("the host TPM is not the keeper's any more: it was cleared or replaced")
         self._esapi.tr_set_auth(self._primary, auth)
         self._context.use_salt(self._primary)
+        self._sessions.use_salt(self._number(self._primary), primary)
         if temporary is not None:
             self._context.flush(temporary)
         return made
@@ -262,24 +263,12 @@ class HostTpm:
 
     @contextmanager
     def _authorized(self) -> Iterator[PolicySession]:
-        """The policy session, satisfying the object policy for one use, which spends it.
-
-        Whatever goes wrong, another session is started for the next use.
-        """
+        """The policy session, satisfying the object policy for one use, which spends it."""
         if self._ticket is None:
             raise HostError("no approved boot state matches")
-        if self._session is None:
-            number = int(self._esapi.tr_get_tpm_handle(self._primary))
-            self._session = PolicySession(self._context, number, self._primary_public)
-        session, self._session = self._session, None
-        try:
+        with self._sessions.policy() as session:
             self._satisfy(session, *self._ticket)
             yield session
-        except HoldfastError:
-            with suppress(HoldfastError):
-                session.end()
-            raise
-        self._session = session
 
     def _satisfy(
         self, session: PolicySession, approval: Approval, approved: bytes, recovery_name: bytes,
@@ -316,8 +305,11 @@ class HostTpm:
         self._context.flush(ca)
 
     def _entity(self, handle: Any, blob: Blob) -> Entity:
-        number = int(self._esapi.tr_get_tpm_handle(handle))
-        return Entity(number, Public.decode(blob.public).name, blob.auth)
+        return Entity(self._number(handle), Public.decode(blob.public).name, blob.auth)
+
+    def _number(self, handle: Any) -> int:
+        """What the TPM calls an ESAPI handle."""
+        return int(self._esapi.tr_get_tpm_handle(handle))
 
     def sign_as_ca(self, digest: bytes) -> policy.Signature:
         """Sign a SHA-256 digest with the issuing CA's key."""

@@ -1,11 +1,11 @@
-"""A policy session with the host TPM whose keys and HMACs are computed here (Part 1, 19).
+"""Sessions with the host TPM whose keys and HMACs are computed here (Part 1, 19).
 
-For what is done with every vTPM that is made: ESAPI 3.2 sets up an OpenSSL library context for each
-HMAC, and so takes four times as long for a signature as the TPM.
+For what is done with every vTPM that is made and with every group of commits: ESAPI 3.2 sets up an
+OpenSSL library context for each HMAC, and so takes four times as long for a signature as the TPM.
 
 Salted, so that whoever listens cannot compute its key; authorized by HMAC, so that whoever stands
 between cannot change a command or a response; AES-128-CFB hides a response's first parameter.
-Not here: which policy, and of what (`host`).
+Not here: which policy, and of what (`host`, `anchor`).
 """
 
 from __future__ import annotations
@@ -13,15 +13,16 @@ from __future__ import annotations
 import hashlib
 import hmac
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
-from typing import Final
+from typing import ClassVar, Final, TypeVar
 
 from cryptography.hazmat.decrepit.ciphers.modes import CFB
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms
 
-from holdfast.errors import HostError
+from holdfast.errors import HoldfastError, HostError
 from holdfast.hwtpm.context import Context
 from holdfast.tpm2 import requests as rq
 from holdfast.tpm2.algorithms import Alg
@@ -34,14 +35,16 @@ from holdfast.tpm2.wire import Reader, sized, u8, u16, u32
 _NONCE_SIZE: Final = 32
 _AES_BITS: Final = 128
 _BLOCK_BITS: Final = 128
+_SE_HMAC: Final = 0x00
 _CONTINUE: Final = 0x01  # TPMA_SESSION
 _ENCRYPT: Final = 0x40
+_PASSWORD_ANSWER: Final = 5  # bytes of a password's TPMS_AUTH_RESPONSE: no nonce, no HMAC
 Room = bytearray | memoryview
 
 
 @dataclass(frozen=True)
 class Entity:
-    """An object that is loaded: its handle, its Name and its authorization value."""
+    """An object or NV index that is there: its handle, its Name and its authorization value."""
 
     handle: int
     name: bytes
@@ -61,15 +64,17 @@ class _Authorization:
         return u32(self.session) + sized(self.nonce) + u8(self.attributes) + sized(self.mac)
 
 
-class PolicySession:
+class Session:
     """A session on an open context. After a failure it is of no use any more: `end` it."""
+
+    kind: ClassVar[int]  # TPM_SE
 
     def __init__(self, context: Context, salt_handle: int, salt_key: Public) -> None:
         """Start it, salted to a P-256 decryption key of the TPM."""
         self._context = context
         self._nonce = os.urandom(_NONCE_SIZE)  # nonceCaller
         salt, secret = protected_seed(salt_key, ec.generate_private_key(ec.SECP256R1()), b"SECRET")
-        params = sized(self._nonce) + sized(secret) + u8(rq.SE_POLICY)
+        params = sized(self._nonce) + sized(secret) + u8(self.kind)
         params += Symmetric(_AES_BITS).encode() + u16(Alg.SHA256)
         command = rq.command(Cc.StartAuthSession, (salt_handle, Rh.NULL), params=params)
         with context.reading():
@@ -78,43 +83,48 @@ class PolicySession:
         self._handle = started.handle
         self._key = kdfa(Alg.SHA256, salt, b"ATH", self._nonce_tpm + self._nonce, 256)
 
-    def satisfy(
-        self, code: Cc, params: bytes = b"", others: Sequence[int] = (),
-        auths: Sequence[rq.Auth] = (),
-    ) -> None:  # fmt: skip
-        """Send a policy command; `others` are the handles before the session's."""
-        self._context.raw(code, rq.command(code, (*others, self._handle), auths, params))
+    @property
+    def entity(self) -> Entity:
+        """The session as a handle of a command: its Name is its handle."""
+        return Entity(self._handle, u32(self._handle), b"")
 
-    def use(self, code: Cc, entity: Entity, params: bytes) -> Reader:
-        """Run a command of one handle; the parameters of its response.
+    def use(
+        self, code: Cc, entity: Entity, params: bytes, others: Sequence[Entity] = (),
+        passwords: Sequence[rq.Auth] = (),
+    ) -> Reader:  # fmt: skip
+        """Run a command by the authorization of its first handle; the parameters of its response.
 
-        The policy must ask for the authorization value (PolicyAuthValue), and is spent.
+        `others`: handles after the first; `passwords`: authorizations after this session's.
         TpmError if the TPM refuses, HostError if its response is not authentic.
         """
-        return self._use(code, entity, params, hidden=False)[1]
+        return self._use(code, (entity, *others), params, passwords)[1]
 
     def use_hidden(self, code: Cc, entity: Entity, params: bytes, into: Room) -> int:
         """The same, while the TPM encrypts the first parameter of its response, a TPM2B.
 
         That is decrypted `into` room which is 15 bytes longer, and nowhere else; returns its size.
         """
-        return self._show(*self._use(code, entity, params, hidden=True), into)
+        return self._show(*self._use(code, (entity,), params, hidden=True), into)
 
     def _use(
-        self, code: Cc, entity: Entity, params: bytes, *, hidden: bool
-    ) -> tuple[bytes, Reader]:
+        self, code: Cc, handles: Sequence[Entity], params: bytes,
+        passwords: Sequence[rq.Auth] = (), *, hidden: bool = False,
+    ) -> tuple[bytes, Reader]:  # fmt: skip
         """The key of this one use, and the parameters of the response."""
-        key = self._key + entity.auth
+        key = self._key + handles[0].auth
         attributes = _CONTINUE | (_ENCRYPT if hidden else 0)
         self._nonce = os.urandom(_NONCE_SIZE)
-        command_digest = _sha256(u32(code) + entity.name + params)
+        names = b"".join(handle.name for handle in handles)
+        command_digest = _sha256(u32(code) + names + params)
         mac = self._mac(key, command_digest, self._nonce + self._nonce_tpm, attributes)
         authorization = _Authorization(self._handle, self._nonce, attributes, mac)
-        command = rq.command(code, (entity.handle,), (authorization,), params)
+        numbers = [handle.handle for handle in handles]
+        command = rq.command(code, numbers, (authorization, *passwords), params)
         with self._context.reading():
             response = self._context.raw(code, command)
             self._nonce_tpm = response.auths.sized(_NONCE_SIZE)
             answered, mac = response.auths.u8(), response.auths.sized(_NONCE_SIZE)
+            response.auths.take(_PASSWORD_ANSWER * len(passwords))
             response.auths.end()
         answer_digest = _sha256(u32(Rc.SUCCESS) + u32(code) + response.params.data)
         wanted = self._mac(key, answer_digest, self._nonce_tpm + self._nonce, answered)
@@ -139,6 +149,68 @@ class PolicySession:
         cut = _AES_BITS // 8
         cipher = Cipher(algorithms.AES(made[:cut]), CFB(made[cut:])).decryptor()
         return cipher.update_into(hidden, into)
+
+
+class HmacSession(Session):
+    """Authorizes by the value of what is used, again and again."""
+
+    kind = _SE_HMAC
+
+
+class PolicySession(Session):
+    """Authorizes one use by a policy, and by the value if the policy asks for it."""
+
+    kind = rq.SE_POLICY
+
+    def satisfy(
+        self, code: Cc, params: bytes = b"", others: Sequence[int] = (),
+        auths: Sequence[rq.Auth] = (),
+    ) -> None:  # fmt: skip
+        """Send a policy command; `others` are the handles before the session's."""
+        self._context.raw(code, rq.command(code, (*others, self._handle), auths, params))
+
+
+S = TypeVar("S", bound=Session)
+
+
+class Sessions:
+    """The sessions of our own in one context: one of each kind, started when it is first wanted.
+
+    A TPM without a resource manager has room for three, and ESAPI has one.
+    """
+
+    def __init__(self, context: Context) -> None:
+        self._context = context
+        self._salt: tuple[int, Public] | None = None
+        self._kept: dict[type[Session], Session] = {}
+
+    def use_salt(self, handle: int, key: Public) -> None:
+        """Sessions are salted to this P-256 decryption key."""
+        self._salt = handle, key
+
+    def hmac(self) -> AbstractContextManager[HmacSession]:
+        """The HMAC session, for a while."""
+        return self._lent(HmacSession)
+
+    def policy(self) -> AbstractContextManager[PolicySession]:
+        """The policy session, for one use, which spends the policy that it satisfies."""
+        return self._lent(PolicySession)
+
+    @contextmanager
+    def _lent(self, kind: type[S]) -> Iterator[S]:
+        """Whatever goes wrong, another session is started for the next use."""
+        session = self._kept.pop(kind, None)
+        if not isinstance(session, kind):
+            if self._salt is None:
+                raise HostError("the keeper's primary key is not there yet")
+            session = kind(self._context, *self._salt)
+        try:
+            yield session
+        except HoldfastError:
+            with suppress(HoldfastError):
+                session.end()
+            raise
+        self._kept[kind] = session
 
 
 def _sha256(data: bytes) -> bytes:
