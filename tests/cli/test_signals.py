@@ -32,9 +32,9 @@ except KeyboardInterrupt:
 
 CALLS_IT = """
 import sys
-from holdfast.cli.app import _module
+from holdfast.cli.programs import module
 try:
-    _module(["slow_keeper", sys.argv[1]])
+    module(["slow_keeper", sys.argv[1]])
 except KeyboardInterrupt:
     sys.exit(130)
 """

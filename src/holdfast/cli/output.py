@@ -30,12 +30,17 @@ from holdfast.errors import (
     exit_code,
 )
 
-_WIDE: Final = 10_000
 _ITS_PATH: Final = (  # the path is wrong, not the host
     errno.ENOENT, errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ELOOP, errno.ENAMETOOLONG,
 )  # fmt: skip
 OUT: Final = Console(highlight=False)
 ERR: Final = Console(stderr=True, highlight=False)
+MARKS: Final = {
+    "ok": "[green]ok[/green]",
+    "note": "[cyan]note[/cyan]",
+    "warning": "[yellow]warning[/yellow]",
+    "problem": "[red]problem[/red]",
+}
 
 
 def prepare() -> None:
@@ -109,14 +114,16 @@ def show(value: Any, as_json: bool, human: Callable[[Any], None]) -> None:
 
 
 def table(columns: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
-    """A plain table; nothing in it is markup."""
+    """A plain table; nothing in it is markup. For a program: fields with a tab between them."""
+    if not OUT.is_terminal:
+        for row in (columns, *rows):
+            sys.stdout.write("\t".join(_plain(field).plain for field in row) + "\n")
+        return
     made = Table(box=None, pad_edge=False, header_style="bold")
     for column in columns:
         made.add_column(column, no_wrap=True)
     for row in rows:
         made.add_row(*map(_plain, row))
-    if not OUT.is_terminal:
-        OUT.width = _WIDE  # nothing is cut off for a program
     OUT.print(made)
 
 

@@ -1,0 +1,81 @@
+"""Programs of ours that a command runs: one JSON object comes back, or the error it names."""
+
+from __future__ import annotations
+
+import json
+import os
+import pwd
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from holdfast.errors import HostError, by_name
+
+
+def module(arguments: list[str]) -> Any:
+    """Run one of our modules and read the JSON it prints; its error becomes ours."""
+    command = [sys.executable, "-P", "-m", *arguments]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdout=pipe, stderr=pipe) as process:
+        printed, said = _printed(process)
+    try:
+        value = json.loads(printed)
+    except ValueError:
+        last = said.decode(errors="replace").strip().rpartition("\n")[2]
+        raise HostError(f"{arguments[0]} ended with {process.returncode}: {last}") from None
+    if process.returncode:
+        if value.get("errno"):
+            raise OSError(value["errno"], os.strerror(value["errno"]), value["file"])
+        raise by_name(value["error"], value["why"])
+    return value
+
+
+def _printed(process: subprocess.Popen[bytes]) -> tuple[bytes, bytes]:
+    """All it prints. Interrupted, it is told so and waited for: it takes back what it has made."""
+    try:
+        return process.communicate()
+    except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        process.send_signal(signal.SIGINT)  # a terminal has told it too; it heeds the first
+        process.communicate()
+        raise
+
+
+def keeper(arguments: list[str]) -> dict[str, Any]:
+    value = module(["holdfast.keeper", *arguments])
+    assert isinstance(value, dict)
+    return value
+
+
+def settings_of(config: Path | None) -> dict[str, Any]:
+    return of_config("settings", config)
+
+
+def of_config(part: str, config: Path | None) -> dict[str, Any]:
+    """What one of the daemon's modules says of the configuration."""
+    given = ["--config", str(config)] if config else []
+    value = module([f"holdfast.daemon.{part}", *given])
+    assert isinstance(value, dict)
+    return value
+
+
+def keeper_user(name: str, *, make: bool = False) -> tuple[int, int]:
+    """The keeper's own user; with `make` it is made if there is none."""
+    entry = user(name)
+    if entry is None and not make:
+        raise HostError(f"there is no user {name}: run holdfast init")
+    if entry is None:
+        command = ["useradd", "--system", "--no-create-home", "--shell", "/usr/sbin/nologin", name]
+        if subprocess.run(command, check=False).returncode:
+            raise HostError(f"the user {name} could not be made")
+        entry = pwd.getpwnam(name)
+    return entry.pw_uid, entry.pw_gid
+
+
+def user(name: str) -> pwd.struct_passwd | None:
+    try:
+        return pwd.getpwnam(name)
+    except KeyError:
+        return None
