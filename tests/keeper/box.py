@@ -18,6 +18,7 @@ import pyrage
 from holdfast.hwtpm.transport import Transport
 from holdfast.keeper import vault
 from holdfast.keeper.custody import Custody
+from holdfast.keeper.vault import Vault
 from holdfast.linux import channel
 from holdfast.linux.secret import SecretMemory
 from holdfast.protocol import ipc
@@ -90,9 +91,12 @@ class Box:
             "--recovery-file", str(self.out / "recovery.age"), *self.user(), *arguments, ok=ok,
         )  # fmt: skip
 
-    def custody(self) -> Custody:
+    def vault(self) -> Vault:
+        return vault.load(self.keeper)
+
+    def custody(self, memory: SecretMemory | None = None) -> Custody:
         """What the keeper holds, in this process."""
-        return Custody(vault.load(self.keeper), Transport(self.swtpm.tcti), SecretMemory())
+        return Custody(self.vault(), Transport(self.swtpm.tcti), memory or SecretMemory())
 
     def start(self) -> None:
         """Run the keeper as a service."""
