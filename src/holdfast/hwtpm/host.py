@@ -30,6 +30,7 @@ from tpm2_pytss import (
 
 from holdfast.errors import HostError, TpmError
 from holdfast.hwtpm import policy
+from holdfast.hwtpm.anchor import Anchor
 from holdfast.hwtpm.context import (
     BANKS,
     ENCRYPT_BOTH,
@@ -109,6 +110,7 @@ class HostTpm:
         self._esapi.tr_set_auth(ESYS_TR.OWNER, owner_auth)
         self.index = VersionIndex(context)
         self._sessions = Sessions(context)
+        self.anchor = Anchor(context, self._sessions)
         self._primary: Any = None
         self._ak: Any = None
         self._ca: Any = None
@@ -325,6 +327,7 @@ class HostTpm:
     def use_ak(self, blob: Blob) -> Any:
         """Load the host AK, to be used from now on; returns its handle."""
         self._ak = self.load(blob)
+        self.anchor.ak = self._entity(self._ak, blob)
         return self._ak
 
     def quote(self, qualifying: bytes) -> tuple[bytes, bytes]:
