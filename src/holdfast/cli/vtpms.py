@@ -74,12 +74,40 @@ def create(
     with progress(f"making {name}"):
         value = Client().call("POST", "/v1/vtpms", body)
 
+    show(value, as_json, _made)
+
+
+def _made(value: dict[str, Any]) -> None:
+    """Say what was made, and how it is used."""
+    output.line(f"{value['name']} ({value['id']})", MARKS["ok"])
+    if value["profile"] == "linked" or value["tpm"]:
+        output.line(f"podman run --device {value['device']} IMAGE")
+    else:
+        output.line(f"holdfast start {value['name']}; TPM2TOOLS_TCTI={value['tcti']}")
+
+
+def clone(
+    name: Annotated[str, typer.Argument(help="The vTPM whose settings are taken.")],
+    new: Annotated[str, typer.Argument(help="The new vTPM's name.")],
+    owner: Annotated[str, typer.Option(help="User who may start, stop and attest it.")] = "",
+    as_json: Json = False,
+) -> None:
+    """Make a new vTPM with the settings of another: nothing of that one's state is copied.
+
+    It has seeds, keys, certificates and an id of its own. There is no way to copy a TPM.
+    """
+    body: dict[str, Any] = {"name": new}
+    if owner:
+        body["owner"] = uid_of(owner)
+    with progress(f"making {new}"):
+        value = Client().call("POST", f"/v1/vtpms/{quoted(name)}/clones", body)
+
     def human(value: dict[str, Any]) -> None:
-        output.line(f"{value['name']} ({value['id']})", MARKS["ok"])
-        if value["profile"] == "linked" or value["tpm"]:
-            output.line(f"podman run --device {value['device']} IMAGE")
-        else:
-            output.line(f"holdfast start {value['name']}; TPM2TOOLS_TCTI={value['tcti']}")
+        _made(value)
+        output.line(
+            f"It is a new TPM, made as {value['settings_of']} was: none of that one's keys, NV or "
+            "sealed data are in it."
+        )
 
     show(value, as_json, human)
 

@@ -24,7 +24,7 @@ from holdfast import __version__
 from holdfast.attest.collector import Collector
 from holdfast.daemon.doctor import examine, overview
 from holdfast.daemon.host import Host
-from holdfast.daemon.wanted import wanted
+from holdfast.daemon.wanted import wanted, wanted_like
 from holdfast.errors import (
     AppraisalError,
     CallerError,
@@ -72,6 +72,7 @@ _CREATE: Final[Mapping[str, type]] = {
     "mode": str,
     "tpm": str,
 }
+_CLONE: Final[Mapping[str, type]] = {"name": str, "owner": int}
 _EVIDENCE: Final[Mapping[str, type]] = {"nonce": str, "audience": str, "user_data": str}
 _HOOK: Final[Mapping[str, type]] = {"vtpm": str, "state": dict}
 _KINDS: Final[Mapping[type, str]] = {
@@ -196,6 +197,7 @@ class Api:
                 web.post("/v1/vtpms", self._create),
                 web.get("/v1/vtpms/{name}", self._inspect),
                 web.delete("/v1/vtpms/{name}", self._remove),
+                web.post("/v1/vtpms/{name}/clones", self._clone),
                 web.post("/v1/vtpms/{name}/start", self._start),
                 web.post("/v1/vtpms/{name}/stop", self._stop),
                 web.post("/v1/vtpms/{name}/retry", self._retry),
@@ -262,6 +264,18 @@ class Api:
         vtpm = await self._host.create(wanted(body))
         self._audit(who, "create", vtpm.record.name)
         return web.json_response(self._details(vtpm), status=201)
+
+    async def _clone(self, request: web.Request) -> web.Response:
+        """A new TPM: of the one that is named, only what was asked for when it was made."""
+        who = caller(request)
+        who.must_be_root("creating a vTPM")
+        there = self._host.find(request.match_info["name"]).record
+        body = await _body(request)
+        _typed(body, _CLONE)
+        vtpm = await self._host.create(wanted_like(body, there))
+        self._audit(who, "clone", vtpm.record.name, settings_of=there.name)
+        value = {**self._details(vtpm), "settings_of": there.name, "state_copied": False}
+        return web.json_response(value, status=201)
 
     async def _inspect(self, request: web.Request) -> web.Response:
         return web.json_response(self._details(self._owned(request)))

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from holdfast.daemon.starting import check_policy
-from holdfast.errors import InvalidInput
+from holdfast.errors import Conflict, InvalidInput
 from holdfast.frontend.filter import Profile
 from holdfast.frontend.nodes import Asked, chosen
 from holdfast.ids import InstanceName, instance_name
 from holdfast.protocol.mssim import Dialect
+from holdfast.store.registry import Instance
 from holdfast.tpm2.algorithms import HASHES_BY_NAME
 
 DEFAULT_BANKS: Final = ("sha256", "sha384")
@@ -38,9 +39,7 @@ def wanted(body: Mapping[str, Any]) -> Wanted:
     """Read a request whose members have the right types; InvalidInput says what is wrong."""
     name = instance_name(body.get("name") or "")
     profile = _profile(body.get("profile") or Profile.LINKED.value)
-    owner = body.get("owner") or 0
-    if not 0 <= owner <= OWNER_MAX:
-        raise InvalidInput(f"an owner is a user's number from 0 to {OWNER_MAX}")
+    owner = _owner(body)
     policy = body.get("start_policy")
     if policy is not None:
         check_policy(policy)
@@ -52,6 +51,32 @@ def wanted(body: Mapping[str, Any]) -> Wanted:
         body.get("unsafe_unlinked") is True, _ports(body.get("ports"), profile),
         _nodes(body.get("devices"), profile, device), device, policy or {},
     )  # fmt: skip
+
+
+def wanted_like(body: Mapping[str, Any], there: Instance) -> Wanted:
+    """A new vTPM with the settings of one that is there: its name and owner are of the request.
+
+    Conflict where there can be no second one.
+    """
+    name = instance_name(body.get("name") or "")
+    if there.device:
+        raise Conflict(
+            f"{there.name} is {there.device}, passed through: it has no settings that a new vTPM "
+            "could have, and there is no second one of it"
+        )
+    if there.nodes:
+        chosen(Asked(there.nodes))  # what was to be had when that one was made may be gone
+    return Wanted(
+        name, Profile(there.profile), _owner(body), there.banks, there.unlinked, there.ports,
+        there.nodes, "", there.start_policy,
+    )  # fmt: skip
+
+
+def _owner(body: Mapping[str, Any]) -> int:
+    owner: int = body.get("owner") or 0
+    if not 0 <= owner <= OWNER_MAX:
+        raise InvalidInput(f"an owner is a user's number from 0 to {OWNER_MAX}")
+    return owner
 
 
 def _profile(text: Any) -> Profile:
