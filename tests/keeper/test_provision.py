@@ -14,6 +14,7 @@ import pytest
 from tpm2_pytss.types import TPMS_ATTEST
 
 from holdfast.errors import HostError, IntegrityError, InvalidInput, NotFound
+from holdfast.hwtpm.host import INDICES
 from holdfast.hwtpm.policy import RecoverySigner
 from holdfast.hwtpm.transport import Transport
 from holdfast.hwtpm.version import VersionIndex
@@ -33,7 +34,14 @@ def forget(box: Box) -> None:
     """As before it was provisioned."""
     shutil.rmtree(box.keeper)
     shutil.rmtree(box.out)
-    box.swtpm.tool("tpm2_nvundefine", "0x1804846")
+    for index in INDICES:
+        box.swtpm.tool("tpm2_nvundefine", hex(index))
+
+
+def indices(box: Box) -> list[int]:
+    """All NV indices that the TPM has."""
+    shown = box.swtpm.tool("tpm2_getcap", "handles-nv-index").split()
+    return sorted(int(word, 16) for word in shown if word.startswith("0x"))
 
 
 def opened(box: Box) -> bool:
@@ -98,9 +106,7 @@ def test_files_of_an_earlier_installation_are_not_overwritten(box: Box) -> None:
 
 
 def test_provisioning_that_fails_at_the_end_leaves_nothing_behind(box: Box) -> None:
-    shutil.rmtree(box.keeper)
-    shutil.rmtree(box.out)
-    box.swtpm.tool("tpm2_nvundefine", "0x1804846")
+    forget(box)
     box.keeper.write_bytes(b"in the way")  # so the last step, writing the vault, fails
     recipient = str(box.identity.to_public())
     box.run("provision", "--recovery-recipient", recipient, "--out", str(box.out), ok=False)
@@ -125,21 +131,17 @@ def test_provisioning_that_fails_at_the_end_leaves_nothing_behind(box: Box) -> N
 def test_bad_request_is_refused_before_anything_is_made(
     box: Box, arguments: list[str], why: str
 ) -> None:
-    shutil.rmtree(box.keeper)
-    shutil.rmtree(box.out)
-    box.swtpm.tool("tpm2_nvundefine", "0x1804846")
+    forget(box)
     key = str(box.identity.to_public())
     given = [key if argument == "KEY" else argument for argument in arguments]
     answer = box.run("provision", "--out", str(box.out), *given, ok=False)
     assert answer["error"] == "InvalidInput"
     assert why in answer["why"]
-    assert box.swtpm.tool("tpm2_getcap", "handles-nv-index").strip() == ""
+    assert indices(box) == []
 
 
 def test_recovery_key_is_printed_only_when_asked_for(box: Box) -> None:
-    shutil.rmtree(box.keeper)
-    shutil.rmtree(box.out)
-    box.swtpm.tool("tpm2_nvundefine", "0x1804846")
+    forget(box)
     answer = box.run(
         "provision", "--recovery-recipient", str(box.identity.to_public()),
         "--out", str(box.out), "--print-recovery-key",
@@ -197,7 +199,7 @@ def test_interrupted_provisioning_leaves_nothing_behind(
         signal.signal(signal.SIGINT, handler)
     assert (status, capsys.readouterr().out) == (130, "")
     assert list(box.out.iterdir()) == []
-    assert box.swtpm.tool("tpm2_getcap", "handles-nv-index").strip() == ""
+    assert indices(box) == []
 
 
 @pytest.mark.parametrize("content", [b"", b"\xff\xfe", b"AGE-SECRET-KEY-1NONSENSE"])

@@ -26,7 +26,7 @@ from holdfast.errors import HostError, TpmError
 from holdfast.hwtpm import policy
 from holdfast.hwtpm.context import Context
 from holdfast.hwtpm.nvindex import SIGNED_SIZE, NvIndex, SignedIndex
-from holdfast.hwtpm.session import Entity, Sessions
+from holdfast.hwtpm.session import SPARE, Entity, Sessions
 from holdfast.tpm2 import requests as rq
 from holdfast.tpm2.algorithms import Alg
 from holdfast.tpm2.commands import Cc
@@ -42,7 +42,7 @@ DIGEST_SIZE: Final = 32
 _WRITTEN_ONCE: Final = 1  # the writer's number
 _CHAIN: Final = NvAttr.EXTEND | NvAttr.POLICYWRITE | NvAttr.AUTHREAD | NvAttr.NO_DA
 _POLICY_SECRET: Final = sized(b"") * 3 + u32(0)  # no nonce, no cpHash, no reference, no expiry
-_ROOM: Final = 128 + 15  # for a TPMS_NV_PUBLIC, as `use_hidden` wants it
+_PUBLIC_MAX: Final = 128  # bytes in a TPMS_NV_PUBLIC
 
 
 class Chain(IntEnum):
@@ -151,7 +151,7 @@ class Anchor:
         try:
             # What was claimed is in the Name, so the HMAC of an answer says that it is true.
             with self._sessions.hmac() as session:
-                session.use_hidden(Cc.NV_ReadPublic, entity, b"", bytearray(_ROOM))
+                session.use_hidden(Cc.NV_ReadPublic, entity, b"", bytearray(_PUBLIC_MAX + SPARE))
             value = self._value(entity, DIGEST_SIZE) if public.written else None
         except TpmError as error:
             raise HostError(f"the {index.title} cannot be read (0x{error.rc:x})") from None

@@ -164,7 +164,7 @@ class Context:
 
     def _there(self) -> tuple[int, ...]:
         """Every transient object and loaded session that can be seen."""
-        return self._handles(Ht.TRANSIENT << 24) + self._handles(Ht.HMAC_SESSION << 24)
+        return self.handles(Ht.TRANSIENT << 24) + self.handles(Ht.HMAC_SESSION << 24)
 
     def _flush_all(self) -> None:
         """Flush all that is there and not others'."""
@@ -173,8 +173,8 @@ class Context:
                 with suppress(TpmError):
                     self.raw(Cc.FlushContext, rq.flush_context(handle))
 
-    def _handles(self, first: int) -> tuple[int, ...]:
-        """TPML_HANDLE from GetCapability (Part 2, 10.9.3)."""
+    def handles(self, first: int) -> tuple[int, ...]:
+        """Handles of the kind of `first`, from it on (TPML_HANDLE; Part 2, 10.9.3)."""
         query = rq.get_capability(Cap.HANDLES, first, HANDLES_MAX)
         with self.reading():
             params = self.raw(Cc.GetCapability, query).params

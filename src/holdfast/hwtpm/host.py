@@ -1,11 +1,12 @@
-"""What the keeper has in the host TPM: root key, host AK and issuing CA key.
+"""What the keeper has in the host TPM: root key with anchor secret, host AK, issuing CA key.
 
 All are loadable blobs under a primary key that only the keeper can make again (its template's
 `unique` and its authorization are the keeper's), each with an authorization value of its own and
 without dictionary-attack exposure. Root key and CA key open only in an approved boot state. A TPM
 may have three slots and no resource manager: primary, AK and CA key fill them.
 
-Not here: the host's EK (`endorsement`), certificates, files, and who may ask (`keeper`).
+Not here: its NV indices (`version`, `anchor`), the host's EK (`endorsement`), certificates, files,
+and who may ask (`keeper`).
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from tpm2_pytss import (
 
 from holdfast.errors import HostError, TpmError
 from holdfast.hwtpm import policy
-from holdfast.hwtpm.anchor import Anchor
+from holdfast.hwtpm.anchor import DURABLE_INDEX, HYBRID_INDEX, WRITER_INDEX, Anchor
 from holdfast.hwtpm.context import (
     BANKS,
     ENCRYPT_BOTH,
@@ -52,6 +53,7 @@ from holdfast.tpm2.templates import AK_P256
 from holdfast.tpm2.wire import sized, u16, u32, u64
 
 AUTH_SIZE: Final = 32
+INDICES: Final = (VERSION_INDEX, WRITER_INDEX, DURABLE_INDEX, HYBRID_INDEX)
 QUOTED_PCRS: Final = tuple(range(PCR_COUNT))
 _NO_TICKET: Final = u16(ST_HASHCHECK) + u32(Rh.NULL) + sized(b"")  # TPMT_TK_HASHCHECK
 _BASE: Final = (
@@ -132,6 +134,11 @@ class HostTpm:
         vendor = "".join(text(first + n) for n in range(1, 5))
         firmware = f"{values.get(first + 6, 0):x}.{values.get(first + 7, 0):x}"
         return f"{text(first)} {vendor} firmware {firmware}"
+
+    def remains(self) -> tuple[int, ...]:
+        """Which NV indices are there at the numbers of ours."""
+        there = self._context.handles(VERSION_INDEX)
+        return tuple(number for number in INDICES if number in there)
 
     # --- the primary, and objects under it ---
 
@@ -224,7 +231,7 @@ class HostTpm:
         return handle
 
     def create_root_key(self, recovery_name: bytes, key: bytes) -> Blob:
-        """Seal the root key under the object policy."""
+        """Seal the root key, and what comes with it, under the object policy."""
         wanted = policy.object_policy(recovery_name)
         return self.create(Public(Alg.KEYEDHASH, Alg.SHA256, _SEALED, wanted, (b"",)), key)
 
@@ -289,7 +296,7 @@ class HostTpm:
             raise HostError(_why_not(error, approval)) from None
 
     def unseal(self, blob: Blob, into: Room) -> int:
-        """Open the sealed root key `into` room that is 15 bytes longer; returns its size.
+        """Open the sealed root key `into` room that is SPARE bytes longer; returns its size.
 
         HostError unless this boot state is approved.
         """
@@ -308,6 +315,10 @@ class HostTpm:
 
     def _entity(self, handle: Any, blob: Blob) -> Entity:
         return Entity(self._number(handle), Public.decode(blob.public).name, blob.auth)
+
+    def end_sessions(self) -> None:
+        """Make room for sessions of ESAPI's; the next use starts others."""
+        self._sessions.end()
 
     def _number(self, handle: Any) -> int:
         """What the TPM calls an ESAPI handle."""

@@ -28,12 +28,8 @@ _NV_SPACE: Final = 0x14B
 
 
 def removal(*numbers: int) -> str:
-    """How a user takes indices away, and when that may be done."""
-    commands = "; ".join(f"tpm2_nvundefine 0x{number:08x}" for number in numbers)
-    return (
-        "if an earlier installation of Holdfast on this host is given up for good, remove what it "
-        f"left with: {commands}"
-    )
+    """How a user takes indices away."""
+    return "; ".join(f"tpm2_nvundefine 0x{number:08x}" for number in numbers)
 
 
 class NvIndex:
@@ -88,7 +84,11 @@ class NvIndex:
         except TpmError as error:
             why = f"the {self.title} cannot be defined (0x{error.rc:x})"
             if error.rc == _NV_DEFINED:
-                why = f"the {self.title} is there already: {removal(self.number)}"
+                why = (
+                    f"the {self.title} is in the host TPM already; if an earlier installation of "
+                    "Holdfast on this host is given up for good, remove its index with: "
+                    f"{removal(self.number)}"
+                )
             elif error.rc == _NV_SPACE:
                 why += ": the host TPM has no room for it, see tpm2_getcap handles-nv-index"
             raise HostError(why) from None

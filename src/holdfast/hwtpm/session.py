@@ -39,6 +39,7 @@ _SE_HMAC: Final = 0x00
 _CONTINUE: Final = 0x01  # TPMA_SESSION
 _ENCRYPT: Final = 0x40
 _PASSWORD_ANSWER: Final = 5  # bytes of a password's TPMS_AUTH_RESPONSE: no nonce, no HMAC
+SPARE: Final = _BLOCK_BITS // 8 - 1  # bytes more in a room: a cipher may write so far
 Room = bytearray | memoryview
 
 
@@ -102,7 +103,7 @@ class Session:
     def use_hidden(self, code: Cc, entity: Entity, params: bytes, into: Room) -> int:
         """The same, while the TPM encrypts the first parameter of its response, a TPM2B.
 
-        That is decrypted `into` room which is 15 bytes longer, and nowhere else; returns its size.
+        It is decrypted `into` room which is SPARE bytes longer, and nowhere else; returns its size.
         """
         return self._show(*self._use(code, (entity,), params, hidden=True), into)
 
@@ -144,7 +145,7 @@ class Session:
     def _show(self, key: bytes, params: Reader, into: Room) -> int:
         """Decrypt the first parameter (Part 1, 21.3): AES-128-CFB, key and IV by KDFa."""
         with self._context.reading():
-            hidden = params.sized(len(into) - _BLOCK_BITS // 8 + 1)
+            hidden = params.sized(len(into) - SPARE)
         made = kdfa(Alg.SHA256, key, b"CFB", self._nonce_tpm + self._nonce, _AES_BITS + _BLOCK_BITS)
         cut = _AES_BITS // 8
         cipher = Cipher(algorithms.AES(made[:cut]), CFB(made[cut:])).decryptor()
@@ -195,6 +196,11 @@ class Sessions:
     def policy(self) -> AbstractContextManager[PolicySession]:
         """The policy session, for one use, which spends the policy that it satisfies."""
         return self._lent(PolicySession)
+
+    def end(self) -> None:
+        """Remove them from the TPM, to have their room."""
+        while self._kept:
+            self._kept.popitem()[1].end()
 
     @contextmanager
     def _lent(self, kind: type[S]) -> Iterator[S]:

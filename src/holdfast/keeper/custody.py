@@ -34,7 +34,7 @@ from holdfast.hwtpm.host import Approval, HostTpm, quoted_selection
 from holdfast.hwtpm.policy import Signature
 from holdfast.hwtpm.transport import Transport
 from holdfast.ids import instance_name
-from holdfast.keeper import certificates
+from holdfast.keeper import certificates, rootkey
 from holdfast.keeper.rootkey import RootKey
 from holdfast.keeper.vault import Vault
 from holdfast.linux.secret import SecretMemory
@@ -88,13 +88,20 @@ class Custody:
 
     def _open(self) -> HostTpm:
         made = self._made
+        if not made.anchored:
+            raise HostError(
+                "this host was initialised before freshness was kept: run holdfast policy "
+                "authorize with the recovery key"
+            )
         tpm = HostTpm(self._context, made.owner_auth)
         ek_name = Public.decode(made.ek_public).name
         tpm.open_primary(made.unique, made.primary_auth, made.primary_name, ek_name)
         tpm.index.open(made.index_name)
         approval = _matching(made.approvals, tpm.read_pcrs((Alg.SHA256,)).get(Alg.SHA256, {}))
         tpm.approve(Public.decode(made.recovery_public), approval)
-        tpm.unseal(made.root_key, self._root.sealed)
+        size = tpm.unseal(made.root_key, self._root.sealed)
+        secret = bytes(self._root.sealed[rootkey.SIZE : size])
+        tpm.anchor.open(made.writer_name, made.durable_name, made.hybrid_name, secret)
         tpm.use_ak(made.ak)
         tpm.use_ca(made.ca_key)
         return tpm

@@ -1,9 +1,9 @@
 """`init`: make everything of ours in a host TPM, once; and approve or retire boot states later.
 
-Steps of `provision`, in order: primary; recovery signer; version index; approval of the boot state
-as it is now; root key, AK, CA key; AK certifies CA key; a credential is activated for EK and AK;
-site root signs host CA and AK; recovery key and site root key leave, encrypted; the vault is
-written last.
+Steps of `provision`, in order: primary; recovery signer; version index and anchor; approval of the
+boot state as it is now; root key with anchor secret, AK, CA key; AK certifies CA key; a credential
+is activated for EK and AK; site root signs host CA and AK; recovery key and site root key leave,
+encrypted; the vault is written last.
 """
 
 from __future__ import annotations
@@ -23,11 +23,16 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from holdfast.errors import Conflict, HoldfastError, HostError, IntegrityError, InvalidInput
+from holdfast.evidence.freshness import GENESIS
 from holdfast.hwtpm import endorsement
+from holdfast.hwtpm.anchor import Anchor, Chain
 from holdfast.hwtpm.context import Context
 from holdfast.hwtpm.host import AUTH_SIZE, Approval, HostTpm, fresh_auth
+from holdfast.hwtpm.nvindex import removal
 from holdfast.hwtpm.policy import RECOVERY_KEY_SIZE, RecoverySigner, approved_policy
+from holdfast.hwtpm.session import SPARE
 from holdfast.hwtpm.transport import PATIENCE_TO_MAKE_KEYS, Transport
+from holdfast.hwtpm.version import VERSION_INDEX, VersionIndex
 from holdfast.keeper import certificates, recovery, vault
 from holdfast.keeper.vault import Vault
 from holdfast.tpm2.algorithms import Alg
@@ -123,14 +128,17 @@ def _make(context: Context, site: Site, undo: contextlib.ExitStack) -> tuple[Vau
     tpm = HostTpm(context, site.owner_auth)
     unique, primary_auth = os.urandom(AUTH_SIZE), fresh_auth()
     primary_name = tpm.open_primary(unique, primary_auth)
+    _refuse_remains(tpm)
     recovery_key = os.urandom(RECOVERY_KEY_SIZE)
     signer = RecoverySigner(recovery_key)
+    undo.callback(_take_back, tpm.index)
+    undo.callback(_take_back, tpm.anchor)
     tpm.index.define(signer, 1)
-    undo.callback(_undefine, tpm)
+    secret = _anchor(tpm, signer)
     approval = _approve(signer, _current(tpm, site.pcrs), 1, tpm.index.name)
     tpm.approve(signer.public, approval)
 
-    root_blob = tpm.create_root_key(signer.public.name, os.urandom(ROOT_KEY_SIZE))
+    root_blob = tpm.create_root_key(signer.public.name, os.urandom(ROOT_KEY_SIZE) + secret)
     ak_blob, ca_blob = tpm.create_ak(), tpm.create_ca_key(signer.public.name)
     ak_handle = tpm.use_ak(ak_blob)
     tpm.use_ca(ca_blob)
@@ -143,6 +151,7 @@ def _make(context: Context, site: Site, undo: contextlib.ExitStack) -> tuple[Vau
     root_key = ec.generate_private_key(ec.SECP256R1())
     host = socket.gethostname()
     root = certificates.site_root(site.name, root_key, now)
+    writer_name, durable_name, hybrid_name = tpm.anchor.names
     made = Vault(
         site=site.name, host=host, service=f"urn:holdfast:{host}"[:127], crl=site.crl,
         stand_in=site.stand_in, tcti=context.tcti, owner_auth=site.owner_auth, unique=unique,
@@ -153,6 +162,7 @@ def _make(context: Context, site: Site, undo: contextlib.ExitStack) -> tuple[Vau
         ak_certificate=certificates.host_ak(site.name, host, ak, ek, root, root_key, now),
         ca_certificate=certificates.host_ca(site.name, host, ca, ak, root, root_key, now),
         ca_attest=ca_attest, ca_signature=ca_signature, root_certificate=root,
+        writer_name=writer_name, durable_name=durable_name, hybrid_name=hybrid_name,
     )  # fmt: skip
     pem = root_key.private_bytes(
         serialization.Encoding.PEM,
@@ -162,9 +172,29 @@ def _make(context: Context, site: Site, undo: contextlib.ExitStack) -> tuple[Vau
     return made, recovery_key, pem
 
 
-def _undefine(tpm: HostTpm) -> None:
+def _refuse_remains(tpm: HostTpm) -> None:
+    """Before anything is made: one message names all that is in the way."""
+    there = tpm.remains()
+    if there:
+        raise HostError(
+            "the host TPM has NV indices of Holdfast's already; if the earlier installation on "
+            f"this host is given up for good, remove them with: {removal(*there)}"
+        )
+
+
+def _anchor(tpm: HostTpm, signer: RecoverySigner) -> bytes:
+    """Make the anchor, and the durable chain's first value; returns the anchor secret."""
+    secret = fresh_auth()
+    tpm.anchor.define(signer, secret)
+    tpm.anchor.extend(Chain.DURABLE, GENESIS.anchor.digest)
+    tpm.end_sessions()
+    return secret
+
+
+def _take_back(made: Anchor | VersionIndex) -> None:
+    """Remove what was made, as far as it was."""
     with contextlib.suppress(HoldfastError):  # the TPM may be why we are here
-        tpm.index.undefine()
+        made.undefine()
 
 
 def _activate(context: Context, ak_handle: Any, ak: Public) -> Public:
@@ -198,7 +228,7 @@ def authorize(
     """Approve the boot state as it is now, or `values`; with `retire` no older one holds any more.
 
     Saved before the index is written and again after it: cut short, it leaves a state in which the
-    new approval holds.
+    new approval holds. A host that was initialised before there was an anchor gets it here.
     """
     made = vault.load(directory)
     key = recovery.read_encrypted(recovery_file, identity)
@@ -222,8 +252,36 @@ def authorize(
         others = tuple(a for a in made.approvals if retire or a.values != approval.values)
         if len(others) >= APPROVALS_MAX:
             raise Conflict(f"{APPROVALS_MAX} boot states are approved: retire the old ones")
-        replace(made, version=version, approvals=(approval, *others)).save(directory)
+        with contextlib.ExitStack() as undo:
+            if not made.anchored:
+                undo.callback(_take_back, tpm.anchor)
+                made = _with_anchor(tpm, made, signer)
+            replace(made, version=version, approvals=(approval, *others)).save(directory)
+            undo.pop_all()
         if retire:
             tpm.index.write(signer, version)
             replace(made, version=version, approvals=(approval,)).save(directory)
     return {"approved_pcrs": sorted(wanted), "version": version, "retired": retire}
+
+
+def _with_anchor(tpm: HostTpm, made: Vault, signer: RecoverySigner) -> Vault:
+    """The vault of a host that has had no anchor, with one. The present boot state is approved for
+    this once, as who has the recovery key may."""
+    there = set(tpm.remains()) - {VERSION_INDEX}
+    if there:
+        raise HostError(
+            "the host TPM has an anchor that the keeper's file does not know, as an authorize that "
+            f"was killed leaves it; remove it with: {removal(*sorted(there))}"
+        )
+    values = _current(tpm, tuple(sorted(made.approvals[0].values)))
+    tpm.approve(signer.public, _approve(signer, values, made.version, made.index_name))
+    room = bytearray(ROOT_KEY_SIZE + SPARE)
+    size = tpm.unseal(made.root_key, room)
+    secret = _anchor(tpm, signer)
+    blob = tpm.create_root_key(signer.public.name, bytes(room[:size]) + secret)
+    room[:] = bytes(len(room))
+    writer_name, durable_name, hybrid_name = tpm.anchor.names
+    return replace(
+        made, root_key=blob, writer_name=writer_name, durable_name=durable_name,
+        hybrid_name=hybrid_name,
+    )  # fmt: skip

@@ -20,7 +20,8 @@ from holdfast.hwtpm.policy import Signature
 from holdfast.keeper.recovery import sync
 
 FILE: Final = "keeper.json"
-VERSION: Final = 1
+VERSION: Final = 2
+_ANCHOR_NAMES: Final = ("writer_name", "durable_name", "hybrid_name")
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,14 @@ class Vault:
     ca_attest: bytes
     ca_signature: bytes
     root_certificate: bytes
+    writer_name: bytes
+    durable_name: bytes
+    hybrid_name: bytes
+
+    @property
+    def anchored(self) -> bool:
+        """Whether there is an anchor, and its secret sealed after the root key: since version 2."""
+        return bool(self.writer_name)
 
     def save(self, directory: Path) -> None:
         """Replace the file, durably."""
@@ -77,8 +86,11 @@ def load(directory: Path) -> Vault:
         raise NotFound("this host is not initialised: run holdfast init") from None
     try:
         value = json.loads(data)
-        if value.pop("version_of_file") != VERSION:
+        version = value.pop("version_of_file")
+        if version not in (1, VERSION):
             raise Conflict(f"{FILE} was written by another version of Holdfast")
+        if version == 1:
+            value |= dict.fromkeys(_ANCHOR_NAMES, "")
         return _from_json(value)
     except (ValueError, KeyError, TypeError, AttributeError):
         raise IntegrityError(f"{directory / FILE} is damaged: restore it from a backup") from None
