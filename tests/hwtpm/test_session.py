@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 
 import pytest
 
@@ -13,7 +12,6 @@ from holdfast.errors import HostError, TpmError
 from holdfast.hwtpm.context import Context
 from holdfast.hwtpm.host import Blob, HostTpm
 from holdfast.hwtpm.policy import RecoverySigner
-from holdfast.hwtpm.transport import Transport
 from holdfast.tpm2.commands import Cc
 from holdfast.tpm2.constants import HEADER_SIZE
 from holdfast.tpm2.keys import verify
@@ -21,62 +19,15 @@ from holdfast.tpm2.structures import Public, Signature
 from holdfast.tpm2.wire import sized, u32
 
 from .approving import AUTH, SECRET, UNIQUE, approve_now, unsealed
+from .interposer import Interposer, flipped
 from .swtpm import Swtpm
-
-Change = Callable[[bytes], bytes]
-
-
-def untouched(data: bytes) -> bytes:
-    return data
-
-
-def flipped(place: int) -> Change:
-    """Flip a bit of the byte at `place`, counted from the end if it is negative."""
-
-    def change(data: bytes) -> bytes:
-        changed = bytearray(data)
-        changed[place] ^= 1
-        return bytes(changed)
-
-    return change
-
-
-class Interposer(Transport):
-    """A wire with somebody on it, who sees all of `code`'s commands, and may change them."""
-
-    def __init__(self, swtpm: Swtpm) -> None:
-        super().__init__(swtpm.tcti)
-        assert self._wire is not None
-        self._honest, self._wire = self._wire, self
-        self.code = Cc.Sign
-        self.command: Change = untouched
-        self.response: Change = untouched
-        self.seen = b""
-
-    def exchange(self, command: bytes, deadline: float) -> bytes:
-        ours = command[6:HEADER_SIZE] == u32(self.code)
-        command = self.command(command) if ours else command
-        response = self._honest.exchange(command, deadline)
-        self.seen += command + response
-        return self.response(response) if ours else response
-
-    @contextmanager
-    def changing(
-        self, *, command: Change = untouched, response: Change = untouched
-    ) -> Iterator[None]:
-        """Be dishonest for a while."""
-        self.command, self.response = command, response
-        try:
-            yield
-        finally:
-            self.command = self.response = untouched
 
 
 class Installed:
     """A host TPM with a sealed secret and a CA key, reached through an interposer."""
 
     def __init__(self, swtpm: Swtpm) -> None:
-        self.wire = Interposer(swtpm)
+        self.wire = Interposer(swtpm.tcti)
         self.context = Context(self.wire)
         self.tpm = HostTpm(self.context)
         self.tpm.open_primary(UNIQUE, AUTH)

@@ -100,6 +100,7 @@ class Anchor:
         """
         if len(secret) != SECRET_SIZE or not secret[-1]:
             raise ValueError("an anchor secret has 32 bytes, the last of which is not 0")
+        self._sessions.end()  # writing by a signature needs room for a session of ESAPI's
         self._writer.define(signer, _WRITTEN_ONCE, secret)
         self._secret = Entity(WRITER_INDEX, self._writer.name, secret)
         wanted = policy.chain_policy(self._writer.name)
