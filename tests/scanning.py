@@ -82,14 +82,11 @@ def _without_zeros(data: bytes) -> bytes:
 
 
 def in_files(places: Iterable[Path], wanted: Mapping[bytes, str]) -> dict[str, set[str]]:
-    """Path → names of the secrets in it, for every file below `places`."""
+    """Path → names of the secrets in it, for `places` that are files, and every file below them."""
     hits = {}
-    for place in places:
-        for directory, _, names in os.walk(place):
-            for name in names:
-                path = Path(directory, name)
-                if path.is_file() and not path.is_symlink():
-                    names_in_it = found(path.read_bytes(), wanted)
-                    if names_in_it:
-                        hits[str(path)] = names_in_it
+    for path in (file for place in places for file in (place, *place.rglob("*"))):
+        if path.is_file() and not path.is_symlink():
+            names = found(path.read_bytes(), wanted)
+            if names:
+                hits[str(path)] = names
     return hits
