@@ -53,7 +53,7 @@ def root() -> RootKey:
 
 
 def granted(root: RootKey, instance: UUID, wrapped: bytes = b"") -> ipc.KeyGrant:
-    with root.grant(instance, wrapped) as packet:
+    with root.grant(instance, wrapped, 7, b"d" * 32) as packet:
         answer = ipc.decode(bytes(packet))
     assert isinstance(answer, ipc.KeyGrant)
     return answer
@@ -70,7 +70,7 @@ def test_another_library_opens_what_was_wrapped_and_what_it_wrapped_opens(root: 
     assert cipher.decrypt(nonce, hidden, INFO + MINE.bytes) == grant.data_key
     theirs = os.urandom(12)
     wrapped = theirs + cipher.encrypt(theirs, b"k" * SIZE, INFO + MINE.bytes)
-    assert granted(root, MINE, wrapped) == ipc.KeyGrant(b"k" * SIZE, wrapped)
+    assert granted(root, MINE, wrapped) == ipc.KeyGrant(b"k" * SIZE, wrapped, 7, b"d" * 32)
 
 
 @pytest.mark.parametrize("place", [0, 11, 12, 43, 44, 59])
@@ -104,7 +104,10 @@ def test_what_was_granted_is_overwritten_whether_or_not_it_could_be_sent() -> No
     behind = len(made.sealed)
     grant = granted(made, MINE)
     assert not any(shared.view[behind:])
-    with contextlib.suppress(BrokenPipeError), made.grant(MINE, grant.wrapped) as packet:
+    with (
+        contextlib.suppress(BrokenPipeError),
+        made.grant(MINE, grant.wrapped, 7, b"d" * 32) as packet,
+    ):
         assert grant.data_key in bytes(packet)
         raise BrokenPipeError
     assert not any(shared.view[behind:])

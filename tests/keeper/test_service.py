@@ -309,7 +309,9 @@ def test_garbage_costs_its_sender_the_connection_and_nobody_else(keeper: Box) ->
     assert "disconnected" in keeper.log
 
 
-@pytest.mark.parametrize("message", [ipc.Done(), ipc.KeyRequest(b""), ipc.KeyGrant(b"", b"")])
+@pytest.mark.parametrize(
+    "message", [ipc.Done(), ipc.KeyRequest(b""), ipc.KeyGrant(b"", b"", 0, b"")]
+)
 def test_message_for_somebody_else_ends_the_connection(keeper: Box, message: ipc.Message) -> None:
     with keeper.connect() as client:
         channel.send(client.sock, message.encode())

@@ -19,11 +19,13 @@ from holdfast.eventlog.tcg2 import parse
 from holdfast.frontend import attach
 from holdfast.frontend.door import Door
 from holdfast.ids import InstanceId, InstanceName
+from holdfast.instance.committer import Committer, destroyed
 from holdfast.instance.lifecycle import State
 from holdfast.instance.links import Peer
 from holdfast.instance.vtpm import Run, Surroundings, VirtualTpm, host_extends
 from holdfast.protocol import lifecycle as lc
 from holdfast.store.registry import Instance, Registry
+from holdfast.store.states import Write
 from holdfast.tpm2 import requests as rq
 from holdfast.tpm2.algorithms import Alg
 from holdfast.tpm2.structures import PcrSelection
@@ -46,43 +48,65 @@ def make_run() -> Run:
     return Run("c1", 0, parsed.startup_locality, log, len(parsed.extends()), extends, own)
 
 
+_THERE: dict[asyncio.AbstractEventLoop, Surroundings] = {}
+
+
+@asynccontextmanager
+async def _surroundings(box: Box) -> AsyncIterator[Surroundings]:
+    """What the daemon of this box would have: one registry, as its host TPM remembers one."""
+    loop = asyncio.get_running_loop()
+    if loop in _THERE:
+        yield _THERE[loop]
+        return
+    registry = Registry(box.directory / "registry.sqlite")
+    keeper = Peer("keeper", box.keeper_socket)
+    committer = Committer(registry.database, registry.states, keeper, 10_000)
+    spawner = Peer("spawner", box.spawner_socket)
+    around = _THERE[loop] = Surroundings(
+        registry, committer, spawner, keeper, box.directory / "logs"
+    )
+    try:
+        yield around
+    finally:
+        del _THERE[loop]
+        spawner.close()
+        keeper.close()
+        registry.close()
+
+
 @asynccontextmanager
 async def a_vtpm(box: Box, tmp_path: Path) -> AsyncIterator[VirtualTpm]:
     tmp_path.mkdir(exist_ok=True)
-    registry = Registry(tmp_path / "registry.sqlite")
-    around = Surroundings(
-        registry,
-        Peer("spawner", box.spawner_socket),
-        Peer("keeper", box.keeper_socket),
-        tmp_path / "logs",
-    )
-    record = Instance(
-        InstanceId(uuid4()),
-        InstanceName("web"),
-        "defined",
-        "linked",
-        0,
-        ("sha256", "sha384"),
-        "now",
-    )
-    registry.add(record)
-    vtpm = VirtualTpm(record, around)
-    place = tmp_path / "place"
-    await vtpm.manufacture(None)
-    await vtpm.attach(Door(attach.attach(place, "web", 0)))
-    try:
-        yield vtpm
-    finally:
+    async with _surroundings(box) as around:
+        taken = {record.name for record in around.registry.all()[0]}
+        name = next(InstanceName(name) for name in ("web", "web2", "web3") if name not in taken)
+        record = Instance(
+            InstanceId(uuid4()), name, "defined", "linked", 0, ("sha256", "sha384"), "now"
+        )
+        around.registry.add(record)
+        vtpm = VirtualTpm(record, around)
+        place = tmp_path / "place"
         try:
-            if vtpm.state is State.ACTIVE:
-                await vtpm.power_off()
-            await vtpm.settle()
-            await vtpm.detach()
+            await vtpm.manufacture(None)
+            await vtpm.attach(Door(attach.attach(place, name, 0)))
+            yield vtpm
         finally:
-            attach.detach(place)
-        around.spawner.close()
-        around.keeper.close()
-        registry.close()
+            try:
+                if vtpm.state is State.ACTIVE:
+                    await vtpm.power_off()
+                await vtpm.settle()
+                await vtpm.detach()
+            finally:
+                attach.detach(place)
+                await _forget(around, record)
+
+
+async def _forget(around: Surroundings, record: Instance) -> None:
+    """As the daemon destroys one."""
+    leaf = around.committer.leaf(record.id)
+    if leaf is not None:
+        await around.committer.commit(Write(record.id, destroyed(leaf), None))
+    around.registry.remove(record.id)
 
 
 GET_RANDOM = bytes.fromhex("80010000000c0000017b0008")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import os
 import signal
 import socket
@@ -14,11 +15,13 @@ from pathlib import Path
 import pytest
 from cryptography import x509
 
-from holdfast.errors import Conflict, HoldfastError
+from holdfast.errors import Conflict, HoldfastError, IntegrityError
 from holdfast.ids import InstanceName
+from holdfast.instance.committer import REFUSED_SECONDS
 from holdfast.linux import channel
 from holdfast.protocol import ipc
 from holdfast.protocol import lifecycle as lc
+from holdfast.store.states import SealedState
 from holdfast.tpm2.algorithms import Alg
 
 from .conftest import Box
@@ -149,12 +152,32 @@ def test_a_second_power_on_is_refused(box: Box, tmp_path: Path, run: Runner) -> 
 def test_an_older_state_does_not_open(box: Box, tmp_path: Path, run: Runner) -> None:
     async def body() -> None:
         async with a_vtpm(box, tmp_path) as vtpm:
-            registry = vtpm._around.registry
-            old = registry.state(vtpm.record.id)
-            registry._db.execute("UPDATE states SET epoch = epoch + 1")
-            with pytest.raises(HoldfastError, match="does not open"):
+            await vtpm.power_on(make_run())
+            around = vtpm._around
+            older = around.registry.states.state(vtpm.record.id)
+            await vtpm.power_off()
+            newest = around.registry.states.state(vtpm.record.id)
+
+            def put(state: SealedState, told: bytes) -> None:
+                row = (state.epoch, state.sealed, told, str(vtpm.record.id))
+                with around.registry.database.durable() as db:
+                    db.execute("UPDATE states SET epoch=?, sealed=?, leaf=? WHERE id=?", row)
+
+            leaf = around.committer.leaf(vtpm.record.id)
+            assert leaf is not None
+            digest = hashlib.sha256(older.sealed).digest()
+            for told, why in (
+                (leaf, "is not the one that was written last"),
+                (replace(leaf, epoch=older.epoch, digest=digest), "not the newest"),
+            ):
+                put(older, told.encode())
+                with pytest.raises(IntegrityError, match=why):
+                    await vtpm.power_on(make_run())
+            around.committer.suspect()
+            with pytest.raises(IntegrityError, match="older than this boot"):
                 await vtpm.power_on(make_run())
-            registry._db.execute("UPDATE states SET epoch = ?", (old.epoch,))
+            put(newest, leaf.encode())
+            await asyncio.sleep(REFUSED_SECONDS)
             await vtpm.power_on(make_run())
 
     run(body)

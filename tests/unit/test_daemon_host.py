@@ -17,10 +17,12 @@ from holdfast.daemon.config import Config, Paths
 from holdfast.daemon.host import Host
 from holdfast.daemon.starting import container_edits, our_hook, plain_run
 from holdfast.errors import Conflict, NotFound
+from holdfast.evidence.freshness import EMPTY
 from holdfast.frontend.attach import detach
 from holdfast.frontend.bundle import with_vtpm
 from holdfast.ids import InstanceId, instance_name
 from holdfast.instance.background import background
+from holdfast.instance.committer import live
 from holdfast.instance.lifecycle import State
 from holdfast.instance.links import Peer
 from holdfast.instance.vtpm import Surroundings, VirtualTpm
@@ -28,7 +30,10 @@ from holdfast.measure.config import hooks, hooks_after
 from holdfast.protocol import ipc
 from holdfast.protocol import lifecycle as lc
 from holdfast.protocol.oci_state import ContainerState
-from holdfast.store.registry import Instance, Registry, SealedState
+from holdfast.store.registry import Instance, Registry
+from holdfast.store.states import SealedState, Write
+
+from .anchoring import committer
 
 WEB = instance_name("web")
 
@@ -73,7 +78,7 @@ def registry(tmp_path: Path) -> Iterator[Registry]:
 def a_vtpm(registry: Registry, peer: Peer, logs: Path, state: State = State.OFF) -> VirtualTpm:
     there = record(state)
     registry.add(there)
-    return VirtualTpm(there, Surroundings(registry, peer, peer, logs))
+    return VirtualTpm(there, Surroundings(registry, committer(registry), peer, peer, logs))
 
 
 def config(directory: Path) -> Config:
@@ -86,7 +91,8 @@ def test_who_waited_while_a_vtpm_was_destroyed_does_nothing_to_what_is_gone(
     async def all_at_once() -> tuple[list[Any], list[ipc.Message], bool]:
         host = Host(config(tmp_path), lambda *_: None, lambda _: None)
         host.spawner = spawner = Says(tmp_path / "spawner.sock")
-        registry = Registry(tmp_path / "registry.sqlite")
+        registry = host._registry
+        host.committer = committer(registry)
         vtpm = a_vtpm(registry, spawner, tmp_path)
         host._vtpms[WEB] = vtpm
         state = ContainerState("c", "created", 1, "/", {})
@@ -98,7 +104,6 @@ def test_who_waited_while_a_vtpm_was_destroyed_does_nothing_to_what_is_gone(
             tasks = [asyncio.ensure_future(each) for each in wanted]
             await asyncio.sleep(0)
         answers = await asyncio.gather(*tasks, return_exceptions=True)
-        registry.close()
         await host.stop()
         place = host.config.paths.vtpm(WEB)
         there = place.exists()
@@ -117,7 +122,9 @@ def test_a_fault_nobody_thought_of_makes_a_vtpm_fail_and_not_hang(
 ) -> None:
     async def replace() -> VirtualTpm:
         vtpm = a_vtpm(registry, Breaks("peer", tmp_path), tmp_path, State.ACTIVE)
-        registry.commit(vtpm.record.id, SealedState(1, b"s", b"w"))
+        state = SealedState(1, b"s", b"w")
+        write = Write(vtpm.record.id, live(state, None, 0, 0, EMPTY), state)
+        await vtpm._around.committer.commit(write)
         vtpm.run = plain_run()
         await vtpm._replace("it ended")
         return vtpm

@@ -15,6 +15,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from pydantic_core import PydanticCustomError
 
 from holdfast.errors import InvalidInput
+from holdfast.store.database import Durability
 
 DEFAULT_FILE: Final = Path("/etc/holdfast/holdfast.toml")
 ENVIRONMENT: Final = "HOLDFAST_CONFIG"
@@ -25,6 +26,7 @@ _WORDS: Final = {
     "path_type": "is text",
     "bool_type": "is true or false",
     "int_type": "is a whole number",
+    "enum": "has another value than those there are",
 }
 
 
@@ -92,6 +94,13 @@ class Keeper(_Section):
     user: str = "holdfast-keeper"
 
 
+class Store(_Section):
+    """What an acknowledged write survives; and how often a day the host TPM's NV is written."""
+
+    durability: Annotated[Durability, Field(strict=False)] = Durability.FSYNC
+    durable_anchors_per_day: Annotated[int, Field(ge=1, le=10_000)] = 50
+
+
 class Config(_Section):
     """All of it."""
 
@@ -99,6 +108,7 @@ class Config(_Section):
     paths: Paths = Paths()
     workers: Workers = Workers()
     keeper: Keeper = Keeper()
+    store: Store = Store()
 
 
 def load(path: Path | None) -> Config:

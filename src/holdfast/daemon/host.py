@@ -44,6 +44,7 @@ from holdfast.errors import (
     NotFound,
 )
 from holdfast.eventlog.cel import encode_json
+from holdfast.evidence.freshness import Status
 from holdfast.frontend import attach as places
 from holdfast.frontend import cdi, ports
 from holdfast.frontend.attach import Attachment
@@ -53,15 +54,18 @@ from holdfast.frontend.nodes import Asked, NodeKind, Nodes, Number, chosen, numb
 from holdfast.ids import InstanceId, InstanceName, instance_name
 from holdfast.instance.ahead import Ahead
 from holdfast.instance.background import background
+from holdfast.instance.committer import Committer, destroyed
 from holdfast.instance.introduction import introduce
 from holdfast.instance.lifecycle import Event, State, after
 from holdfast.instance.links import Peer
 from holdfast.instance.vtpm import Run, Surroundings, VirtualTpm
 from holdfast.instance.waiting import in_time
+from holdfast.linux.steps import Step, reached
 from holdfast.protocol import ipc
 from holdfast.protocol import lifecycle as lc
 from holdfast.protocol.oci_state import ContainerState
 from holdfast.store.registry import Instance, Registry
+from holdfast.store.states import Write
 from holdfast.tpm2.algorithms import HASHES_BY_NAME, Alg
 
 LOG = structlog.get_logger()
@@ -95,8 +99,14 @@ class Host:
         self.keeper = Peer("keeper", paths.keeper)
         self.spawner = Peer("spawner", paths.spawner)
         self.log = HostLog(config.host.event_log)
-        self._registry = Registry(paths.state / "registry.sqlite")
-        self._around = Surroundings(self._registry, self.spawner, self.keeper, paths.state / "logs")
+        store = config.store
+        registry = self._registry = Registry(paths.state / "registry.sqlite", store.durability)
+        self.committer = Committer(
+            registry.database, registry.states, self.keeper, store.durable_anchors_per_day
+        )
+        self._around = Surroundings(
+            registry, self.committer, self.spawner, self.keeper, paths.state / "logs"
+        )
         self._vtpms: dict[InstanceName, VirtualTpm] = {}
         self._leases: dict[InstanceId, Lease] = {}
         self._numbers: dict[InstanceId, tuple[Number, ...]] = {}  # of device nodes
@@ -104,9 +114,7 @@ class Host:
         self._opened = opened
         self._closed = closed
         banks = tuple(int(HASHES_BY_NAME[bank]) for bank in DEFAULT_BANKS)
-        self._ahead = Ahead(
-            self.spawner, self.keeper, self._registry, banks, config.workers.manufactured
-        )
+        self._ahead = Ahead(self.spawner, self.keeper, banks, config.workers.manufactured)
         # Threads of their own: a container that is slow to measure holds up no other work.
         self._measuring = ThreadPoolExecutor(MEASURING_MAX, "measure")
 
@@ -115,6 +123,10 @@ class Host:
     async def start(self) -> None:
         """Take up what is there: living runs go on, the rest is put in order."""
         await asyncio.to_thread(provider)
+        try:
+            await self.committer.ready()
+        except HoldfastError as error:  # every start says so too; what runs goes on
+            LOG.warning("which states are the newest is not known", why=str(error))
         held, _ = await self.spawner.ask(lc.ListHeld(), lc.HeldList)
         workers = {entry.instance: entry for entry in held.entries}
         records, wrong = self._registry.all()
@@ -183,15 +195,32 @@ class Host:
         if vtpm.state is State.ACTIVE:
             await vtpm.power_off()
         if vtpm.state is State.DEFINED:  # the manufacture was interrupted: nothing was promised
-            self._registry.remove(vtpm.record.id)
+            await self._forget(vtpm)
             del self._vtpms[vtpm.record.name]
         elif vtpm.state is State.OFF:
             await self._attach(vtpm)
+
+    async def _forget(self, vtpm: VirtualTpm) -> None:
+        """Delete what there is of it; that it was there, the map remembers if it ever had a state.
+
+        HostError or IntegrityError, and nothing is deleted, while the map is not open.
+        """
+        await self.committer.ready()
+        leaf = self.committer.leaf(vtpm.record.id)
+        if leaf is not None and leaf.status is Status.LIVE:
+            await self.committer.commit(Write(vtpm.record.id, destroyed(leaf), None))
+            reached(Step.DESTROY_COMMITTED)
+        self._registry.remove(vtpm.record.id)
+        reached(Step.DESTROY_DELETED)
 
     async def stop(self) -> None:
         """End in order: every vTPM off and sealed, every mount and CDI file gone."""
         await asyncio.gather(*(self._stop_one(vtpm) for vtpm in self._vtpms.values()))
         await self._ahead.close()
+        try:
+            await self.committer.close()
+        except HoldfastError as error:
+            LOG.warning("the host TPM does not know that all is in order", why=str(error))
         self._measuring.shutdown(wait=False, cancel_futures=True)
         self.spawner.close()
         self.keeper.close()
@@ -280,8 +309,11 @@ class Host:
         except BaseException:
             with contextlib.suppress(HoldfastError):
                 await self._detach(vtpm)
+            try:
+                await self._forget(vtpm)
+            except HoldfastError as error:  # the next start of the daemon does it
+                LOG.warning("what was half made is still there", vtpm=name, why=str(error))
             del self._vtpms[name]
-            self._registry.remove(record.id)
             raise
         self._ahead.refill()
         LOG.info("created", vtpm=name, id=str(record.id))
@@ -320,10 +352,12 @@ class Host:
             if vtpm.state is State.ACTIVE:
                 raise Conflict(f"{name} is in use by {self._user(vtpm)}: stop it first")
             after(vtpm.state, Event.DESTROYED)
+            await self.committer.ready()  # or it would be half gone
             self._drop(vtpm)
             await self._detach(vtpm)
-            self._registry.remove(vtpm.record.id)
+            await self._forget(vtpm)
             del self._vtpms[vtpm.record.name]
+            await self.committer.anchor_durably()
         LOG.info("destroyed", vtpm=name)
 
     # --- a run ---
@@ -505,7 +539,7 @@ class Host:
         if nodes.kind is not NodeKind.VTPM_PROXY:
             return numbers(nodes)
         look = partial(numbers_yet, nodes)
-        return await introduce(self.spawner, self._registry, nodes.fds, look)
+        return await introduce(self.spawner, nodes.fds, look)
 
     def cdi_of(self, vtpm: VirtualTpm) -> dict[str, Any]:
         """The CDI specification of a vTPM's device."""

@@ -114,10 +114,10 @@ class Anchor:
         """DecodeError unless `data` is exactly one anchor."""
         if len(data) != _ANCHOR.size:
             raise DecodeError("anchor", f"{len(data)} bytes, not {_ANCHOR.size}")
-        version, *fields, clean = _ANCHOR.unpack(data)
+        version, sequence, root, boot, unclean, recoveries, clean = _ANCHOR.unpack(data)
         if version != _VERSION or clean not in (0, 1):
             raise DecodeError("anchor", f"version {version}, clean {clean}")
-        return cls(*fields, bool(clean))
+        return cls(sequence, root, boot, unclean, recoveries, bool(clean))
 
     @property
     def digest(self) -> bytes:

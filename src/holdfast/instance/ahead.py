@@ -15,10 +15,9 @@ from uuid import UUID, uuid4
 from holdfast.errors import HoldfastError
 from holdfast.instance.background import background
 from holdfast.instance.links import Peer
-from holdfast.instance.worker_link import WorkerLink, spawn
+from holdfast.instance.worker_link import WorkerLink, not_yet, spawn
 from holdfast.protocol import ipc
 from holdfast.protocol import lifecycle as lc
-from holdfast.store.registry import Registry
 
 
 @dataclass(frozen=True)
@@ -41,15 +40,13 @@ class Parked:
             await self.worker.kill(spawner)
 
 
-async def begin(
-    spawner: Peer, keeper: Peer, registry: Registry, instance: UUID, banks: tuple[int, ...]
-) -> Parked:
+async def begin(spawner: Peer, keeper: Peer, instance: UUID, banks: tuple[int, ...]) -> Parked:
     """Get a worker for `instance`, have it make its keys, and enrol them at the keeper.
 
     The RSA key is still being made when this returns.
     """
     worker, made = await spawn(
-        spawner, instance, registry, lambda _: None, b"", lc.Manufacture(banks), lc.Manufactured
+        spawner, instance, not_yet, lambda _: None, b"", lc.Manufacture(banks), lc.Manufactured
     )
     ek_rsa: asyncio.Task[bytes] | None = None
     try:
@@ -76,12 +73,9 @@ async def _make_rsa_key(worker: WorkerLink) -> bytes:
 class Ahead:
     """Keeps `count` vTPMs with `banks` waiting."""
 
-    def __init__(
-        self, spawner: Peer, keeper: Peer, registry: Registry, banks: tuple[int, ...], count: int
-    ) -> None:
+    def __init__(self, spawner: Peer, keeper: Peer, banks: tuple[int, ...], count: int) -> None:
         self._spawner = spawner
         self._keeper = keeper
-        self._registry = registry
         self._count = count
         self._waiting: deque[Parked] = deque()
         self._refilling: asyncio.Task[None] | None = None
@@ -110,9 +104,7 @@ class Ahead:
     async def _refill(self) -> None:
         while len(self._waiting) < self._count:
             try:
-                parked = await begin(
-                    self._spawner, self._keeper, self._registry, uuid4(), self.banks
-                )
+                parked = await begin(self._spawner, self._keeper, uuid4(), self.banks)
             except (HoldfastError, OSError):
                 return  # keeper or spawner away: the next create asks again
             try:

@@ -14,22 +14,19 @@ from uuid import uuid4
 
 from holdfast.errors import HoldfastError, HostError
 from holdfast.instance.links import Peer
-from holdfast.instance.worker_link import WorkerLink, spawn
+from holdfast.instance.worker_link import WorkerLink, not_yet, spawn
 from holdfast.protocol import ipc
 from holdfast.protocol import lifecycle as lc
-from holdfast.store.registry import Registry
 
 SECONDS: Final = 20.0
 _TICK: Final = 0.005
 Seen = TypeVar("Seen")
 
 
-async def introduce(
-    spawner: Peer, registry: Registry, server: Sequence[int], look: Callable[[], Seen | None]
-) -> Seen:
+async def introduce(spawner: Peer, server: Sequence[int], look: Callable[[], Seen | None]) -> Seen:
     """Answer the driver at its `server`'s end until `look` sees the nodes. HostError if not."""
     worker, _ = await spawn(
-        spawner, uuid4(), registry, lambda _: None, b"", lc.Introduce(), lc.PoweredOn, server
+        spawner, uuid4(), not_yet, lambda _: None, b"", lc.Introduce(), lc.PoweredOn, server
     )
     try:
         deadline = time.monotonic() + SECONDS

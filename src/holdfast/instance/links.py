@@ -158,6 +158,11 @@ class Peer:
                 await asyncio.sleep(RECONNECT_SECONDS)
         return await self._link.ask(message, expected, fds)
 
+    @property
+    def link(self) -> Link | None:
+        """The channel to the process that is there now; None while there is none."""
+        return self._link if self._link is not None and self._link.open else None
+
     def close(self) -> None:
         if self._link is not None:
             self._link.close()

@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import hashlib
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -28,9 +29,11 @@ from holdfast.eventlog.cel import encode_seq
 from holdfast.eventlog.records import Record
 from holdfast.eventlog.replay import PcrValues, initial, replay
 from holdfast.eventlog.tcg2 import Tcg2Log
+from holdfast.evidence.freshness import EMPTY
 from holdfast.instance.ahead import Parked, begin
 from holdfast.instance.background import background
 from holdfast.instance.bucket import Bucket
+from holdfast.instance.committer import Committer, Done, live
 from holdfast.instance.lifecycle import Event, State, after
 from holdfast.instance.links import Peer
 from holdfast.instance.waiting import in_time
@@ -38,6 +41,7 @@ from holdfast.instance.worker_link import WorkerLink, reattach, spawn
 from holdfast.protocol import ipc
 from holdfast.protocol import lifecycle as lc
 from holdfast.store.registry import Instance, KeySet, Registry
+from holdfast.store.states import SealedState, Write
 from holdfast.tpm2.algorithms import HASHES_BY_NAME, Alg
 from holdfast.tpm2.constants import HOST_PCRS, MEASURED_PCRS
 
@@ -96,6 +100,7 @@ class Surroundings:
     """What every vTPM of a host shares."""
 
     registry: Registry
+    committer: Committer
     spawner: Peer
     keeper: Peer
     logs: Path
@@ -122,6 +127,22 @@ class VirtualTpm:
         self._door: Door | None = None
         self._stopping = False
         self._replacing: asyncio.Task[None] | None = None
+        self._run_number = record.run  # as states say it: one that is beginning is counted already
+        self._log_head = EMPTY
+
+    def _keep(self, state: SealedState, done: Done) -> None:
+        """Commit what its worker has sealed."""
+        around, instance = self._around, self.record.id
+        try:
+            if around.registry.states.known(instance, state):
+                done(None)
+                return
+        except HoldfastError as error:
+            done(error)
+            return
+        earlier = around.committer.leaf(instance)
+        leaf = live(state, earlier, self._run_number, self.record.lineage, self._log_head)
+        around.committer.submit(Write(instance, leaf, state), done)
 
     @property
     def state(self) -> State:
@@ -153,6 +174,7 @@ class VirtualTpm:
         if self.record.device:
             self._move(Event.MANUFACTURED)  # by somebody else
             return
+        await self._around.committer.ready()
         made = parked or await self._park()
         try:
             keys = await self._certify(made)
@@ -177,10 +199,11 @@ class VirtualTpm:
 
     async def _park(self) -> Parked:
         around, banks = self._around, tuple(int(alg) for alg in self.banks)
-        return await begin(around.spawner, around.keeper, around.registry, self.record.id, banks)
+        return await begin(around.spawner, around.keeper, self.record.id, banks)
 
     async def _certify(self, parked: Parked) -> KeySet:
         """Have it made whole; if that fails, it is discarded."""
+        parked.worker.keep = self._keep
         try:
             return await self._certified(parked)
         except BaseException:
@@ -280,8 +303,9 @@ class VirtualTpm:
         if door is None:
             raise Conflict("the vTPM has no device to be reached by")
         await self._alone()
+        self._run_number, self._log_head = self.record.run + 1, EMPTY
         if run.records:
-            self._write_log(run)
+            self._log_head = self._write_log(run)
         self._stopping = False
         self.run = run
         self._restarts.clear()
@@ -308,7 +332,8 @@ class VirtualTpm:
             await self._begin_relay()
             return
         around = self._around
-        state = around.registry.state(self.record.id)
+        await around.committer.ready()
+        state = around.registry.states.state(self.record.id)
         ledger = replay(initial(self.banks, run.startup_locality), run.extends)
         task = lc.PowerOn(
             self.record.profile, self.record.terms, 0 if anew else state.clears,
@@ -320,7 +345,7 @@ class VirtualTpm:
             ),
         )  # fmt: skip
         started = partial(
-            spawn, around.spawner, self.record.id, around.registry, self._died,
+            spawn, around.spawner, self.record.id, self._keep, self._died,
             state.wrapped, task, lc.PoweredOn,
         )  # fmt: skip
         try:
@@ -330,6 +355,11 @@ class VirtualTpm:
                 raise HostError("the spawner has just been replaced: start it again") from None
             await self._hold()
             self._worker, _ = await started()
+        except HostError:
+            # The keeper may have opened its TPM anew since, and know nothing of states.
+            around.committer.suspect()
+            await around.committer.ready()
+            self._worker, _ = await started()
         self.ledger = ledger
 
     async def _begin_relay(self) -> None:
@@ -338,15 +368,15 @@ class VirtualTpm:
         device = await in_time(self.record.device, _open_device, self.record.device, late=os.close)
         try:
             self._worker, _ = await spawn(
-                around.spawner, self.record.id, around.registry, self._died, b"", lc.Relay(),
+                around.spawner, self.record.id, self._keep, self._died, b"", lc.Relay(),
                 lc.PoweredOn, (device,),
             )  # fmt: skip
         finally:
             os.close(device)
         self.ledger = {}
 
-    def _write_log(self, run: Run) -> None:
-        """The write-ahead record: what is about to be extended, durable first."""
+    def _write_log(self, run: Run) -> bytes:
+        """The write-ahead record: what is about to be extended, durable first; its SHA-256."""
         directory = self.log_directory
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         name = f"{self.record.run + 1:08d}.cel"
@@ -357,13 +387,14 @@ class VirtualTpm:
                 os.unlink(name, dir_fd=place)
             flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
             with open(os.open(name, flags, 0o600, dir_fd=place), "wb") as file:
-                for record in run.records:
-                    file.write(encode_seq(record))
+                log = b"".join(map(encode_seq, run.records))
+                file.write(log)
                 file.flush()
                 os.fsync(file.fileno())
             os.fsync(place)
         finally:
             os.close(place)
+        return hashlib.sha256(log).digest()
 
     @property
     def log_directory(self) -> Path:
@@ -455,9 +486,7 @@ class VirtualTpm:
         await self._share()
         if alive:
             self.ledger = replay(initial(self.banks, run.startup_locality), run.extends)
-            self._worker = await reattach(
-                around.spawner, self.record.id, around.registry, self._died
-            )
+            self._worker = await reattach(around.spawner, self.record.id, self._keep, self._died)
         else:
             await self._begin(run)
 
@@ -492,7 +521,7 @@ class VirtualTpm:
 
     def epoch(self) -> int:
         """The epoch of its last durable state."""
-        return self._around.registry.state(self.record.id).epoch
+        return self._around.registry.states.state(self.record.id).epoch
 
     async def settle(self) -> None:
         """Wait for replacements that are under way."""

@@ -9,16 +9,18 @@ import signal
 import socket
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Final, TypeVar
 from uuid import UUID
 
-from holdfast.errors import HoldfastError, HostError
+from holdfast.errors import Conflict, HoldfastError, HostError
 from holdfast.instance.bucket import Bucket
+from holdfast.instance.committer import Done, Unsure
 from holdfast.instance.links import LATER, Link, Peer
 from holdfast.linux import channel
 from holdfast.protocol import ipc
 from holdfast.protocol import lifecycle as lc
-from holdfast.store.registry import Registry, SealedState
+from holdfast.store.states import SealedState
 
 COMMITS_PER_SECOND: Final = 200.0  # durable writes that one vTPM may cause, for long
 COMMITS_BURST: Final = 2000.0
@@ -27,6 +29,8 @@ WRAPPED_MAX: Final = 1024
 CLEARS_MAX: Final = 0xFFFFFFFF  # what a worker says of how often; it is kept in 64 bits
 WORDS_MAX: Final = 512  # characters of a worker's last words that are kept
 A = TypeVar("A", bound=ipc.Message)
+# Who commits a worker's states: the state, and whom to tell.
+Keep = Callable[[SealedState, Done], None]
 
 
 class WorkerLink:
@@ -35,17 +39,17 @@ class WorkerLink:
     def __init__(
         self,
         instance: UUID,
-        registry: Registry,
+        keep: Keep,
         sock: socket.socket,
         died: Callable[[str], None],
     ) -> None:
         self._instance = instance
-        self._registry = registry
+        self.keep = keep
         self._died = died
         self._pidfd = -1
         self._commits = Bucket(COMMITS_PER_SECOND, COMMITS_BURST)
         self.ended = asyncio.Event()
-        self._committing = False  # a commit waits for its time; a worker of ours sends no second
+        self._committing = False  # one is under way; a worker of ours sends no second
         self.link = Link("worker", sock, self._unasked, self._cut_off)
 
     def watch(self, pidfd: int) -> None:
@@ -82,16 +86,24 @@ class WorkerLink:
                 signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
 
     def _late(self, state: SealedState) -> None:
-        self._committing = False
         if self.link.open:
-            self.link.tell(self._keep(state))
+            self._keep(state)
 
     def _keep(self, state: SealedState) -> ipc.Message:
-        try:
-            self._registry.commit(self._instance, state)
-        except HoldfastError as error:
-            return ipc.Refused(type(error).__name__, str(error))
-        return lc.Committed(state.epoch)
+        """Have it committed with others'; the answer comes when it is."""
+        self._committing = True
+        self.keep(state, partial(self._kept, state.epoch))
+        return LATER
+
+    def _kept(self, epoch: int, error: HoldfastError | None) -> None:
+        self._committing = False
+        if isinstance(error, Unsure):
+            self.link.last_words = f"nobody knows whether its last commit is kept: {error}"
+            self.link.close()
+        elif error is not None:
+            self.link.tell(ipc.Refused(type(error).__name__, str(error)))
+        else:
+            self.link.tell(lc.Committed(epoch))
 
     def _end(self) -> None:
         """The process has ended: exactly once."""
@@ -108,10 +120,15 @@ class WorkerLink:
         await self.ended.wait()
 
 
+def not_yet(_state: SealedState, done: Done) -> None:
+    """`Keep` of a worker whose TPM is nobody's."""
+    done(Conflict("this TPM is nobody's yet"))
+
+
 async def spawn(
     spawner: Peer,
     instance: UUID,
-    registry: Registry,
+    keep: Keep,
     died: Callable[[str], None],
     wrapped: bytes,
     task: ipc.Message,
@@ -124,7 +141,7 @@ async def spawn(
     goes wrong there is no worker.
     """
     ours, theirs = channel.pair()
-    worker = WorkerLink(instance, registry, ours, died)
+    worker = WorkerLink(instance, keep, ours, died)
     with theirs:
         doing = asyncio.ensure_future(worker.link.ask(task, expected, given))
         try:
@@ -147,12 +164,12 @@ async def spawn(
 
 
 async def reattach(
-    spawner: Peer, instance: UUID, registry: Registry, died: Callable[[str], None]
+    spawner: Peer, instance: UUID, keep: Keep, died: Callable[[str], None]
 ) -> WorkerLink:
     """Take up with the worker that outlived the last daemon."""
     _, fds = await spawner.ask(lc.Reattach(instance), lc.Spawned)
     sock, pidfd = _exactly(2, fds)
-    worker = WorkerLink(instance, registry, channel.from_fd(sock), died)
+    worker = WorkerLink(instance, keep, channel.from_fd(sock), died)
     worker.watch(pidfd)
     return worker
 

@@ -22,6 +22,7 @@ from cryptography.hazmat.primitives.asymmetric import ec, utils
 
 from holdfast.errors import (
     Conflict,
+    DecodeError,
     HostError,
     IntegrityError,
     InvalidInput,
@@ -29,18 +30,21 @@ from holdfast.errors import (
     TpmError,
 )
 from holdfast.evidence.round import round_extra_data
+from holdfast.hwtpm.anchor import SECRET_SIZE, Anchor
 from holdfast.hwtpm.context import Context
 from holdfast.hwtpm.host import Approval, HostTpm, quoted_selection
 from holdfast.hwtpm.policy import Signature
 from holdfast.hwtpm.transport import Transport
 from holdfast.ids import instance_name
 from holdfast.keeper import certificates, rootkey
+from holdfast.keeper.rootkey import SIZE as ROOT_SIZE
 from holdfast.keeper.rootkey import RootKey
 from holdfast.keeper.vault import Vault
 from holdfast.linux.secret import SecretMemory
 from holdfast.protocol import ipc
+from holdfast.tpm2 import structures as tpm
 from holdfast.tpm2.algorithms import Alg
-from holdfast.tpm2.keys import make_credential, public_key
+from holdfast.tpm2.keys import make_credential, public_key, verify
 from holdfast.tpm2.structures import Attest, Public, pcr_composite
 from holdfast.tpm2.templates import AK_P256, EK_P256, EK_RSA2048
 
@@ -113,9 +117,32 @@ class Custody:
 
     # --- data keys ---
 
-    def grant(self, instance: UUID, wrapped: bytes) -> AbstractContextManager[memoryview]:
+    def grant(
+        self, instance: UUID, wrapped: bytes, epoch: int, digest: bytes
+    ) -> AbstractContextManager[memoryview]:
         """`RootKey.grant`: a KeyGrant as it is sent, which is overwritten afterwards."""
-        return self._root.grant(instance, wrapped)
+        return self._root.grant(instance, wrapped, epoch, digest)
+
+    # --- freshness ---
+
+    @property
+    def chains(self) -> Anchor:
+        """What `keeper.freshness` extends."""
+        return self._tpm.anchor
+
+    @property
+    def anchor_secret(self) -> bytes:
+        """What the MACs of links are made with, in a copy."""
+        return bytes(self._root.sealed[ROOT_SIZE : ROOT_SIZE + SECRET_SIZE])
+
+    def signed_for_recovery(self, message: bytes, signature: bytes) -> bool:
+        """Whether a TPMT_SIGNATURE of this message is the recovery key's."""
+        try:
+            made = tpm.Signature.decode(signature)
+            verify(Public.decode(self._made.recovery_public), made, message)
+        except (DecodeError, IntegrityError):
+            return False
+        return True
 
     # --- enrolment of new vTPMs ---
 

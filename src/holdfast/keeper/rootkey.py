@@ -32,6 +32,7 @@ _GET_TAG: Final = 0x10  # EVP_CTRL_AEAD_GET_TAG
 _SET_TAG: Final = 0x11
 _LENGTH: Final = 4  # bytes before a field of a message
 _CODE: Final = 2
+_EPOCH: Final = 8
 
 _ffi: Final[Any] = libcrypto_abi.ffi
 _lib: Final[Any] = _ffi.dlopen("libcrypto.so.3")  # the one that the TSS is linked with
@@ -49,7 +50,7 @@ class RootKey:
             view[at + n * SIZE : at + (n + 1) * SIZE] for n in range(3)
         )
         at += 3 * SIZE
-        self._packet = view[at : at + _CODE + _LENGTH + SIZE + _LENGTH + _WRAPPED]
+        self._packet = view[at : at + _CODE + 3 * _LENGTH + 2 * SIZE + _WRAPPED + _EPOCH]
         self._root = self.sealed[:SIZE]
 
     def forget(self) -> None:
@@ -57,11 +58,13 @@ class RootKey:
         self._memory.wipe()
 
     @contextmanager
-    def grant(self, instance: UUID, wrapped: bytes) -> Iterator[memoryview]:
+    def grant(
+        self, instance: UUID, wrapped: bytes, epoch: int, digest: bytes
+    ) -> Iterator[memoryview]:
         """A KeyGrant as it is sent: of a new data key, or of the one that was wrapped.
 
-        It is overwritten afterwards. IntegrityError if the key was wrapped for another instance or
-        host.
+        `epoch`, `digest` (32 bytes): of the newest state. It is overwritten afterwards.
+        IntegrityError if the key was wrapped for another instance or host.
         """
         try:
             associated = _WRAP_INFO + instance.bytes
@@ -70,7 +73,7 @@ class RootKey:
             else:
                 fill_random(self._data_key)
                 wrapped = self._wrap(associated)
-            blank = ipc.KeyGrant(bytes(SIZE), wrapped).encode()
+            blank = ipc.KeyGrant(bytes(SIZE), wrapped, epoch, digest).encode()
             self._packet[:] = blank
             at = _CODE + _LENGTH
             self._packet[at : at + SIZE] = self._data_key

@@ -22,9 +22,11 @@ from typing import Final
 from uuid import UUID
 
 from holdfast.errors import HoldfastError, HostError, PeerError, ProtocolError, TpmError
+from holdfast.evidence.freshness import EMPTY
 from holdfast.hwtpm.transport import Transport
 from holdfast.keeper import vault
 from holdfast.keeper.custody import Custody
+from holdfast.keeper.freshness import Freshness
 from holdfast.keeper.leases import Leases
 from holdfast.linux import channel
 from holdfast.linux.secret import SecretMemory
@@ -62,6 +64,7 @@ class Keeper:
         self._tcti = tcti
         self._transport = transport
         self._custody: Custody | None = None
+        self._freshness: Freshness | None = None
         self._why_not = "not tried yet"
         self._retry_at = 0.0
         self._retry_after = RETRY_SECONDS
@@ -85,6 +88,12 @@ class Keeper:
             ipc.RoundQuote: lambda m: self._open().quote_round(m.tree_size, m.root),
             ipc.HostPcrs: lambda _: self._open().pcrs(),
             ipc.HostIdentityRequest: lambda _: self._open().identity(),
+            ipc.MapLeaves: lambda m: self._fresh().tell(m),
+            ipc.OpenMap: lambda m: self._fresh().open(m),
+            ipc.Advance: lambda m: self._fresh().advance(m),
+            ipc.Settle: lambda m: self._fresh().settle(m),
+            ipc.AskRecovery: lambda _: self._fresh().ask_recovery(),
+            ipc.Recover: lambda m: self._fresh().recover(m, self._open().signed_for_recovery),
         }
 
     def run(self) -> None:
@@ -128,6 +137,7 @@ class Keeper:
             if self._transport is None:
                 self._transport = Transport(self._tcti)
             self._custody = Custody(made, self._transport, self._memory)
+            self._freshness = Freshness(self._custody.chains, self._custody.anchor_secret)
         except (HoldfastError, OSError) as error:
             if str(error) != self._why_not:
                 log(f"not open: {error}")
@@ -152,6 +162,11 @@ class Keeper:
         if self._custody is None:
             raise HostError(f"the keeper is not open: {self._why_not}")
         return self._custody
+
+    def _fresh(self) -> Freshness:
+        self._open()
+        assert self._freshness is not None, "it comes with the host TPM"
+        return self._freshness
 
     def _distrust(self, error: HoldfastError) -> None:
         """Close, and open anew: at once if the TPM answered, as it lost what was loaded by a reset.
@@ -245,7 +260,9 @@ class Keeper:
         """The packet that answers a worker, for as long as it is being sent."""
         with contextlib.ExitStack() as stack:
             try:
-                granted = self._open().grant(instance, request.wrapped)
+                newest = self._fresh().newest(instance)
+                epoch, digest = (newest.epoch, newest.digest) if newest else (0, EMPTY)
+                granted = self._open().grant(instance, request.wrapped, epoch, digest)
                 packet: bytes | memoryview = stack.enter_context(granted)
             except HoldfastError as error:
                 packet = ipc.Refused(type(error).__name__, str(error)).encode()

@@ -20,8 +20,12 @@ _LISTENER: Final = os.environ.get(ENVIRONMENT, "")
 class Step(Enum):
     """What has just been done, in the process that did it."""
 
-    COMMIT_WRITTEN = "commit: written, not extended"
-    COMMIT_EXTENDED = "commit: extended, not answered"
+    COMMIT_WRITTEN = "commit: on disk, not in the chain"
+    COMMIT_EXTENDED = "commit: in the chain, not answered"
+    ANCHOR_WRITTEN = "durable anchor: on disk, not in the chain"
+    DESTROY_COMMITTED = "destroy: remembered, not deleted"
+    DESTROY_DELETED = "destroy: deleted, not remembered durably"
+    ANCHOR_EXTENDED = "durable anchor: in the chain, not noted"
 
 
 def reached(step: Step) -> None:

@@ -177,10 +177,16 @@ class KeyRequest(Message, code=10):
 
 @dataclass(frozen=True)
 class KeyGrant(Message, code=11):
-    """The data key (32 bytes), once; and its wrapped form, to be stored."""
+    """The data key (32 bytes), once; and its wrapped form, to be stored.
+
+    `epoch`, `digest`: which state is the newest, and the SHA-256 of its sealed form; 0 and zeros
+    for a new vTPM. No other is to be opened.
+    """
 
     data_key: bytes
     wrapped: bytes
+    epoch: int
+    digest: bytes
 
 
 # --- spawner -> keeper ---------------------------------------------------------------------------
@@ -342,14 +348,16 @@ class OpenMap(Message, code=47):
 class MapOpened(Message, code=48):
     """How the map was found (`keeper.freshness.Found`), and what the next link is made from.
 
-    `value`: the hybrid index's; `anchor`: the present one; `durable`: the durable chain's last
-    link. `key` (32 bytes) makes the MACs of links in this boot.
+    `value`, `durable`: the hybrid and the durable index's values; `anchor`: the present one.
+    `marked`: the durable chain knows that this boot changes things. `key` (32 bytes) makes the
+    MACs of links in this boot.
     """
 
     found: str
     value: bytes
     anchor: bytes
     durable: bytes
+    marked: bool
     key: bytes
 
 
@@ -390,18 +398,17 @@ class AskRecovery(Message, code=51):
 
 @dataclass(frozen=True)
 class Recovery(Message, code=52):
-    """The durable link that would begin anew, and what the recovery key has to sign for that."""
+    """The durable link that would have it accepted."""
 
     link: bytes
-    digest: bytes
 
 
 @dataclass(frozen=True)
 class Recover(Message, code=53):
     """Accept what is older, or otherwise not what the TPM remembers, because `reason`.
 
-    `signature`: TPMT_SIGNATURE by the recovery key over H(tag ‖ digest ‖ H(reason)). Answered with
-    MapOpened; the link, now on disk, is extended by Settle and the hybrid chain begins anew.
+    `signature`: TPMT_SIGNATURE by the recovery key (`keeper.freshness.recovery_message`). Answered
+    with MapOpened; then the durable chain is to be settled, and the hybrid chain to go on.
     """
 
     link: bytes

@@ -7,6 +7,7 @@ the spawner's start and not by a container.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import select
 import socket
@@ -36,7 +37,7 @@ _CERTIFICATE: Final = bytes(800)  # as large as one
 class _Ends:
     """What a worker is begun with, and our side of it."""
 
-    def __init__(self, key: bytes) -> None:
+    def __init__(self, key: bytes, epoch: int, sealed: bytes) -> None:
         self.daemon, self._daemon = channel.pair()
         self.keys, self._keys = channel.pair()
         self.fuse, self._fuse = channel.pair()
@@ -47,7 +48,8 @@ class _Ends:
         self._page = create_page()
         for sock in (self.daemon, self.keys, self.fuse):
             sock.settimeout(SECONDS)
-        channel.send(self.keys, ipc.KeyGrant(key, b"").encode())
+        digest = hashlib.sha256(sealed).digest()
+        channel.send(self.keys, ipc.KeyGrant(key, b"", epoch, digest).encode())
 
     def hand_over(self, worker: socket.socket, *, serving: bool) -> None:
         """Give the worker its ends: it alone has them then, so that its death shows at ours."""
@@ -97,7 +99,7 @@ def _try(blank: Blank, life: Callable[[Blank], object]) -> None:
 
 def _make(blank: Blank, key: bytes) -> lc.Commit:
     """Have it make a TPM, which nobody is ever going to use; what it would keep of that."""
-    ends = _Ends(key)
+    ends = _Ends(key, 0, b"")
     try:
         ends.hand_over(blank.channel, serving=False)
         _ask(ends.daemon, lc.Manufacture((Alg.SHA256,)), lc.Manufactured)
@@ -113,7 +115,7 @@ def _make(blank: Blank, key: bytes) -> lc.Commit:
 
 def _serve(blank: Blank, key: bytes, state: lc.Commit) -> None:
     """Have it serve that TPM, and end."""
-    ends = _Ends(key)
+    ends = _Ends(key, state.epoch, state.sealed)
     try:
         ends.hand_over(blank.channel, serving=True)
         expected = tuple(ipc.PcrValue(Alg.SHA256, pcr, bytes(32)) for pcr in MEASURED_PCRS)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import hashlib
 import os
 import socket
 from typing import Final
@@ -52,7 +53,8 @@ def rehearse(engine: Engine, permanent: bytes, canceller: Canceller | None) -> N
         their_daemon, their_keys, *held = (theirs.detach() for _, theirs in rest)
         for fd in held:
             opened.callback(os.close, fd)
-        channel.send(keys, ipc.KeyGrant(key, b"").encode())
+        digest = hashlib.sha256(sealed).digest()
+        channel.send(keys, ipc.KeyGrant(key, b"", 1, digest).encode())
         channel.send(daemon, power_on.encode())
         channel.send(daemon, lc.Committed(2).encode())
         begin = lc.Begin(_NOBODY, True, "", "")

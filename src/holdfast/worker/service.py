@@ -9,6 +9,7 @@ Not here: the sandbox it was put in before (`sandbox`), and the TPM (`worker.tpm
 
 from __future__ import annotations
 
+import hashlib
 import os
 import select
 import socket
@@ -19,7 +20,7 @@ from functools import partial
 from typing import Final, NoReturn
 
 from holdfast.engine.libtpms import Engine
-from holdfast.errors import HoldfastError, IntegrityError, ProtocolError
+from holdfast.errors import HoldfastError, HostError, IntegrityError, ProtocolError, by_name
 from holdfast.frontend.cancelling import Canceller
 from holdfast.frontend.controls import ContainerControls
 from holdfast.frontend.devices import TPM0, TPMRM0, Devices
@@ -88,6 +89,7 @@ class Worker:
         self._vtpm: Vtpm | None = None
         self._data_key = b""
         self._wrapped = b""
+        self._newest = 0, b""  # epoch of the state that the keeper knows to be, and its SHA-256
         self._epoch = 0
         self._handlers: Mapping[type[ipc.Message], Callable[..., ipc.Message]] = {
             lc.Manufacture: self._manufacture,
@@ -234,15 +236,16 @@ class Worker:
         try:
             data, _ = channel.receive(self._keys)
         except OSError as error:
-            raise IntegrityError(f"the keeper gave no key: {error.strerror}") from None
+            raise HostError(f"the keeper gave no key: {error.strerror}") from None
         finally:
             self._keys.close()
         answer = ipc.decode(data) if data else ipc.Refused("HostError", "it closed the channel")
         if isinstance(answer, ipc.Refused):
-            raise IntegrityError(f"the keeper gave no key: {answer.why}")
+            raise by_name(answer.error, f"the keeper gave no key: {answer.why}")
         if not isinstance(answer, ipc.KeyGrant):
             raise ProtocolError(f"{type(answer).__name__} from the keeper")
         self._data_key, self._wrapped = answer.data_key, answer.wrapped
+        self._newest = answer.epoch, answer.digest
 
     # --- manufacture ---
 
@@ -285,6 +288,8 @@ class Worker:
         self._epoch = message.epoch
         self._owner = Owner(self._instance, message.profile, message.terms)
         self._tpm.clears = message.clears
+        if self._newest != (message.epoch, hashlib.sha256(message.sealed).digest()):
+            raise IntegrityError("this state is not the newest: it, or a part of it, was put back")
         state = unseal(self._data_key, self._owner, self._epoch, Kind.PERMANENT, message.sealed)
         execute = self._engine.process
         self._tpm.restore(state)

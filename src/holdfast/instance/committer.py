@@ -1,0 +1,321 @@
+"""Commits of many vTPMs, made durable and anchored in the host TPM together, one group at a time.
+
+A group is one transaction on disk, with the link that the keeper then puts into the hybrid chain.
+While the disk is being synchronised the TPM is at work; when both are done, all are answered.
+Whoever comes meanwhile is in the next group.
+
+What is on disk and not in the chain, because somebody died in between, the keeper finishes when
+the map is opened again: so a group that was written is never taken back.
+
+Not here: the disk (`store.states`), whether what is on it is believed (`keeper.freshness`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import hmac
+import itertools
+import time
+from collections import deque
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import Final
+from uuid import UUID
+
+import structlog
+
+from holdfast.errors import HoldfastError, HostError, IntegrityError
+from holdfast.evidence.freshness import EMPTY, GENESIS, Anchor, FreshnessMap, Leaf, Link, Status
+from holdfast.instance.background import background
+from holdfast.instance.links import Link as Connection
+from holdfast.instance.links import Peer
+from holdfast.linux.steps import Step, reached
+from holdfast.protocol import ipc
+from holdfast.store.database import Database
+from holdfast.store.states import Recorded, SealedState, States, Write
+
+LOG = structlog.get_logger()
+GROUP_MAX: Final = 256  # commits in one transaction
+TOLD_AT_ONCE: Final = 1024  # leaves in one message
+UNSURE_SECONDS: Final = 10.0  # that a group on disk waits for the keeper to come back
+REFUSED_SECONDS: Final = 2.0  # before what was refused is shown again
+_RETRY_SECONDS: Final = 0.2
+Done = Callable[[HoldfastError | None], None]
+
+
+class Unsure(HostError):
+    """What was to be committed is on disk, and the keeper did not come back to anchor it."""
+
+
+class Committer:
+    """The map of one host as its daemon has it, and the way into it."""
+
+    def __init__(self, database: Database, states: States, keeper: Peer, per_day: int) -> None:
+        self._database = database
+        self._states = states
+        self._keeper = keeper
+        self._per_day = per_day
+        self._waiting: deque[tuple[Write, Done]] = deque()
+        self._flushing: asyncio.Task[None] | None = None
+        self._alone = asyncio.Lock()  # one link at a time
+        self._disk = ThreadPoolExecutor(1, "disk")
+        self._connection: Connection | None = None  # to the keeper that has our map
+        self._refused: tuple[float, IntegrityError] | None = None
+        self._map = FreshnessMap()
+        self._anchor = GENESIS.anchor
+        self._value = EMPTY
+        self._durable = EMPTY
+        self._marked = False  # whether the durable chain knows that this boot changes things
+        self._owed = False  # a durable write that the day's budget did not allow
+        self._key = b""
+        self.found = ""  # how the keeper found the map
+        self.commits = self.groups = 0
+        self.unanchored = 0  # commits that the durable chain has not seen
+
+    # --- what there is ---
+
+    def leaf(self, instance: UUID) -> Leaf | None:
+        """The newest of a vTPM."""
+        return self._map.get(instance)
+
+    @property
+    def anchor(self) -> Anchor:
+        """What the hybrid chain has taken in last."""
+        return self._anchor
+
+    @property
+    def why_refused(self) -> str:
+        """Why the keeper does not believe what is on disk; empty if it does."""
+        return str(self._refused[1]) if self._refused else ""
+
+    def durable_writes(self) -> tuple[int, int]:
+        """How often the durable chain was written within a day, and how often it may be."""
+        return self._states.durable_writes(), self._per_day
+
+    # --- committing ---
+
+    def submit(self, write: Write, done: Done) -> None:
+        """Have a state committed with others; `done` is called with what went wrong, if anything.
+
+        Unsure if nobody knows whether it is; then its worker must not go on.
+        """
+        self._waiting.append((write, done))
+        if self._flushing is None or self._flushing.done():
+            self._flushing = background(self._flush())
+
+    async def commit(self, write: Write) -> None:
+        """The same for whoever can wait."""
+        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+        def done(error: HoldfastError | None) -> None:
+            if future.done():
+                return
+            if error is None:
+                future.set_result(None)
+            else:
+                future.set_exception(error)
+
+        self.submit(write, done)
+        await future
+
+    async def _flush(self) -> None:
+        while self._waiting:
+            async with self._alone:
+                group = self._group()
+                try:
+                    await self._carry([write for write, _ in group])
+                    error = None
+                except HoldfastError as failed:
+                    error = failed
+                for _, done in group:
+                    done(error)
+
+    def _group(self) -> list[tuple[Write, Done]]:
+        """The next commits, of each vTPM one."""
+        group: dict[UUID, tuple[Write, Done]] = {}
+        while self._waiting and len(group) < GROUP_MAX:
+            if self._waiting[0][0].instance in group:
+                break
+            write, done = self._waiting.popleft()
+            group[write.instance] = write, done
+        return list(group.values())
+
+    async def _carry(self, writes: list[Write]) -> None:
+        """Commit a group; before a boot's first, the durable chain learns that there are some."""
+        await self._open()
+        if not self._marked:
+            await self._settle(clean=False)
+        await self._commit(writes)
+
+    async def _commit(self, writes: list[Write]) -> None:
+        """Write, then synchronise and extend at once. HostError if the disk refused: nothing is."""
+        changes = {write.instance: write.leaf for write in writes}
+        following = self._map.with_leaves(changes)
+        link = Link(self._value, self._anchor.after(following.root))
+        self._states.write(writes, self._recorded(link))
+        reached(Step.COMMIT_WRITTEN)
+        message = ipc.Advance(
+            tuple(ipc.Change(instance, leaf.encode()) for instance, leaf in changes.items()),
+            link.anchor.digest,
+        )
+        loop = asyncio.get_running_loop()
+        syncing = loop.run_in_executor(self._disk, self._database.sync)
+        try:
+            await self._keeper.ask(message, ipc.Done)
+        except HoldfastError as error:
+            await asyncio.wait([syncing])
+            await self._again(error)
+        else:
+            self._map, self._anchor, self._value = following, link.anchor, link.value
+        try:
+            await syncing
+        except HostError as error:
+            raise Unsure(str(error)) from None
+        reached(Step.COMMIT_EXTENDED)
+        self.groups += 1
+        self.commits += len(writes)
+        self.unanchored += len(writes)
+
+    def _recorded(self, link: Link) -> Recorded:
+        encoded = link.encode()
+        return Recorded(encoded, hmac.digest(self._key, encoded, "sha256"))
+
+    async def _again(self, error: HoldfastError) -> None:
+        """A group is on disk, and perhaps not in the chain: show the keeper all, until it is."""
+        LOG.warning("the keeper did not answer a commit", why=str(error))
+        deadline = time.monotonic() + UNSURE_SECONDS
+        while True:
+            self._connection = None
+            try:
+                await self._open()
+            except IntegrityError as refused:
+                raise Unsure(str(refused)) from None
+            except HoldfastError as gone:
+                if time.monotonic() > deadline:
+                    raise Unsure(str(gone)) from None
+            else:
+                return
+            await asyncio.sleep(_RETRY_SECONDS)
+
+    # --- opening ---
+
+    async def ready(self) -> None:
+        """Have this keeper know what there is.
+
+        HostError while it cannot; IntegrityError if it does not believe what is on disk.
+        """
+        if self._connection is None or self._connection is not self._keeper.link:
+            async with self._alone:
+                await self._open()
+
+    def suspect(self) -> None:
+        """Show the keeper everything again before the next that wants it to know."""
+        self._connection = None
+
+    async def _open(self) -> None:
+        if self._connection is not None and self._connection is self._keeper.link:
+            return
+        if self._refused is not None and time.monotonic() < self._refused[0]:
+            raise self._refused[1]
+        await self._show()
+        hybrid, durable = self._states.links()
+        nothing = Recorded(b"", b"")
+        hybrid, durable = hybrid or nothing, durable or nothing
+        question = ipc.OpenMap(hybrid.link, hybrid.mac, durable.link, durable.mac)
+        try:
+            opened, _ = await self._keeper.ask(question, ipc.MapOpened)
+        except IntegrityError as error:
+            self._refused = time.monotonic() + REFUSED_SECONDS, error
+            raise
+        await self._take(opened)
+
+    async def _show(self) -> None:
+        """Tell the keeper all leaves."""
+        newest: dict[UUID, Leaf] = {}
+        shown = []
+        for instance, leaf, anchored in self._states.leaves():
+            newest[instance] = leaf
+            shown.append(
+                ipc.MapLeaf(instance, leaf.encode(), anchored.encode() if anchored else b"")
+            )
+        self._map = FreshnessMap().with_leaves(newest)
+        first = True
+        for chunk in _chunks(shown) or [()]:
+            await self._keeper.ask(ipc.MapLeaves(first, chunk), ipc.Done)
+            first = False
+
+    async def _take(self, opened: ipc.MapOpened) -> None:
+        """Go on from what the keeper has found; a boot of the TPM that is new to it begins."""
+        link = Link.decode(opened.value + opened.anchor)
+        self._value, self._anchor = link.before, link.anchor
+        self._durable, self._marked, self._key = opened.durable, opened.marked, opened.key
+        self._refused = None
+        self.found = self.found or opened.found
+        if opened.found != "same":
+            self.found = opened.found
+            LOG.info("states were compared with the host TPM", found=opened.found)
+            await self._commit([])
+        self._connection = self._keeper.link
+
+    # --- the durable chain ---
+
+    async def anchor_durably(self, *, clean: bool = False) -> bool:
+        """Have the durable chain remember what there is; False if today's budget is used up.
+
+        Then it is owed, and done with the next one.
+        """
+        async with self._alone:
+            await self._open()
+            used, allowed = self.durable_writes()
+            if used >= allowed:
+                self._owed = True
+                LOG.warning("no durable anchor: the day's budget is used up", used=used)
+                return False
+            await self._settle(clean=clean)
+            return True
+
+    async def _settle(self, *, clean: bool) -> None:
+        link = Link(self._durable, replace(self._anchor, clean=clean))
+        self._states.write_durable(self._recorded(link))
+        reached(Step.ANCHOR_WRITTEN)
+        try:
+            await self._keeper.ask(ipc.Settle(link.encode()), ipc.Done)
+        except HoldfastError as error:
+            await self._again(error)  # which finishes it
+            return
+        reached(Step.ANCHOR_EXTENDED)
+        self._durable, self._marked, self._owed = link.value, not clean, False
+        self.unanchored = 0
+
+    @property
+    def anchor_owed(self) -> bool:
+        """Whether something is not remembered durably because the day's budget is used up."""
+        return self._owed
+
+    async def close(self) -> None:
+        """Put everything in order: what is there now is what the next boot must find."""
+        try:
+            if self._marked or self._owed:
+                await self.anchor_durably(clean=True)
+        finally:
+            self._disk.shutdown()
+
+
+def live(state: SealedState, earlier: Leaf | None, run: int, lineage: int, log: bytes) -> Leaf:
+    """The leaf of a state that follows `earlier`; counts never go back."""
+    if earlier is not None:
+        run, lineage = max(run, earlier.run), max(lineage, earlier.lineage)
+    digest = hashlib.sha256(state.sealed).digest()
+    return Leaf(Status.LIVE, state.epoch, digest, run, lineage, log)
+
+
+def destroyed(earlier: Leaf) -> Leaf:
+    """The leaf of a vTPM that is no more."""
+    return replace(earlier, status=Status.DESTROYED, epoch=earlier.epoch + 1, digest=EMPTY)
+
+
+def _chunks(shown: list[ipc.MapLeaf]) -> list[tuple[ipc.MapLeaf, ...]]:
+    rest: Iterable[ipc.MapLeaf] = iter(shown)
+    return list(iter(lambda: tuple(itertools.islice(rest, TOLD_AT_ONCE)), ()))

@@ -1,0 +1,307 @@
+"""Whether the states that a daemon shows are the newest: the map, compared with the host TPM.
+
+The hybrid chain lives in the TPM's memory: while the TPM is not reset it names the last group of
+commits, exactly. The durable chain outlives a reset: it names the last clean stop, exactly, or how
+the map was when this boot first changed it. Steps of `open`:
+
+1. The durable chain ends with the link on disk; or with what that one follows, and then it was
+   about to be extended, which is finished.
+2. If the TPM was not reset: so does the hybrid chain, and the leaves make its root.
+3. If it was: after a clean stop the leaves make the durable root; after another end those do that
+   the durable chain remembers, and each leaf can have come after its own of them.
+
+A link that is not yet in a chain is believed by its MAC, whose key is derived of the anchor secret
+for one boot of the TPM. Whatever does not match is refused, and nothing is changed.
+
+Not here: the TPM's indices (`hwtpm.anchor`), and what is on disk (`store.states`).
+"""
+
+from __future__ import annotations
+
+import hmac
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from enum import Enum
+from typing import Final, Protocol
+from uuid import UUID
+
+from holdfast.errors import Conflict, Forbidden, HostError, IntegrityError, ProtocolError
+from holdfast.evidence.freshness import (
+    EMPTY,
+    GENESIS,
+    Anchor,
+    FreshnessMap,
+    Leaf,
+    Link,
+    Status,
+)
+from holdfast.hwtpm.anchor import Chain, ChainValues
+from holdfast.protocol import ipc
+
+LEAVES_MAX: Final = 1 << 20  # that a daemon may tell of, destroyed ones included
+REASON_MAX: Final = 1024  # characters
+KEY_SIZE: Final = 32
+_KEY_TAG: Final = b"holdfast/pending/1"
+_RECOVER_TAG: Final = b"holdfast/recover/1"
+
+
+class Found(Enum):
+    """How a map was found."""
+
+    NEW = "new"  # this host has anchored nothing yet
+    SAME = "same"  # the TPM was not reset since
+    CLEAN = "clean"  # the TPM was reset, after everything had been put in order
+    UNCLEAN = "unclean"  # it was reset, and what the durable chain had not seen is taken on trust
+    RECOVERED = "recovered"  # an administrator had what is older accepted
+
+
+class Chains(Protocol):
+    """The two chains in the host TPM (`hwtpm.anchor.Anchor`)."""
+
+    def read(self) -> ChainValues: ...
+
+    def extend(self, chain: Chain, digest: bytes) -> None: ...
+
+    def boot(self) -> int: ...
+
+
+def recovery_message(link: bytes, reason: str) -> bytes:
+    """What the recovery key signs, to have what is older accepted."""
+    return _RECOVER_TAG + link + reason.encode()
+
+
+@dataclass(frozen=True)
+class _Told:
+    """What a daemon shows: links, and leaves with those that are remembered for long."""
+
+    hybrid: Link | None
+    hybrid_mac: bytes
+    durable: Link | None
+    durable_mac: bytes
+    newest: FreshnessMap
+    leaves: Mapping[UUID, Leaf]
+    anchored: Mapping[UUID, Leaf]
+
+
+class Freshness:
+    """The map of one host, from `open` on."""
+
+    def __init__(self, chains: Chains, secret: bytes) -> None:
+        self._chains = chains
+        self._secret = secret
+        self._leaves: dict[UUID, Leaf] = {}
+        self._anchored: dict[UUID, Leaf] = {}
+        self._told: _Told | None = None
+        self._map: FreshnessMap | None = None
+        self._why_not = "no daemon has shown it what there is"
+        self._anchor = GENESIS.anchor
+        self._value = EMPTY  # of the hybrid index
+        self._durable_value = GENESIS.value
+        self._marked = False  # whether the durable chain knows that this boot changes things
+
+    # --- opening ---
+
+    def tell(self, message: ipc.MapLeaves) -> ipc.Message:
+        """Hear of leaves; ProtocolError if there are too many."""
+        if message.first:
+            self._leaves, self._anchored = {}, {}
+        for each in message.leaves:
+            self._leaves[each.instance] = Leaf.decode(each.leaf)
+            if each.anchored:
+                self._anchored[each.instance] = Leaf.decode(each.anchored)
+        if len(self._leaves) > LEAVES_MAX:
+            raise ProtocolError(f"a map has at most {LEAVES_MAX} leaves")
+        return ipc.Done()
+
+    def open(self, message: ipc.OpenMap) -> ipc.Message:
+        """Compare what was told with the host TPM.
+
+        IntegrityError if it is not what the TPM remembers; then nothing was changed.
+        """
+        self._map = None
+        leaves, self._leaves = self._leaves, {}
+        anchored, self._anchored = self._anchored, {}
+        self._told = told = _Told(
+            _link(message.hybrid), message.hybrid_mac, _link(message.durable), message.durable_mac,
+            FreshnessMap().with_leaves(leaves), leaves, anchored,
+        )  # fmt: skip
+        try:
+            found = self._compare(told)
+        except IntegrityError as error:
+            self._why_not = str(error)
+            raise
+        self._told, self._map, self._why_not = None, told.newest, ""
+        return self._opened(found)
+
+    def _opened(self, found: Found) -> ipc.MapOpened:
+        return ipc.MapOpened(
+            found.value, self._value, self._anchor.encode(), self._durable_value, self._marked,
+            self._key(self._anchor.boot),
+        )  # fmt: skip
+
+    def _compare(self, told: _Told) -> Found:
+        values = self._chains.read()
+        durable = self._settled(told, values.durable)
+        value = values.hybrid
+        self._marked = False
+        if value is not None:
+            self._unreset(told, value)
+            self._marked = durable.anchor.boot == self._anchor.boot and not durable.anchor.clean
+            return Found.SAME
+        self._value = EMPTY
+        unclean = durable.anchor.unclean
+        if told.durable is None:
+            found = Found.NEW
+        elif durable.anchor.clean:
+            found = Found.CLEAN
+            if told.newest.root != durable.anchor.root:
+                raise IntegrityError(_older("its last clean stop"))
+        else:
+            found, unclean = Found.UNCLEAN, unclean + 1
+            _descends(told, durable.anchor.root)
+        self._anchor = replace(
+            durable.anchor, root=told.newest.root, boot=self._chains.boot(), unclean=unclean,
+            clean=False,
+        )  # fmt: skip
+        return found
+
+    def _settled(self, told: _Told, value: bytes | None) -> Link:
+        """Step 1: the durable chain's last link."""
+        link = told.durable or GENESIS
+        if link.value != value:
+            if (
+                told.durable is None
+                or link.before != value
+                or not self._ours(told.durable_mac, link)
+            ):
+                raise IntegrityError(_older("the durable chain"))
+            self._chains.extend(Chain.DURABLE, link.anchor.digest)
+        self._durable_value = link.value
+        return link
+
+    def _unreset(self, told: _Told, value: bytes) -> None:
+        """Step 2: the hybrid chain's last link, in the same boot of the TPM."""
+        link = told.hybrid
+        if link is None or told.newest.root != link.anchor.root:
+            raise IntegrityError(_older("this boot"))
+        if link.value != value:
+            if link.before != value or not self._ours(told.hybrid_mac, link):
+                raise IntegrityError(_older("this boot"))
+            self._chains.extend(Chain.HYBRID, link.anchor.digest)
+        self._anchor, self._value = link.anchor, link.value
+
+    def _key(self, boot: int) -> bytes:
+        return hmac.digest(self._secret, _KEY_TAG + boot.to_bytes(8, "big"), "sha256")
+
+    def _ours(self, mac: bytes, link: Link) -> bool:
+        made = hmac.digest(self._key(link.anchor.boot), link.encode(), "sha256")
+        return hmac.compare_digest(made, mac)
+
+    # --- going on ---
+
+    def advance(self, message: ipc.Advance) -> ipc.Message:
+        """Take the next group of commits in. IntegrityError if it cannot be the next."""
+        present = self.present
+        changes = {change.instance: Leaf.decode(change.leaf) for change in message.changes}
+        for instance, leaf in changes.items():
+            earlier = present.get(instance)
+            if earlier is not None and not leaf.may_follow(earlier):
+                raise IntegrityError(f"a state of {instance} cannot follow the newest there is")
+        following = present.with_leaves(changes)
+        link = Link(self._value, self._anchor.after(following.root))
+        if not hmac.compare_digest(link.anchor.digest, message.digest):
+            raise IntegrityError("the daemon's map is not the keeper's")
+        self._chains.extend(Chain.HYBRID, link.anchor.digest)
+        self._map, self._anchor, self._value = following, link.anchor, link.value
+        return ipc.Done()
+
+    def settle(self, message: ipc.Settle) -> ipc.Message:
+        """Have the durable chain remember the map as it is."""
+        link = Link.decode(message.link)
+        present = replace(self._anchor, root=self.present.root, clean=link.anchor.clean)
+        if link.before != self._durable_value or link.anchor != present:
+            raise IntegrityError("what the durable chain is to remember is not what there is")
+        self._chains.extend(Chain.DURABLE, link.anchor.digest)
+        self._durable_value, self._marked = link.value, not link.anchor.clean
+        return ipc.Done()
+
+    @property
+    def present(self) -> FreshnessMap:
+        """The map; HostError while none is open."""
+        if self._map is None:
+            raise HostError(f"which states are the newest is not known: {self._why_not}")
+        return self._map
+
+    def newest(self, instance: UUID) -> Leaf | None:
+        """What there is of a vTPM; Conflict if it was destroyed, HostError while no map is open."""
+        leaf = self.present.get(instance)
+        if leaf is not None and leaf.status is Status.DESTROYED:
+            raise Conflict("this vTPM was destroyed")
+        return leaf
+
+    def close(self, why: str) -> None:
+        """Believe nothing until a daemon shows everything again."""
+        self._map, self._why_not = None, why
+
+    # --- recovery ---
+
+    def ask_recovery(self) -> ipc.Message:
+        """The link that would have what was told last accepted; Conflict if that is not needed."""
+        return ipc.Recovery(self._recovering()[1].encode())
+
+    def _recovering(self) -> tuple[_Told, Link]:
+        told = self._told
+        if told is None or self._map is not None:
+            raise Conflict("there is nothing to recover: what there is is the newest")
+        value = self._chains.read().durable
+        if value is None:
+            raise HostError("the durable chain is not in this host TPM: it was cleared or replaced")
+        links = [link for link in (told.hybrid, told.durable) if link is not None]
+        known = max((link.anchor for link in links), key=_sequence, default=GENESIS.anchor)
+        anchor = replace(
+            known.after(told.newest.root), boot=self._chains.boot(),
+            recoveries=known.recoveries + 1,
+        )  # fmt: skip
+        return told, Link(value, anchor)
+
+    def recover(self, message: ipc.Recover, signed: Callable[[bytes, bytes], bool]) -> ipc.Message:
+        """Accept what was told last, as whoever has the recovery key says.
+
+        `signed`: whether a TPMT_SIGNATURE of a message is the recovery key's.
+        """
+        told, link = self._recovering()
+        if message.link != link.encode():
+            raise Conflict("what there is has changed meanwhile: look at it again")
+        said = recovery_message(message.link, message.reason)
+        if len(message.reason) > REASON_MAX or not signed(said, message.signature):
+            raise Forbidden("this was not signed with this host's recovery key")
+        self._anchor, self._value = link.anchor, self._chains.read().hybrid or EMPTY
+        self._durable_value, self._marked = link.before, False
+        self._told, self._map, self._why_not = None, told.newest, ""
+        return self._opened(Found.RECOVERED)
+
+
+def _sequence(anchor: Anchor) -> int:
+    return anchor.sequence
+
+
+def _link(data: bytes) -> Link | None:
+    return Link.decode(data) if data else None
+
+
+def _older(than: str) -> str:
+    return (
+        f"what is on disk is older than {than}, or not this host's: the host TPM remembers another "
+        "state of it. Nothing was changed. Put back what was there; or have what is there accepted "
+        "with holdfast recover, which every later evidence will show"
+    )
+
+
+def _descends(told: _Told, root: bytes) -> None:
+    """Step 3 after an end that was not clean. IntegrityError names the vTPM that is older."""
+    if FreshnessMap().with_leaves(told.anchored).root != root:
+        raise IntegrityError(_older("the durable chain"))
+    for instance, earlier in told.anchored.items():
+        leaf = told.leaves.get(instance)
+        if leaf is None or not leaf.may_follow(earlier):
+            raise IntegrityError(f"vTPM {instance}: {_older('the durable chain')}")

@@ -1,0 +1,448 @@
+"""Commits of many vTPMs: together, durable, anchored; exactly what was there after any death."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+import sqlite3
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+from uuid import uuid4
+
+import pytest
+
+from holdfast.errors import Conflict, HostError, IntegrityError
+from holdfast.evidence.freshness import EMPTY, Status
+from holdfast.hwtpm.anchor import Chain
+from holdfast.ids import InstanceId, instance_name
+from holdfast.instance import committer as module
+from holdfast.instance.committer import Committer, Unsure, destroyed, live
+from holdfast.linux.steps import Step
+from holdfast.protocol import ipc
+from holdfast.store.registry import Instance, Registry
+from holdfast.store.states import SealedState, Write
+
+from .anchoring import HostTpm, Keeper
+from .anchoring import committer as committer_of
+
+
+class Died(BaseException):
+    """All our processes have ended at this point."""
+
+
+class World:
+    """One host: a disk, a TPM, and the processes of ours that are on."""
+
+    def __init__(self, directory: Path) -> None:
+        self.path = directory / "registry.sqlite"
+        self.tpm = HostTpm()
+        self.keeper = Keeper(self.tpm)
+        self.per_day = 1000
+
+    @contextmanager
+    def on(self) -> Iterator[tuple[Registry, Committer]]:
+        """The daemon lives, with a keeper that was started with it."""
+        self.keeper.restart()
+        with closing(Registry(self.path)) as registry:
+            yield registry, committer_of(registry, self.keeper, self.per_day)
+
+    def rows(self) -> list[str]:
+        """All that is on disk."""
+        with closing(sqlite3.connect(self.path)) as db:
+            return list(db.iterdump())
+
+    def save(self, place: Path) -> None:
+        shutil.rmtree(place, ignore_errors=True)
+        shutil.copytree(self.path.parent, place)
+
+    def put_back(self, place: Path) -> None:
+        for file in self.path.parent.glob("registry*"):
+            file.unlink()
+        for file in place.glob("registry*"):
+            shutil.copy(file, self.path.parent)
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> World:
+    directory = tmp_path / "state"
+    directory.mkdir()
+    return World(directory)
+
+
+def vtpm(registry: Registry, name: str) -> InstanceId:
+    made = InstanceId(uuid4())
+    banks = ("sha256",)
+    registry.add(Instance(made, instance_name(name), "off", "linked", 0, banks, "now"))
+    return made
+
+
+def write(committer: Committer, instance: InstanceId, epoch: int) -> Write:
+    state = SealedState(epoch, f"{instance} {epoch}".encode(), b"wrapped")
+    return Write(instance, live(state, committer.leaf(instance), 0, 0, EMPTY), state)
+
+
+async def commit(committer: Committer, instance: InstanceId, epoch: int) -> None:
+    await committer.ready()
+    await committer.commit(write(committer, instance, epoch))
+
+
+async def through(committer: Committer, write: Write) -> None:
+    """A commit and a durable anchor, in this task: a death must not be a task's."""
+    await committer._carry([write])
+    await committer._settle(clean=False)
+
+
+def test_many_commits_at_once_share_one_group_and_one_extension(world: World) -> None:
+    async def scenario() -> None:
+        with world.on() as (registry, committer):
+            made = [vtpm(registry, f"v{n}") for n in range(50)]
+            await committer.ready()
+            before, syncs = dict(world.tpm.extended), registry.database.syncs
+            await asyncio.gather(*(commit(committer, each, 1) for each in made))
+            assert world.tpm.extended[Chain.HYBRID] - before[Chain.HYBRID] == 1
+            assert registry.database.syncs - syncs == 2  # the group's, the first durable anchor's
+            for each in made:
+                assert registry.states.state(each).epoch == 1
+
+    asyncio.run(scenario())
+
+
+def test_two_commits_of_one_vtpm_are_never_in_one_group(world: World) -> None:
+    async def scenario() -> None:
+        with world.on() as (registry, committer):
+            one = vtpm(registry, "one")
+            await committer.ready()
+            first, second = write(committer, one, 1), write(committer, one, 2)
+            await asyncio.gather(committer.commit(first), committer.commit(second))
+            assert committer.groups == 2 + 1  # and the one that began this boot
+            assert registry.states.state(one).epoch == 2
+
+    asyncio.run(scenario())
+
+
+def test_writes_of_a_day_of_work_cost_two_durable_anchors(world: World) -> None:
+    async def scenario() -> None:
+        with world.on() as (registry, committer):
+            one = vtpm(registry, "one")
+            for epoch in range(1, 200):
+                await commit(committer, one, epoch)
+            await committer.close()
+            assert world.tpm.extended[Chain.DURABLE] == 2  # when it began, and the clean stop
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("reset", [False, True])
+def test_what_was_stopped_in_order_is_found_in_order(world: World, reset: bool) -> None:
+    async def scenario() -> None:
+        with world.on() as (registry, committer):
+            one = vtpm(registry, "one")
+            await commit(committer, one, 1)
+            await committer.close()
+        if reset:
+            world.tpm.reset()
+        with world.on() as (registry, committer):
+            await committer.ready()
+            assert committer.found == ("clean" if reset else "same")
+            assert committer.anchor.unclean == 0
+            await commit(committer, one, 2)
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+@pytest.mark.parametrize("reset", [False, True])
+def test_an_older_disk_is_refused_and_changes_nothing(
+    world: World, tmp_path: Path, stopped: bool, reset: bool
+) -> None:
+    """Exactly within a boot, and after a clean stop; see below for a power cut."""
+
+    async def scenario() -> None:
+        with world.on() as (registry, committer):
+            one = vtpm(registry, "one")
+            await commit(committer, one, 1)
+            if stopped:
+                await committer.close()
+        world.save(tmp_path / "old")
+        with world.on() as (_, committer):
+            await commit(committer, one, 2)
+            if stopped or reset:
+                await committer.close()
+        if reset:
+            world.tpm.reset()
+        world.save(tmp_path / "new")
+        world.put_back(tmp_path / "old")
+        values, before = dict(world.tpm.values), world.rows()
+        with world.on() as (_, committer):
+            with pytest.raises(IntegrityError, match="older than"):
+                await committer.ready()
+            with pytest.raises(IntegrityError, match="older than"):
+                await committer.commit(write(committer, one, 2))
+            with pytest.raises(HostError, match="older than"):
+                world.keeper.freshness.newest(one)
+            assert world.tpm.values == values
+        assert world.rows() == before
+        world.put_back(tmp_path / "new")
+        with world.on() as (_, committer):
+            await commit(committer, one, 3)
+
+    asyncio.run(scenario())
+
+
+def test_after_a_power_cut_what_the_durable_chain_had_seen_is_the_least_that_is_taken(
+    world: World, tmp_path: Path
+) -> None:
+    async def scenario() -> None:
+        with world.on() as (registry, committer):
+            one, two = vtpm(registry, "one"), vtpm(registry, "two")
+            await commit(committer, one, 1)
+        world.save(tmp_path / "before")
+        with world.on() as (_, committer):
+            await commit(committer, two, 1)
+            await committer.anchor_durably()
+            await commit(committer, one, 2)
+        world.save(tmp_path / "window")
+        with world.on() as (_, committer):
+            await commit(committer, one, 3)
+        world.tpm.reset()
+        world.put_back(tmp_path / "before")
+        with (
+            world.on() as (_, committer),
+            pytest.raises(IntegrityError, match="older than the durable chain"),
+        ):
+            await committer.ready()
+        world.put_back(tmp_path / "window")
+        with world.on() as (registry, committer):
+            await committer.ready()
+            assert committer.found == "unclean"
+            assert committer.anchor.unclean == 1
+            assert registry.states.state(one).epoch == 2
+
+    asyncio.run(scenario())
+
+
+def test_a_part_put_back_after_a_power_cut_is_refused_by_name(world: World) -> None:
+    async def scenario() -> None:
+        with world.on() as (registry, committer):
+            one = vtpm(registry, "one")
+            await commit(committer, one, 1)
+            older = registry.database.read("SELECT * FROM states").fetchone()
+            await commit(committer, one, 2)
+            await committer.anchor_durably()
+        world.tpm.reset()
+        with world.on() as (registry, committer):
+            with registry.database.durable() as db:
+                db.execute("DELETE FROM states")
+                db.execute("INSERT INTO states VALUES (?, ?, ?, ?, ?, ?)", older)
+            with pytest.raises(IntegrityError, match=str(one)):
+                await committer.ready()
+
+    asyncio.run(scenario())
+
+
+def test_a_state_that_is_not_the_one_its_leaf_speaks_of_is_refused_by_name(world: World) -> None:
+    async def scenario() -> None:
+        with world.on() as (registry, committer):
+            one, two = vtpm(registry, "one"), vtpm(registry, "two")
+            await commit(committer, one, 1)
+            await commit(committer, two, 1)
+            with registry.database.durable() as db:
+                sealed = [
+                    db.execute("SELECT sealed FROM states WHERE id = ?", (str(i),)).fetchone()[0]
+                    for i in (one, two)
+                ]
+                for instance, blob in zip((two, one), sealed, strict=True):
+                    db.execute("UPDATE states SET sealed = ? WHERE id = ?", (blob, str(instance)))
+            for each in (one, two):
+                with pytest.raises(IntegrityError, match=str(each)):
+                    registry.states.state(each)
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("reset", [False, True])
+@pytest.mark.parametrize("step", [s for s in Step if s.name.startswith(("COMMIT", "ANCHOR"))])
+def test_a_death_at_any_step_loses_nothing_and_lets_nothing_older_in(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: Step, reset: bool
+) -> None:
+    """After it the same commit can be asked again, as a worker does that has no answer."""
+    visited = []
+
+    def die(reached: Step) -> None:
+        if reached is step and not visited:
+            visited.append(reached)
+            raise Died
+
+    async def scenario() -> None:
+        with world.on() as (registry, committer):
+            one = vtpm(registry, "one")
+            for epoch in (1, 2):
+                await commit(committer, one, epoch)
+            await committer.close()
+        world.save(tmp_path / "old")
+        monkeypatch.setattr(module, "reached", die)
+        with world.on() as (registry, committer):
+            await committer.ready()
+            with pytest.raises(Died):
+                await through(committer, write(committer, one, 3))
+        assert visited
+        if reset:
+            world.tpm.reset()
+        world.save(tmp_path / "new")
+        world.put_back(tmp_path / "old")
+        # Before the first anchor is in the chain, nothing has happened that could be undone.
+        if not reset and step is not Step.ANCHOR_WRITTEN:
+            with world.on() as (_, committer), pytest.raises(IntegrityError):
+                await committer.ready()
+        world.put_back(tmp_path / "new")
+        with world.on() as (registry, committer):
+            await committer.ready()
+            if step.name.startswith("ANCHOR"):  # that of a boot's first commit, before it
+                await commit(committer, one, 3)
+            again = write(committer, one, 3)
+            assert again.state is not None
+            assert registry.states.known(one, again.state)
+            await commit(committer, one, 4)
+            await committer.close()
+        world.tpm.reset()
+        with world.on() as (registry, committer):
+            await committer.ready()
+            assert committer.found == "clean"
+            assert registry.states.state(one).epoch == 4
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("fails", ["before", "after"])
+def test_a_tpm_that_fails_a_group_gets_it_when_it_is_back(world: World, fails: str) -> None:
+    async def scenario() -> None:
+        with world.on() as (registry, committer):
+            one = vtpm(registry, "one")
+            await commit(committer, one, 1)
+            world.tpm.fails = fails
+            asyncio.get_running_loop().call_later(0.3, setattr, world.tpm, "fails", "")
+            await commit(committer, one, 2)
+            await commit(committer, one, 3)
+        with world.on() as (registry, committer):
+            await committer.ready()
+            assert (committer.found, registry.states.state(one).epoch) == ("same", 3)
+
+    asyncio.run(scenario())
+
+
+def test_who_waits_in_vain_for_the_keeper_is_told_that_nobody_knows(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scenario() -> None:
+        with world.on() as (registry, committer):
+            one = vtpm(registry, "one")
+            await commit(committer, one, 1)
+            monkeypatch.setattr(module, "UNSURE_SECONDS", 0.0)
+            world.tpm.fails = "before"
+            with pytest.raises(Unsure):
+                await commit(committer, one, 2)
+            with pytest.raises(HostError):
+                await commit(committer, one, 3)
+            world.tpm.fails = ""
+            await commit(committer, one, 3)
+
+    asyncio.run(scenario())
+
+
+def test_a_full_disk_refuses_a_group_and_keeps_all_as_it_was(world: World) -> None:
+    async def scenario() -> None:
+        with world.on() as (registry, committer):
+            one = vtpm(registry, "one")
+            await commit(committer, one, 1)
+            pages = registry.database.read("PRAGMA page_count").fetchone()[0]
+            registry.database.read(f"PRAGMA max_page_count={pages}").fetchall()
+            big = SealedState(2, bytes(4 << 20), b"w")  # more than what room was made for
+            leaf = live(big, committer.leaf(one), 0, 0, EMPTY)
+            with pytest.raises(HostError, match="cannot be written"):
+                await committer.commit(Write(one, leaf, big))
+            await commit(committer, one, 2)
+        with world.on() as (registry, committer):
+            await committer.ready()
+            assert committer.found == "same"
+
+    asyncio.run(scenario())
+
+
+def test_a_disk_that_fails_to_synchronise_is_written_no_more(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(_: int) -> None:
+        raise OSError(5, "Input/output error")
+
+    async def scenario() -> None:
+        with world.on() as (registry, committer):
+            one = vtpm(registry, "one")
+            await commit(committer, one, 1)
+            monkeypatch.setattr("holdfast.store.database.os.fdatasync", fails)
+            with pytest.raises(Unsure, match="disk"):
+                await commit(committer, one, 2)
+            monkeypatch.undo()
+            with pytest.raises(HostError, match="nothing more is written"):
+                await commit(committer, one, 3)
+
+    asyncio.run(scenario())
+
+
+def test_what_was_destroyed_is_remembered_and_never_comes_back(
+    world: World, tmp_path: Path
+) -> None:
+    async def scenario() -> None:
+        with world.on() as (registry, committer):
+            one = vtpm(registry, "one")
+            await commit(committer, one, 1)
+        world.save(tmp_path / "old")
+        with world.on() as (registry, committer):
+            await committer.ready()
+            leaf = committer.leaf(one)
+            assert leaf is not None
+            await committer.commit(Write(one, destroyed(leaf), None))
+            registry.remove(one)
+            assert await committer.anchor_durably()
+            found = committer.leaf(one)
+            assert found is not None
+            assert found.status is Status.DESTROYED
+            with pytest.raises(Conflict, match="destroyed"):
+                world.keeper.freshness.newest(one)
+        world.tpm.reset()  # a power cut
+        world.put_back(tmp_path / "old")
+        with world.on() as (_, committer), pytest.raises(IntegrityError):
+            await committer.ready()
+
+    asyncio.run(scenario())
+
+
+def test_an_anchor_beyond_the_day_s_budget_is_owed(world: World) -> None:
+    async def scenario() -> None:
+        world.per_day = 2
+        with world.on() as (registry, committer):
+            await commit(committer, vtpm(registry, "one"), 1)
+            assert await committer.anchor_durably()
+            assert not await committer.anchor_durably()
+            assert committer.anchor_owed
+            assert committer.durable_writes() == (2, 2)
+            assert world.tpm.extended[Chain.DURABLE] == 2
+
+    asyncio.run(scenario())
+
+
+def test_a_daemon_whose_map_is_another_is_refused(world: World) -> None:
+    async def scenario() -> None:
+        with world.on() as (registry, committer):
+            one = vtpm(registry, "one")
+            await commit(committer, one, 1)
+            leaf = committer.leaf(one)
+            assert leaf is not None
+            back = ipc.Advance((ipc.Change(one, leaf.encode()),), EMPTY)
+            with pytest.raises(IntegrityError, match="not the keeper's"):
+                await world.keeper.ask(back, ipc.Done)
+            older = ipc.Change(one, live(SealedState(0, b"", b""), None, 0, 0, EMPTY).encode())
+            with pytest.raises(IntegrityError, match="cannot follow"):
+                await world.keeper.ask(ipc.Advance((older,), EMPTY), ipc.Done)
+
+    asyncio.run(scenario())
