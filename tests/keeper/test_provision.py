@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import shutil
 import signal
 import stat
@@ -14,13 +16,16 @@ import pytest
 from tpm2_pytss.types import TPMS_ATTEST
 
 from holdfast.errors import HostError, IntegrityError, InvalidInput, NotFound
-from holdfast.hwtpm.host import INDICES
+from holdfast.evidence.freshness import GENESIS
+from holdfast.hwtpm.anchor import DURABLE_INDEX, HYBRID_INDEX, SECRET_SIZE
+from holdfast.hwtpm.host import INDICES, HostTpm
 from holdfast.hwtpm.policy import RecoverySigner
+from holdfast.hwtpm.session import SPARE
 from holdfast.hwtpm.transport import Transport
 from holdfast.hwtpm.version import VersionIndex
 from holdfast.keeper import recovery, vault
 from holdfast.keeper.__main__ import main
-from holdfast.keeper.provision import CERTIFY_TAG
+from holdfast.keeper.provision import CERTIFY_TAG, ROOT_KEY_SIZE
 from holdfast.tpm2.keys import verify
 from holdfast.tpm2.structures import Public, Signature
 
@@ -202,6 +207,32 @@ def test_interrupted_provisioning_leaves_nothing_behind(
     assert indices(box) == []
 
 
+def test_the_durable_chain_begins_with_a_host_that_has_no_vtpm(box: Box) -> None:
+    assert indices(box) == sorted(INDICES)
+    read = ["tpm2_nvread", "-s", "32", "-o", "value"]
+    box.swtpm.tool(*read, hex(DURABLE_INDEX))
+    assert (box.directory / "value").read_bytes() == GENESIS.value
+    box.swtpm.tool(*read, hex(HYBRID_INDEX), ok=False)  # not written
+
+
+@pytest.mark.parametrize("there", [INDICES[1:2], INDICES[2:], INDICES])
+def test_indices_in_the_way_are_named_and_stay_and_nothing_is_made(
+    box: Box, there: tuple[int, ...]
+) -> None:
+    forget(box)
+    for index in there:
+        box.swtpm.tool("tpm2_nvdefine", "-s", "8", "-a", "ownerwrite|ownerread", hex(index))
+    to = ("--recovery-recipient", str(box.identity.to_public()), "--out", str(box.out))
+    answer = box.run("provision", *to, ok=False)
+    assert re.findall(r"tpm2_nvundefine (0x\w+)", answer["why"]) == [f"0x{n:08x}" for n in there]
+    assert indices(box) == sorted(there)
+    assert list(box.out.iterdir()) == []
+    for index in there:
+        box.swtpm.tool("tpm2_nvundefine", hex(index))
+    box.provision()
+    assert opened(box)
+
+
 @pytest.mark.parametrize("content", [b"", b"\xff\xfe", b"AGE-SECRET-KEY-1NONSENSE"])
 def test_an_identity_that_is_none_is_named(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "identity").write_bytes(content)
@@ -308,6 +339,89 @@ def test_authorizing_needs_the_identity_that_opens_it(box: Box) -> None:
     answer = box.authorize(ok=False)
     assert "does not open" in answer["why"]
     assert "AGE-SECRET-KEY" not in str(answer)
+
+
+# --- a host that was initialised before there was an anchor ---
+
+
+def without_anchor(box: Box) -> bytes:
+    """Make the host such a one; its root key."""
+    made = vault.load(box.keeper)
+    context = box.swtpm.context()
+    tpm = HostTpm(context)
+    tpm.open_primary(made.unique, made.primary_auth)
+    tpm.index.open(made.index_name)
+    tpm.approve(Public.decode(made.recovery_public), made.approvals[0])
+    room = bytearray(ROOT_KEY_SIZE + SECRET_SIZE + SPARE)
+    assert tpm.unseal(made.root_key, room) == ROOT_KEY_SIZE + SECRET_SIZE
+    key = bytes(room[:ROOT_KEY_SIZE])
+    blob = tpm.create_root_key(Public.decode(made.recovery_public).name, key)
+    context.close()
+    for index in INDICES[1:]:
+        box.swtpm.tool("tpm2_nvundefine", hex(index))
+    file = box.keeper / vault.FILE
+    told = json.loads(file.read_bytes())
+    told["version_of_file"] = 1
+    told["root_key"] = {name: part.hex() for name, part in vars(blob).items()}
+    for name in ("writer_name", "durable_name", "hybrid_name"):
+        del told[name]
+    file.write_text(json.dumps(told))
+    return key
+
+
+def test_a_host_without_an_anchor_says_what_to_do_and_is_left_as_it_is(box: Box) -> None:
+    without_anchor(box)
+    before = (box.keeper / vault.FILE).read_bytes()
+    with pytest.raises(HostError, match="before freshness was kept: run holdfast policy authorize"):
+        box.custody()
+    assert (box.keeper / vault.FILE).read_bytes() == before
+
+
+@pytest.mark.parametrize("changed", [False, True], ids=["same boot state", "another"])
+@pytest.mark.parametrize("arguments", [(), ("--retire",)], ids=["kept", "retired"])
+def test_authorizing_gives_a_host_its_anchor_and_keeps_its_root_key(
+    box: Box, arguments: tuple[str, ...], *, changed: bool
+) -> None:
+    key = without_anchor(box)
+    if changed:
+        box.swtpm.extend(4)
+    box.authorize(*arguments)
+    custody = box.custody()
+    assert bytes(custody._root.sealed[:ROOT_KEY_SIZE]) == key
+    custody.close()
+    assert indices(box) == sorted(INDICES)
+    before = vault.load(box.keeper)
+    box.authorize()  # again, and the anchor stays the same
+    after = vault.load(box.keeper)
+    assert (after.root_key, after.writer_name) == (before.root_key, before.writer_name)
+    assert opened(box)
+
+
+def test_authorizing_that_cannot_save_takes_the_anchor_back(box: Box) -> None:
+    without_anchor(box)
+    before = (box.keeper / vault.FILE).read_bytes()
+    (box.keeper / f"{vault.FILE}.new").mkdir()  # in the way of saving
+    assert box.authorize(ok=False)["error"] == "IsADirectoryError"
+    assert indices(box) == [INDICES[0]]
+    assert (box.keeper / vault.FILE).read_bytes() == before
+    (box.keeper / f"{vault.FILE}.new").rmdir()
+    box.authorize()
+    assert opened(box)
+
+
+def test_authorizing_names_what_one_that_was_killed_has_left(box: Box) -> None:
+    without_anchor(box)
+    left = INDICES[1:3]
+    for index in left:
+        box.swtpm.tool("tpm2_nvdefine", "-s", "8", "-a", "ownerwrite|ownerread", hex(index))
+    answer = box.authorize(ok=False)
+    assert re.findall(r"tpm2_nvundefine (0x\w+)", answer["why"]) == [f"0x{n:08x}" for n in left]
+
+
+def test_an_anchor_that_was_removed_is_named(box: Box) -> None:
+    box.swtpm.tool("tpm2_nvundefine", hex(DURABLE_INDEX))
+    with pytest.raises(HostError, match="durable chain's index 0x01804848 is not in this host TPM"):
+        box.custody()
 
 
 def test_cleared_tpm_is_recognised(box: Box) -> None:
