@@ -13,7 +13,7 @@ from typing import Annotated, Any, Final, cast
 import typer
 
 from holdfast import __version__
-from holdfast.cli import host, output, policy, state, verifying, vtpms
+from holdfast.cli import host, output, policy, predicting, state, verifying, vtpms
 from holdfast.cli.given import Json
 from holdfast.cli.output import failures, show
 from holdfast.cli.tpm import run_command
@@ -38,6 +38,7 @@ for _command in _COMMANDS:
     app.command()(_command)
 app.add_typer(policy_app, name="policy")
 policy_app.command("create")(verifying.create_policy)
+policy_app.command("predict")(predicting.predict_boot)
 policy_app.command()(policy.authorize)
 app.add_typer(snapshot_app, name="snapshot")
 snapshot_app.command("create")(state.snapshot_create)

@@ -40,11 +40,17 @@ def uid_of(owner: str) -> int:
         raise InvalidInput(f"there is no user {owner!a}") from None
 
 
-def json_file(path: Path) -> Any:
+def read_file(path: Path, most: int) -> bytes:
+    """A file's content; InvalidInput if that is more than `most` bytes."""
     with path.open("rb") as file:
-        data = file.read(_JSON_MAX + 1)
-    if len(data) > _JSON_MAX:
-        raise InvalidInput(f"{path} has more than {_JSON_MAX} bytes")
+        data = file.read(most + 1)
+    if len(data) > most:
+        raise InvalidInput(f"{path} has more than {most} bytes")
+    return data
+
+
+def json_file(path: Path) -> Any:
+    data = read_file(path, _JSON_MAX)
     try:
         return json.loads(data.decode())  # of bytes, Python would take UTF-16 as well
     except UnicodeDecodeError:

@@ -35,6 +35,7 @@ _ITS_PATH: Final = (  # the path is wrong, not the host
 )  # fmt: skip
 OUT: Final = Console(highlight=False)
 ERR: Final = Console(stderr=True, highlight=False)
+_lines_to = OUT
 MARKS: Final = {
     "ok": "[green]ok[/green]",
     "note": "[cyan]note[/cyan]",
@@ -129,7 +130,18 @@ def table(columns: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
 
 def line(text: str, mark: str = "") -> None:
     """One line, after an optional coloured mark."""
-    OUT.print(_plain(text, mark), soft_wrap=True)
+    _lines_to.print(_plain(text, mark), soft_wrap=True)
+
+
+@contextmanager
+def standard_error(wanted: bool) -> Iterator[None]:
+    """While `wanted`, lines go to standard error: a document has standard output to itself."""
+    global _lines_to  # noqa: PLW0603 - as the streams themselves are the process'
+    _lines_to = ERR if wanted else OUT
+    try:
+        yield
+    finally:
+        _lines_to = OUT
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""`python -m holdfast.daemon.settings`: the configuration as JSON, for the CLI's `init`."""
+"""`python -m holdfast.daemon.settings`: the configuration as JSON, for the CLI."""
 
 from __future__ import annotations
 
@@ -27,14 +27,15 @@ def answer(arguments: list[str], asked: Callable[[Config], dict[str, Any]]) -> i
     return 0
 
 
-def _for_init(config: Config) -> dict[str, Any]:
+def _for_cli(config: Config) -> dict[str, Any]:
     return {
         "keeper": str(config.paths.vault),
         "tcti": config.host.tcti,
+        "event_log": str(config.host.event_log),
         "stand_in": config.host.stand_in,
         "keeper_user": config.keeper.user,
     }
 
 
 if __name__ == "__main__":
-    sys.exit(answer(sys.argv[1:], _for_init))
+    sys.exit(answer(sys.argv[1:], _for_cli))

@@ -1,6 +1,6 @@
-"""`python -m holdfast.keeper`: provision and authorize for the CLI, serve for the supervisor.
+"""`python -m holdfast.keeper`: serves for the supervisor; all other actions are for the CLI.
 
-provision and authorize print one JSON object: what was done, or {"error", "why"} with exit code 1,
+They print one JSON object: what was done, or {"error", "why"} with exit code 1,
 and where the system refused something {"errno", "file"} too.
 Interrupted, they take back what they have made and print nothing.
 """
@@ -21,6 +21,7 @@ from typing import Any, Final
 
 from holdfast.errors import HoldfastError, HostError, InvalidInput
 from holdfast.hwtpm.transport import Transport
+from holdfast.keeper.boot_state import boot_state
 from holdfast.keeper.leases import DESCRIPTORS, LEASES_MAX
 from holdfast.keeper.provision import DEFAULT_PCRS, Site, authorize, provision
 from holdfast.keeper.service import PEERS_MAX, Keeper, log
@@ -37,7 +38,7 @@ _OTHER_DESCRIPTORS: Final = 64
 
 def main(arguments: list[str]) -> int:
     options = _parse(arguments)
-    actions = {"provision": _provision, "authorize": _authorize}
+    actions = {"provision": _provision, "authorize": _authorize, "boot-state": _boot_state}
     try:
         if options.action == "serve":
             return _serve(options)
@@ -83,6 +84,10 @@ def _authorize(options: argparse.Namespace) -> dict[str, Any]:
         options.dir, options.tcti, options.identity, options.recovery_file,
         retire=options.retire, values=_values(options.values),
     )  # fmt: skip
+
+
+def _boot_state(options: argparse.Namespace) -> dict[str, Any]:
+    return boot_state(options.dir, options.tcti)
 
 
 def _serve(options: argparse.Namespace) -> int:
@@ -190,6 +195,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     allowed.add_argument("--recovery-file", type=Path, required=True)
     allowed.add_argument("--values", type=Path, help="JSON file with PCR values to approve")
     allowed.add_argument("--retire", action="store_true")
+    actions.add_parser("boot-state", parents=[common])
     served = actions.add_parser("serve", parents=[common])
     served.add_argument("--socket", type=Path, required=True)
     return parser.parse_args(arguments)
