@@ -182,6 +182,7 @@ def test_the_ak_of_another_vtpm_is_refused() -> None:
         ("instance", UUID("1f0e6f1e-8c3a-4a53-9f0e-6f1e8c3a4a53")),
         ("quote", bytes(32)),
     ],
+    ids=["ak_name", "ek_name", "instance", "quote"],
 )
 def test_a_leaf_about_something_else_is_refused(field: str, value: object) -> None:
     refused("leaf", "it is about", Given(WEB, leaf={field: value}))

@@ -35,6 +35,7 @@ def test_what_was_sealed_opens(state: bytes, epoch: int) -> None:
         (KEY, Owner(UUID(int=7), "linked", b""), 3),
         (KEY, OWNER, 2),
     ],
+    ids=["key", "instance", "plain", "no profile", "terms", "no terms", "epoch"],
 )
 def test_under_any_other_name_it_does_not_open(key: bytes, owner: Owner, epoch: int) -> None:
     sealed = seal(KEY, OWNER, 3, Kind.PERMANENT, STATE)
