@@ -19,6 +19,7 @@ from holdfast.protocol import ipc
 from holdfast.store.registry import Registry
 
 SECRET = b"s" * 32
+RECOVERY = b"signed by the recovery key"  # `tests/keeper` has real ones
 
 
 class HostTpm:
@@ -64,6 +65,8 @@ class Keeper:
         handlers: dict[type[ipc.Message], Callable[[Any], ipc.Message]] = {
             ipc.MapLeaves: self.freshness.tell, ipc.OpenMap: self.freshness.open,
             ipc.Advance: self.freshness.advance, ipc.Settle: self.freshness.settle,
+            ipc.AskRecovery: lambda _: self.freshness.ask_recovery(),
+            ipc.Recover: lambda m: self.freshness.recover(m, lambda _, made: made == RECOVERY),
         }  # fmt: skip
         message = ipc.decode(message.encode())
         try:

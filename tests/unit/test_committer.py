@@ -8,12 +8,12 @@ import sqlite3
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
-from uuid import uuid4
+from uuid import UUID, uuid4
 
 import pytest
 
-from holdfast.errors import Conflict, HostError, IntegrityError
-from holdfast.evidence.freshness import EMPTY, Status
+from holdfast.errors import Conflict, Forbidden, HostError, IntegrityError
+from holdfast.evidence.freshness import EMPTY, GENESIS, Status
 from holdfast.hwtpm.anchor import Chain
 from holdfast.ids import InstanceId, instance_name
 from holdfast.instance import committer as module
@@ -23,7 +23,7 @@ from holdfast.protocol import ipc
 from holdfast.store.registry import Instance, Registry
 from holdfast.store.states import SealedState, Write
 
-from .anchoring import HostTpm, Keeper
+from .anchoring import RECOVERY, HostTpm, Keeper
 from .anchoring import committer as committer_of
 
 
@@ -444,5 +444,138 @@ def test_a_daemon_whose_map_is_another_is_refused(world: World) -> None:
             older = ipc.Change(one, live(SealedState(0, b"", b""), None, 0, 0, EMPTY).encode())
             with pytest.raises(IntegrityError, match="cannot follow"):
                 await world.keeper.ask(ipc.Advance((older,), EMPTY), ipc.Done)
+
+    asyncio.run(scenario())
+
+
+async def recover(committer: Committer, reason: str = "the disk died") -> list[UUID]:
+    link, why = await committer.recovery()
+    assert "older" in why or "changed" in why
+    return await committer.recover(link, reason, RECOVERY)
+
+
+@pytest.mark.parametrize("reset", [False, True])
+def test_what_is_older_is_accepted_by_the_recovery_key_alone_and_shows_from_then_on(
+    world: World, tmp_path: Path, reset: bool
+) -> None:
+    async def scenario() -> None:
+        with world.on() as (registry, committer):
+            one, two = vtpm(registry, "one"), vtpm(registry, "two")
+            await commit(committer, one, 1)
+        world.save(tmp_path / "old")
+        with world.on() as (_, committer):
+            await commit(committer, two, 1)
+            await commit(committer, one, 2)
+            with pytest.raises(Conflict, match="nothing to recover"):
+                await committer.recovery()
+            await committer.close()
+        world.put_back(tmp_path / "old")
+        if reset:
+            world.tpm.reset()
+        with world.on() as (registry, committer):
+            before = world.rows()
+            link, why = await committer.recovery()
+            assert "older" in why
+            with pytest.raises(Forbidden):
+                await committer.recover(link, "the disk died", b"by somebody else")
+            with pytest.raises(Conflict, match="changed meanwhile"):
+                await committer.recover(GENESIS.encode(), "the disk died", RECOVERY)
+            assert world.rows() == before
+            with pytest.raises(IntegrityError):
+                await committer.ready()
+            assert await committer.recover(link, "the disk died", RECOVERY) == []
+            assert committer.anchor.recoveries == 1
+            journal = registry.database.read("SELECT event, detail FROM journal").fetchall()
+            assert journal == [("recover", "the disk died")]
+            await commit(committer, one, 2)
+            await committer.close()
+        world.tpm.reset()
+        with world.on() as (_, committer):
+            await commit(committer, one, 3)
+            assert (committer.found, committer.anchor.recoveries) == ("clean", 1)
+        world.tpm.reset()  # a power cut
+        with world.on() as (_, committer):
+            await committer.ready()
+            assert (committer.found, committer.anchor.recoveries) == ("unclean", 1)
+
+    asyncio.run(scenario())
+
+
+def test_a_state_other_than_its_leaf_says_is_accepted_with_a_higher_lineage(world: World) -> None:
+    async def scenario() -> None:
+        with world.on() as (registry, committer):
+            one, two = vtpm(registry, "one"), vtpm(registry, "two")
+            await commit(committer, one, 1)
+            await commit(committer, two, 1)
+            older = registry.database.read("SELECT epoch, sealed FROM states").fetchone()
+            await commit(committer, one, 2)
+            with registry.database.durable() as db:
+                change = "UPDATE states SET epoch = ?, sealed = ? WHERE id = ?"
+                db.execute(change, (*older, str(one)))
+            assert await recover(committer) == [one]
+            leaf, other = committer.leaf(one), committer.leaf(two)
+            assert leaf is not None
+            assert other is not None
+            assert (leaf.epoch, leaf.lineage, other.lineage) == (1, 1, 0)
+            assert registry.states.state(one).epoch == 1
+            await commit(committer, one, 2)
+            leaf = committer.leaf(one)
+            assert leaf is not None
+            assert leaf.lineage == 1
+
+    asyncio.run(scenario())
+
+
+def test_what_is_known_to_be_destroyed_stays_so_whatever_is_recovered(
+    world: World, tmp_path: Path
+) -> None:
+    async def scenario() -> None:
+        with world.on() as (registry, committer):
+            one, two = vtpm(registry, "one"), vtpm(registry, "two")
+            await commit(committer, one, 1)
+            await commit(committer, two, 1)
+            leaf = committer.leaf(one)
+            assert leaf is not None
+            await committer.commit(Write(one, destroyed(leaf), None))
+            registry.remove(one)
+        world.save(tmp_path / "old")
+        with world.on() as (_, committer):
+            await commit(committer, two, 2)
+        world.put_back(tmp_path / "old")
+        with world.on() as (registry, committer):
+            await recover(committer)
+            leaf = committer.leaf(one)
+            assert leaf is not None
+            assert leaf.status is Status.DESTROYED
+            with pytest.raises(Conflict, match="destroyed"):
+                world.keeper.freshness.newest(one)
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("step", [Step.RECOVERY_WRITTEN, Step.RECOVERY_SETTLED])
+def test_a_death_within_a_recovery_is_followed_by_what_was_accepted(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: Step
+) -> None:
+    def die(reached: Step) -> None:
+        if reached is step:
+            raise Died
+
+    async def scenario() -> None:
+        with world.on() as (registry, committer):
+            one = vtpm(registry, "one")
+            await commit(committer, one, 1)
+        world.save(tmp_path / "old")
+        with world.on() as (_, committer):
+            await commit(committer, one, 2)
+        world.put_back(tmp_path / "old")
+        with monkeypatch.context() as patched, world.on() as (_, committer):
+            patched.setattr(module, "reached", die)
+            link, _ = await committer.recovery()
+            with pytest.raises(Died):
+                await committer.recover(link, "the disk died", RECOVERY)
+        with world.on() as (_, committer):
+            await commit(committer, one, 2)
+            assert (committer.found, committer.anchor.recoveries) == ("same", 1)
 
     asyncio.run(scenario())

@@ -18,7 +18,7 @@ import hmac
 import itertools
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Final
@@ -26,7 +26,7 @@ from uuid import UUID
 
 import structlog
 
-from holdfast.errors import HoldfastError, HostError, IntegrityError
+from holdfast.errors import Conflict, HoldfastError, HostError, IntegrityError
 from holdfast.evidence.freshness import EMPTY, GENESIS, Anchor, FreshnessMap, Leaf, Link, Status
 from holdfast.instance.background import background
 from holdfast.instance.links import Link as Connection
@@ -41,6 +41,7 @@ GROUP_MAX: Final = 256  # commits in one transaction
 TOLD_AT_ONCE: Final = 1024  # leaves in one message
 UNSURE_SECONDS: Final = 10.0  # that a group on disk waits for the keeper to come back
 REFUSED_SECONDS: Final = 2.0  # before what was refused is shown again
+SAME: Final = "same"  # `keeper.freshness.Found`: nothing has begun since
 _RETRY_SECONDS: Final = 0.2
 Done = Callable[[HoldfastError | None], None]
 
@@ -219,24 +220,26 @@ class Committer:
             return
         if self._refused is not None and time.monotonic() < self._refused[0]:
             raise self._refused[1]
-        await self._show()
-        hybrid, durable = self._states.links()
-        nothing = Recorded(b"", b"")
-        hybrid, durable = hybrid or nothing, durable or nothing
-        question = ipc.OpenMap(hybrid.link, hybrid.mac, durable.link, durable.mac)
+        await self._show({})
         try:
-            opened, _ = await self._keeper.ask(question, ipc.MapOpened)
+            opened = await self._ask_to_open()
         except IntegrityError as error:
             self._refused = time.monotonic() + REFUSED_SECONDS, error
             raise
         await self._take(opened)
 
-    async def _show(self) -> None:
-        """Tell the keeper all leaves."""
+    async def _ask_to_open(self) -> ipc.MapOpened:
+        nothing = Recorded(b"", b"")
+        hybrid, durable = (recorded or nothing for recorded in self._states.links())
+        question = ipc.OpenMap(hybrid.link, hybrid.mac, durable.link, durable.mac)
+        return (await self._keeper.ask(question, ipc.MapOpened))[0]
+
+    async def _show(self, others: Mapping[UUID, Leaf]) -> None:
+        """Tell the keeper all leaves, with `others` in place of some."""
         newest: dict[UUID, Leaf] = {}
         shown = []
-        for instance, leaf, anchored in self._states.leaves():
-            newest[instance] = leaf
+        for instance, there, anchored in self._states.leaves():
+            leaf = newest[instance] = others.get(instance, there)
             shown.append(
                 ipc.MapLeaf(instance, leaf.encode(), anchored.encode() if anchored else b"")
             )
@@ -248,16 +251,72 @@ class Committer:
 
     async def _take(self, opened: ipc.MapOpened) -> None:
         """Go on from what the keeper has found; a boot of the TPM that is new to it begins."""
+        self._note(opened)
+        if opened.found != SAME:
+            await self._commit([])
+        self._connection = self._keeper.link
+
+    def _note(self, opened: ipc.MapOpened) -> None:
         link = Link.decode(opened.value + opened.anchor)
         self._value, self._anchor = link.before, link.anchor
         self._durable, self._marked, self._key = opened.durable, opened.marked, opened.key
         self._refused = None
-        self.found = self.found or opened.found
-        if opened.found != "same":
+        if opened.found != SAME or not self.found:
             self.found = opened.found
-            LOG.info("states were compared with the host TPM", found=opened.found)
-            await self._commit([])
-        self._connection = self._keeper.link
+        LOG.info("states were compared with the host TPM", found=opened.found)
+
+    # --- what is older, accepted ---
+
+    async def recovery(self) -> tuple[bytes, str]:
+        """The link that would have what is on disk accepted, and why it is not.
+
+        Conflict if it is.
+        """
+        async with self._alone:
+            why = await self._refusal()
+            if why is None:
+                raise Conflict("there is nothing to recover: what is on disk is the newest")
+            asked, _ = await self._keeper.ask(ipc.AskRecovery(), ipc.Recovery)
+            return asked.link, why
+
+    async def _refusal(self) -> str | None:
+        """Why the keeper does not believe what is on disk, states for leaves; None if it does."""
+        self._connection = None
+        set_back = self._states.set_back()
+        await self._show({write.instance: write.leaf for write in set_back})
+        try:
+            await self._ask_to_open()
+        except IntegrityError as error:
+            return "; ".join(
+                [*(f"vTPM {write.instance} was changed" for write in set_back), str(error)]
+            )
+        return None
+
+    async def recover(self, link: bytes, reason: str, signature: bytes) -> list[UUID]:
+        """Have what is on disk accepted, as the recovery key's signature of `recovery`'s link says.
+
+        Returns the vTPMs whose own states were other than their leaves said. Forbidden if the
+        signature is not the recovery key's, Conflict if the link is not that any more.
+        """
+        async with self._alone:
+            if await self._refusal() is None:
+                raise Conflict("there is nothing to recover: what is on disk is the newest")
+            question = ipc.Recover(link, reason, signature)
+            opened, _ = await self._keeper.ask(question, ipc.MapOpened)
+            self._note(opened)
+            set_back = self._states.set_back()
+            following = Link(self._value, self._anchor.after(self._map.root))
+            durable = Link(self._durable, self._anchor)
+            self._states.journal("", "recover", reason)
+            self._states.accept(set_back, self._recorded(following), self._recorded(durable))
+            reached(Step.RECOVERY_WRITTEN)
+            await self._keeper.ask(ipc.Settle(durable.encode()), ipc.Done)
+            reached(Step.RECOVERY_SETTLED)
+            await self._keeper.ask(ipc.Advance((), following.anchor.digest), ipc.Done)
+            self._anchor, self._value = following.anchor, following.value
+            self._durable, self._marked = durable.value, True
+            self._connection = self._keeper.link
+            return [write.instance for write in set_back]
 
     # --- the durable chain ---
 

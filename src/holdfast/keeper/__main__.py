@@ -25,6 +25,7 @@ from holdfast.keeper.boot_state import boot_state
 from holdfast.keeper.leases import DESCRIPTORS, LEASES_MAX
 from holdfast.keeper.provision import DEFAULT_PCRS, Site, authorize, provision
 from holdfast.keeper.service import PEERS_MAX, Keeper, log
+from holdfast.keeper.sole import claim
 from holdfast.linux import channel, process
 from holdfast.linux.secret import Kind, SecretMemory
 from holdfast.sandbox import keeper as sandbox
@@ -92,6 +93,7 @@ def _boot_state(options: argparse.Namespace) -> dict[str, Any]:
 
 def _serve(options: argparse.Namespace) -> int:
     process.set_name("holdfast-keeper")
+    sole = claim(options.tcti)
     transport = None
     try:
         transport = Transport(options.tcti)  # a device is opened while we still may
@@ -113,6 +115,7 @@ def _serve(options: argparse.Namespace) -> int:
     signal.signal(signal.SIGTERM, lambda *_: keeper.stop())
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     keeper.run()
+    sole.close()
     with contextlib.suppress(OSError):
         options.socket.unlink()
     return 0

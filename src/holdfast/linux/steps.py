@@ -23,6 +23,8 @@ class Step(Enum):
     COMMIT_WRITTEN = "commit: on disk, not in the chain"
     COMMIT_EXTENDED = "commit: in the chain, not answered"
     ANCHOR_WRITTEN = "durable anchor: on disk, not in the chain"
+    RECOVERY_WRITTEN = "recovery: on disk, in no chain"
+    RECOVERY_SETTLED = "recovery: in the durable chain alone"
     DESTROY_COMMITTED = "destroy: remembered, not deleted"
     DESTROY_DELETED = "destroy: deleted, not remembered durably"
     ANCHOR_EXTENDED = "durable anchor: in the chain, not noted"

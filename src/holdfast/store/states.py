@@ -13,7 +13,7 @@ import hashlib
 import sqlite3
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 from uuid import UUID
 
@@ -122,6 +122,26 @@ class States:
                 db.execute("INSERT INTO states VALUES (?, ?, ?, ?, ?, ?)", row)
             _put(db, HYBRID, recorded)
 
+    def set_back(self) -> list[Write]:
+        """States that are not those that their leaves speak of, with leaves that would be theirs.
+
+        Their lineage is one higher: they are not what the last commit made of them.
+        """
+        found = []
+        rows = self._database.read("SELECT id, epoch, sealed, wrapped, clears, leaf FROM states")
+        for name, *row, told in rows:
+            state, leaf = SealedState(*row), _leaf(name, told)
+            digest = hashlib.sha256(state.sealed).digest()
+            if (leaf.epoch, leaf.digest) != (state.epoch, digest):
+                leaf = replace(leaf, epoch=state.epoch, digest=digest, lineage=leaf.lineage + 1)
+                found.append(Write(_uuid(name), leaf, state))
+        return found
+
+    def accept(self, writes: Sequence[Write], hybrid: Recorded, durable: Recorded) -> None:
+        """What `set_back` said, and the links with which all that is there is believed again."""
+        self.write(writes, hybrid)
+        self.write_durable(durable)
+
     def write_durable(self, recorded: Recorded) -> None:
         """What is newest now is what the durable chain is to remember; durable at once."""
         with self._database.durable() as db:
@@ -129,6 +149,7 @@ class States:
                 "INSERT OR REPLACE INTO anchored SELECT id, leaf FROM newest "
                 "WHERE leaf IS NOT (SELECT leaf FROM anchored WHERE id = newest.id)"
             )
+            db.execute("DELETE FROM anchored WHERE id NOT IN (SELECT id FROM newest)")
             _put(db, DURABLE, recorded)
             now = time.time()
             db.execute("DELETE FROM wear WHERE at NOT BETWEEN ? AND ?", (now - DAY, now))
