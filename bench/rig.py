@@ -68,7 +68,7 @@ def _is_worker(pid: int, serve: int) -> bool:
 
 
 @contextmanager
-def holdfast(manufactured: int = 0) -> Iterator[Host]:
+def holdfast(manufactured: int = 0, durability: str = "fsync") -> Iterator[Host]:
     """A host with a software host TPM, on a tmpfs-free directory of its own."""
     directory = Path(tempfile.mkdtemp(prefix="hfb-"))
     serve = None
@@ -79,6 +79,7 @@ def holdfast(manufactured: int = 0) -> Iterator[Host]:
                 f'[paths]\nstate = "{directory}/state"\nrun = "{directory}/run"\n'
                 f'cdi = "{directory}/cdi"\n[keeper]\nuser = "root"\n'
                 f"[workers]\nmanufactured = {manufactured}\n"
+                f'[store]\ndurability = "{durability}"\n'
             )
             recipient = str(pyrage.x25519.Identity.generate().to_public())
             config = ["--config", str(directory / "holdfast.toml")]

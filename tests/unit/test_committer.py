@@ -17,7 +17,7 @@ from holdfast.evidence.freshness import EMPTY, GENESIS, Status
 from holdfast.hwtpm.anchor import Chain
 from holdfast.ids import InstanceId, instance_name
 from holdfast.instance import committer as module
-from holdfast.instance.committer import Committer, Unsure, destroyed, live
+from holdfast.instance.committer import Committer, Sealed, Unsure, destroyed, live
 from holdfast.linux.steps import Step
 from holdfast.protocol import ipc
 from holdfast.store.registry import Instance, Registry
@@ -77,19 +77,19 @@ def vtpm(registry: Registry, name: str) -> InstanceId:
     return made
 
 
-def write(committer: Committer, instance: InstanceId, epoch: int) -> Write:
-    state = SealedState(epoch, f"{instance} {epoch}".encode(), b"wrapped")
-    return Write(instance, live(state, committer.leaf(instance), 0, 0, EMPTY), state)
+def sealed(instance: InstanceId, epoch: int, content: str = "") -> Sealed:
+    return Sealed(instance, SealedState(epoch, f"{instance} {epoch}{content}".encode(), b"w"))
 
 
 async def commit(committer: Committer, instance: InstanceId, epoch: int) -> None:
     await committer.ready()
-    await committer.commit(write(committer, instance, epoch))
+    await committer.commit(sealed(instance, epoch))
 
 
-async def through(committer: Committer, write: Write) -> None:
+async def through(committer: Committer, wanted: Sealed) -> None:
     """A commit and a durable anchor, in this task: a death must not be a task's."""
-    await committer._carry([write])
+    await committer._prepare()
+    await committer._commit(committer._writes([(wanted, lambda _: None)]))
     await committer._settle(clean=False)
 
 
@@ -113,7 +113,7 @@ def test_two_commits_of_one_vtpm_are_never_in_one_group(world: World) -> None:
         with world.on() as (registry, committer):
             one = vtpm(registry, "one")
             await committer.ready()
-            first, second = write(committer, one, 1), write(committer, one, 2)
+            first, second = sealed(one, 1), sealed(one, 2)
             await asyncio.gather(committer.commit(first), committer.commit(second))
             assert committer.groups == 2 + 1  # and the one that began this boot
             assert registry.states.state(one).epoch == 2
@@ -178,7 +178,7 @@ def test_an_older_disk_is_refused_and_changes_nothing(
             with pytest.raises(IntegrityError, match="older than"):
                 await committer.ready()
             with pytest.raises(IntegrityError, match="older than"):
-                await committer.commit(write(committer, one, 2))
+                await committer.commit(sealed(one, 2))
             with pytest.raises(HostError, match="older than"):
                 world.keeper.freshness.newest(one)
             assert world.tpm.values == values
@@ -285,7 +285,7 @@ def test_a_death_at_any_step_loses_nothing_and_lets_nothing_older_in(
         with world.on() as (registry, committer):
             await committer.ready()
             with pytest.raises(Died):
-                await through(committer, write(committer, one, 3))
+                await through(committer, sealed(one, 3))
         assert visited
         if reset:
             world.tpm.reset()
@@ -300,9 +300,9 @@ def test_a_death_at_any_step_loses_nothing_and_lets_nothing_older_in(
             await committer.ready()
             if step.name.startswith("ANCHOR"):  # that of a boot's first commit, before it
                 await commit(committer, one, 3)
-            again = write(committer, one, 3)
-            assert again.state is not None
-            assert registry.states.known(one, again.state)
+            groups = committer.groups
+            await commit(committer, one, 3)
+            assert committer.groups == groups  # it was there
             await commit(committer, one, 4)
             await committer.close()
         world.tpm.reset()
@@ -358,9 +358,8 @@ def test_a_full_disk_refuses_a_group_and_keeps_all_as_it_was(world: World) -> No
             pages = registry.database.read("PRAGMA page_count").fetchone()[0]
             registry.database.read(f"PRAGMA max_page_count={pages}").fetchall()
             big = SealedState(2, bytes(4 << 20), b"w")  # more than what room was made for
-            leaf = live(big, committer.leaf(one), 0, 0, EMPTY)
             with pytest.raises(HostError, match="cannot be written"):
-                await committer.commit(Write(one, leaf, big))
+                await committer.commit(Sealed(one, big))
             await commit(committer, one, 2)
         with world.on() as (registry, committer):
             await committer.ready()
@@ -441,7 +440,7 @@ def test_a_daemon_whose_map_is_another_is_refused(world: World) -> None:
             back = ipc.Advance((ipc.Change(one, leaf.encode()),), EMPTY)
             with pytest.raises(IntegrityError, match="not the keeper's"):
                 await world.keeper.ask(back, ipc.Done)
-            older = ipc.Change(one, live(SealedState(0, b"", b""), None, 0, 0, EMPTY).encode())
+            older = ipc.Change(one, live(Sealed(one, SealedState(0, b"", b"")), None).encode())
             with pytest.raises(IntegrityError, match="cannot follow"):
                 await world.keeper.ask(ipc.Advance((older,), EMPTY), ipc.Done)
 
@@ -577,5 +576,22 @@ def test_a_death_within_a_recovery_is_followed_by_what_was_accepted(
         with world.on() as (_, committer):
             await commit(committer, one, 2)
             assert (committer.found, committer.anchor.recoveries) == ("same", 1)
+
+    asyncio.run(scenario())
+
+
+def test_epochs_go_up_by_one_and_the_same_commit_twice_is_once(world: World) -> None:
+    async def scenario() -> None:
+        with world.on() as (registry, committer):
+            one, two = vtpm(registry, "one"), vtpm(registry, "two")
+            for epoch in (1, 2, 2):
+                await commit(committer, one, epoch)
+            for wrong in (sealed(one, 2, "other"), sealed(one, 1), sealed(one, 4)):
+                both = (committer.commit(sealed(two, 1)), committer.commit(wrong))
+                _, refused = await asyncio.gather(*both, return_exceptions=True)
+                assert isinstance(refused, IntegrityError)
+                assert "cannot follow" in str(refused)
+            assert registry.states.state(one).epoch == 2
+            assert registry.states.state(two).epoch == 1
 
     asyncio.run(scenario())

@@ -17,12 +17,11 @@ from holdfast.daemon.config import Config, Paths
 from holdfast.daemon.host import Host
 from holdfast.daemon.starting import container_edits, our_hook, plain_run
 from holdfast.errors import Conflict, NotFound
-from holdfast.evidence.freshness import EMPTY
 from holdfast.frontend.attach import detach
 from holdfast.frontend.bundle import with_vtpm
 from holdfast.ids import InstanceId, instance_name
 from holdfast.instance.background import background
-from holdfast.instance.committer import live
+from holdfast.instance.committer import Sealed
 from holdfast.instance.lifecycle import State
 from holdfast.instance.links import Peer
 from holdfast.instance.vtpm import Surroundings, VirtualTpm
@@ -31,7 +30,7 @@ from holdfast.protocol import ipc
 from holdfast.protocol import lifecycle as lc
 from holdfast.protocol.oci_state import ContainerState
 from holdfast.store.registry import Instance, Registry
-from holdfast.store.states import SealedState, Write
+from holdfast.store.states import SealedState
 
 from .anchoring import committer
 
@@ -122,9 +121,8 @@ def test_a_fault_nobody_thought_of_makes_a_vtpm_fail_and_not_hang(
 ) -> None:
     async def replace() -> VirtualTpm:
         vtpm = a_vtpm(registry, Breaks("peer", tmp_path), tmp_path, State.ACTIVE)
-        state = SealedState(1, b"s", b"w")
-        write = Write(vtpm.record.id, live(state, None, 0, 0, EMPTY), state)
-        await vtpm._around.committer.commit(write)
+        sealed = Sealed(vtpm.record.id, SealedState(1, b"s", b"w"))
+        await vtpm._around.committer.commit(sealed)
         vtpm.run = plain_run()
         await vtpm._replace("it ended")
         return vtpm

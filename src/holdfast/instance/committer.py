@@ -20,7 +20,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Final
 from uuid import UUID
 
@@ -46,6 +46,17 @@ _RETRY_SECONDS: Final = 0.2
 Done = Callable[[HoldfastError | None], None]
 
 
+@dataclass(frozen=True)
+class Sealed:
+    """A state as its worker has sealed it, and what the leaf says beside."""
+
+    instance: UUID
+    state: SealedState
+    run: int = 0
+    lineage: int = 0
+    log_head: bytes = EMPTY
+
+
 class Unsure(HostError):
     """What was to be committed is on disk, and the keeper did not come back to anchor it."""
 
@@ -58,7 +69,7 @@ class Committer:
         self._states = states
         self._keeper = keeper
         self._per_day = per_day
-        self._waiting: deque[tuple[Write, Done]] = deque()
+        self._waiting: deque[tuple[Write | Sealed, Done]] = deque()
         self._flushing: asyncio.Task[None] | None = None
         self._alone = asyncio.Lock()  # one link at a time
         self._disk = ThreadPoolExecutor(1, "disk")
@@ -97,16 +108,17 @@ class Committer:
 
     # --- committing ---
 
-    def submit(self, write: Write, done: Done) -> None:
-        """Have a state committed with others; `done` is called with what went wrong, if anything.
+    def submit(self, wanted: Write | Sealed, done: Done) -> None:
+        """Have it committed with others; `done` is called with what went wrong, if anything.
 
-        Unsure if nobody knows whether it is; then its worker must not go on.
+        What is the newest already is done. IntegrityError for an epoch that is not the next; Unsure
+        if nobody knows whether it is committed, and then its worker must not go on.
         """
-        self._waiting.append((write, done))
+        self._waiting.append((wanted, done))
         if self._flushing is None or self._flushing.done():
             self._flushing = background(self._flush())
 
-    async def commit(self, write: Write) -> None:
+    async def commit(self, wanted: Write | Sealed) -> None:
         """The same for whoever can wait."""
         future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
@@ -118,7 +130,7 @@ class Committer:
             else:
                 future.set_exception(error)
 
-        self.submit(write, done)
+        self.submit(wanted, done)
         await future
 
     async def _flush(self) -> None:
@@ -126,29 +138,50 @@ class Committer:
             async with self._alone:
                 group = self._group()
                 try:
-                    await self._carry([write for write, _ in group])
+                    await self._prepare()
+                    writes = self._writes(group)
+                    if writes:
+                        await self._commit(writes)
                     error = None
                 except HoldfastError as failed:
                     error = failed
                 for _, done in group:
                     done(error)
 
-    def _group(self) -> list[tuple[Write, Done]]:
+    def _group(self) -> list[tuple[Write | Sealed, Done]]:
         """The next commits, of each vTPM one."""
-        group: dict[UUID, tuple[Write, Done]] = {}
+        group: dict[UUID, tuple[Write | Sealed, Done]] = {}
         while self._waiting and len(group) < GROUP_MAX:
             if self._waiting[0][0].instance in group:
                 break
-            write, done = self._waiting.popleft()
-            group[write.instance] = write, done
+            wanted, done = self._waiting.popleft()
+            group[wanted.instance] = wanted, done
         return list(group.values())
 
-    async def _carry(self, writes: list[Write]) -> None:
-        """Commit a group; before a boot's first, the durable chain learns that there are some."""
+    def _writes(self, group: list[tuple[Write | Sealed, Done]]) -> list[Write]:
+        """What of a group is to be written; who asks for what cannot be is told, and left out."""
+        writes = []
+        for wanted, done in group.copy():
+            if isinstance(wanted, Write):
+                writes.append(wanted)
+                continue
+            earlier = self._map.get(wanted.instance)
+            leaf = live(wanted, earlier)
+            if leaf == earlier:
+                continue
+            present = earlier.epoch if earlier else 0
+            if leaf.epoch == present + 1:
+                writes.append(Write(wanted.instance, leaf, wanted.state))
+            else:
+                group.remove((wanted, done))
+                done(IntegrityError(f"epoch {leaf.epoch} cannot follow epoch {present}"))
+        return writes
+
+    async def _prepare(self) -> None:
+        """Before a boot's first commit the durable chain learns that there are some."""
         await self._open()
         if not self._marked:
             await self._settle(clean=False)
-        await self._commit(writes)
 
     async def _commit(self, writes: list[Write]) -> None:
         """Write, then synchronise and extend at once. HostError if the disk refused: nothing is."""
@@ -362,12 +395,13 @@ class Committer:
             self._disk.shutdown()
 
 
-def live(state: SealedState, earlier: Leaf | None, run: int, lineage: int, log: bytes) -> Leaf:
+def live(sealed: Sealed, earlier: Leaf | None) -> Leaf:
     """The leaf of a state that follows `earlier`; counts never go back."""
+    run, lineage = sealed.run, sealed.lineage
     if earlier is not None:
         run, lineage = max(run, earlier.run), max(lineage, earlier.lineage)
-    digest = hashlib.sha256(state.sealed).digest()
-    return Leaf(Status.LIVE, state.epoch, digest, run, lineage, log)
+    digest = hashlib.sha256(sealed.state.sealed).digest()
+    return Leaf(Status.LIVE, sealed.state.epoch, digest, run, lineage, sealed.log_head)
 
 
 def destroyed(earlier: Leaf) -> Leaf:

@@ -33,7 +33,7 @@ from holdfast.evidence.freshness import EMPTY
 from holdfast.instance.ahead import Parked, begin
 from holdfast.instance.background import background
 from holdfast.instance.bucket import Bucket
-from holdfast.instance.committer import Committer, Done, live
+from holdfast.instance.committer import Committer, Done, Sealed
 from holdfast.instance.lifecycle import Event, State, after
 from holdfast.instance.links import Peer
 from holdfast.instance.waiting import in_time
@@ -41,7 +41,7 @@ from holdfast.instance.worker_link import WorkerLink, reattach, spawn
 from holdfast.protocol import ipc
 from holdfast.protocol import lifecycle as lc
 from holdfast.store.registry import Instance, KeySet, Registry
-from holdfast.store.states import SealedState, Write
+from holdfast.store.states import SealedState
 from holdfast.tpm2.algorithms import HASHES_BY_NAME, Alg
 from holdfast.tpm2.constants import HOST_PCRS, MEASURED_PCRS
 
@@ -125,6 +125,7 @@ class VirtualTpm:
         self._maker: WorkerLink | None = None
         self._restarts: list[float] = []
         self._door: Door | None = None
+        self.refusal = ""  # why it was last not powered on, and when; empty once it is
         self._stopping = False
         self._replacing: asyncio.Task[None] | None = None
         self._run_number = record.run  # as states say it: one that is beginning is counted already
@@ -132,17 +133,9 @@ class VirtualTpm:
 
     def _keep(self, state: SealedState, done: Done) -> None:
         """Commit what its worker has sealed."""
-        around, instance = self._around, self.record.id
-        try:
-            if around.registry.states.known(instance, state):
-                done(None)
-                return
-        except HoldfastError as error:
-            done(error)
-            return
-        earlier = around.committer.leaf(instance)
-        leaf = live(state, earlier, self._run_number, self.record.lineage, self._log_head)
-        around.committer.submit(Write(instance, leaf, state), done)
+        record = self.record
+        sealed = Sealed(record.id, state, self._run_number, record.lineage, self._log_head)
+        self._around.committer.submit(sealed, done)
 
     @property
     def state(self) -> State:

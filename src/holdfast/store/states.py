@@ -79,21 +79,6 @@ class States:
             )
         return state
 
-    def known(self, instance: UUID, state: SealedState) -> bool:
-        """Whether this very state is the newest already; IntegrityError if it cannot be the next.
-
-        Epochs go up by one.
-        """
-        row = self._database.read(
-            "SELECT epoch, sealed FROM states WHERE id = ?", str(instance)
-        ).fetchone()
-        present = row[0] if row else 0
-        if row and (row[0], row[1]) == (state.epoch, state.sealed):
-            return True
-        if state.epoch != present + 1:
-            raise IntegrityError(f"epoch {state.epoch} cannot follow epoch {present}")
-        return False
-
     # --- all of them ---
 
     def write(self, writes: Sequence[Write], recorded: Recorded) -> None:
