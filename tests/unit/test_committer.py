@@ -17,7 +17,7 @@ from holdfast.evidence.freshness import EMPTY, GENESIS, Status
 from holdfast.hwtpm.anchor import Chain
 from holdfast.ids import InstanceId, instance_name
 from holdfast.instance import committer as module
-from holdfast.instance.committer import Committer, Sealed, Unsure, destroyed, live
+from holdfast.instance.committer import Committer, Overtaken, Sealed, Unsure, destroyed, live
 from holdfast.linux.steps import Step
 from holdfast.protocol import ipc
 from holdfast.store.registry import Instance, Registry
@@ -343,9 +343,13 @@ def test_who_waits_in_vain_for_the_keeper_is_told_that_nobody_knows(
             with pytest.raises(Unsure):
                 await commit(committer, one, 2)
             with pytest.raises(HostError):
-                await commit(committer, one, 3)
+                await committer.commit(sealed(one, 2, "other"))
             world.tpm.fails = ""
-            await commit(committer, one, 3)
+            with pytest.raises(Overtaken) as overtaken:
+                await committer.commit(sealed(one, 2, "other"))
+            await commit(committer, one, overtaken.value.epoch + 1)
+            with pytest.raises(IntegrityError):
+                await committer.commit(sealed(one, 3, "other"))
 
     asyncio.run(scenario())
 

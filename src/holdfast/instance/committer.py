@@ -58,7 +58,18 @@ class Sealed:
 
 
 class Unsure(HostError):
-    """What was to be committed is on disk, and the keeper did not come back to anchor it."""
+    """What was to be committed is on disk, and the keeper did not come back to anchor it.
+
+    It may be the newest yet, when the keeper comes back.
+    """
+
+
+class Overtaken(Conflict):
+    """What was Unsure has become the newest: `epoch`. Who has taken it back goes on from there."""
+
+    def __init__(self, epoch: int) -> None:
+        super().__init__(f"epoch {epoch} was committed after all")
+        self.epoch = epoch
 
 
 class Committer:
@@ -74,6 +85,7 @@ class Committer:
         self._alone = asyncio.Lock()  # one link at a time
         self._disk = ThreadPoolExecutor(1, "disk")
         self._connection: Connection | None = None  # to the keeper that has our map
+        self._unsure: set[UUID] = set()  # whose last group may or may not be the newest
         self._refused: tuple[float, IntegrityError] | None = None
         self._map = FreshnessMap()
         self._anchor = GENESIS.anchor
@@ -112,7 +124,7 @@ class Committer:
         """Have it committed with others; `done` is called with what went wrong, if anything.
 
         What is the newest already is done. IntegrityError for an epoch that is not the next; Unsure
-        if nobody knows whether it is committed, and then its worker must not go on.
+        if nobody knows whether it is committed; Overtaken if that turned out so of the one before.
         """
         self._waiting.append((wanted, done))
         if self._flushing is None or self._flushing.done():
@@ -145,6 +157,8 @@ class Committer:
                     error = None
                 except HoldfastError as failed:
                     error = failed
+                    if isinstance(failed, Unsure):
+                        self._unsure |= {wanted.instance for wanted, _ in group}
                 for _, done in group:
                     done(error)
 
@@ -172,8 +186,12 @@ class Committer:
             present = earlier.epoch if earlier else 0
             if leaf.epoch == present + 1:
                 writes.append(Write(wanted.instance, leaf, wanted.state))
+                self._unsure.discard(wanted.instance)
+                continue
+            group.remove((wanted, done))
+            if leaf.epoch == present and wanted.instance in self._unsure:
+                done(Overtaken(present))
             else:
-                group.remove((wanted, done))
                 done(IntegrityError(f"epoch {leaf.epoch} cannot follow epoch {present}"))
         return writes
 

@@ -15,7 +15,7 @@ from uuid import UUID
 
 from holdfast.errors import Conflict, HoldfastError, HostError
 from holdfast.instance.bucket import Bucket
-from holdfast.instance.committer import Done, Unsure
+from holdfast.instance.committer import Done, Overtaken
 from holdfast.instance.links import LATER, Link, Peer
 from holdfast.linux import channel
 from holdfast.protocol import ipc
@@ -97,9 +97,8 @@ class WorkerLink:
 
     def _kept(self, epoch: int, error: HoldfastError | None) -> None:
         self._committing = False
-        if isinstance(error, Unsure):
-            self.link.last_words = f"nobody knows whether its last commit is kept: {error}"
-            self.link.close()
+        if isinstance(error, Overtaken):
+            self.link.tell(lc.Behind(error.epoch))
         elif error is not None:
             self.link.tell(ipc.Refused(type(error).__name__, str(error)))
         else:

@@ -289,6 +289,14 @@ class Committed(Message, code=171):
 
 
 @dataclass(frozen=True)
+class Behind(Message, code=180):
+    """In answer to Commit: `epoch` is durable, though the worker was told that it is not and has
+    taken it back. Commit again, after that one."""
+
+    epoch: int
+
+
+@dataclass(frozen=True)
 class Fault(Message, code=172):
     """The worker's last words: what went wrong, without any state."""
 

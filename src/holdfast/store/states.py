@@ -79,6 +79,11 @@ class States:
             )
         return state
 
+    def has(self, instance: UUID) -> bool:
+        """Whether there is a state of this vTPM."""
+        rows = self._database.read("SELECT 1 FROM states WHERE id = ?", str(instance))
+        return rows.fetchone() is not None
+
     # --- all of them ---
 
     def write(self, writes: Sequence[Write], recorded: Recorded) -> None:

@@ -56,6 +56,10 @@ class Ended(Exception):
     """The worker's life is over, in order."""
 
 
+class _BehindError(Exception):
+    """An epoch that we had taken back is durable after all; ours is the one after it."""
+
+
 class Worker:
     """One vTPM's process, from Begin to its end."""
 
@@ -169,6 +173,12 @@ class Worker:
 
         `meanwhile` is done once the daemon has been asked, while the disk is at work.
         """
+        try:
+            return self._commit_next(permanent, meanwhile)
+        except _BehindError:
+            return self._commit_next(permanent, None)
+
+    def _commit_next(self, permanent: bytes, meanwhile: Callable[[], None] | None) -> bool:
         self._have_key()
         epoch = self._epoch + 1
         sealed = seal(self._data_key, self._owner, epoch, Kind.PERMANENT, permanent)
@@ -209,6 +219,9 @@ class Worker:
                 return True
             if isinstance(message, ipc.Refused):
                 return False
+            if isinstance(message, lc.Behind) and message.epoch == epoch:
+                self._epoch = epoch
+                raise _BehindError
             # A client that makes commit after commit must not keep the daemon waiting.
             self._backlog.append(message)
             self._loop.soon(self._work_off)
