@@ -68,9 +68,10 @@ class Serve:
 
     # --- the host TPM ---
 
-    def start_tpm(self) -> None:
+    def start_tpm(self, log: Path = HOST_LOG) -> None:
+        """Power it on, in a boot that was as `log` has it."""
         command = [*PYTHON, "holdfast.worker.plain", "--directory", str(self.directory)]
-        command += ["--state", str(self.directory / "host-tpm"), "--replay", str(HOST_LOG)]
+        command += ["--state", str(self.directory / "host-tpm"), "--replay", str(log)]
         path = self.directory / "tpm.sock"
         path.unlink(missing_ok=True)
         self.tpm = subprocess.Popen(command)

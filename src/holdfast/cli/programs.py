@@ -53,9 +53,9 @@ def settings_of(config: Path | None) -> dict[str, Any]:
     return of_config("settings", config)
 
 
-def of_config(part: str, config: Path | None) -> dict[str, Any]:
+def of_config(part: str, config: Path | None, *more: str) -> dict[str, Any]:
     """What one of the daemon's modules says of the configuration."""
-    given = ["--config", str(config)] if config else []
+    given = [*more, *(["--config", str(config)] if config else [])]
     value = module([f"holdfast.daemon.{part}", *given])
     assert isinstance(value, dict)
     return value

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,9 +11,10 @@ from typing import Annotated, Any
 import typer
 
 from holdfast.cli import output
-from holdfast.cli.given import Json, Name, json_file, quoted, uid_of
+from holdfast.cli.given import ConfigFile, Json, Name, json_file, quoted, uid_of
 from holdfast.cli.output import MARKS, progress, show
-from holdfast.client import Client
+from holdfast.cli.programs import of_config
+from holdfast.client import Client, NoDaemon
 from holdfast.frontend.bundle import with_vtpm
 
 
@@ -151,9 +153,18 @@ def ls(as_json: Json = False) -> None:
     show(value, as_json, human)
 
 
-def inspect(name: Name) -> None:
-    """Show everything about a vTPM, as JSON."""
-    value = Client().call("GET", f"/v1/vtpms/{quoted(name)}")
+def inspect(name: Name, config: ConfigFile = None) -> None:
+    """Show everything about a vTPM, as JSON: also what is wrong with it, and what to do.
+
+    While no daemon runs, root is shown what is on disk.
+    """
+    path = f"/v1/vtpms/{quoted(name)}"
+    try:
+        value = Client().call("GET", path)
+    except NoDaemon:
+        if os.geteuid() != 0:
+            raise
+        value = of_config("instances", config, f"--name={name}")
     show(value, True, lambda _: None)
 
 

@@ -11,8 +11,10 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 from typing import Any, Final
 
 import structlog
@@ -22,6 +24,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
 
 from holdfast import __version__
 from holdfast.attest.collector import Collector
+from holdfast.daemon import instances
 from holdfast.daemon.doctor import examine, overview
 from holdfast.daemon.host import Host
 from holdfast.daemon.wanted import wanted, wanted_like
@@ -48,6 +51,7 @@ BODY_MAX: Final = 1 << 20
 BODY_SECONDS: Final = 10.0
 PATH_SHOWN: Final = 128
 WHY_SHOWN: Final = 200
+WHY_KEPT: Final = 1000
 DEFAULT_AUDIENCE: Final = "holdfast"  # of verifiers that did not say who they are
 _STATUS: Final[Mapping[type[HoldfastError], int]] = {
     InvalidInput: 400,
@@ -290,7 +294,8 @@ class Api:
 
     async def _start(self, request: web.Request) -> web.Response:
         vtpm = await self._changed_by_owner(request)
-        await self._host.start_plain(vtpm.record.name)
+        with self._starting(vtpm.record.name):
+            await self._host.start_plain(vtpm.record.name)
         self._audit(caller(request), "start", vtpm.record.name)
         return web.json_response(self._details(vtpm))
 
@@ -347,7 +352,8 @@ class Api:
         state = checked_state(body.get("state"))
         stage = request.match_info["stage"]
         if stage == "createRuntime":
-            await self._host.start_for(name, state)
+            with self._starting(name):
+                await self._host.start_for(name, state)
             self._audit(who, "power on", name, container=state.id)
         elif stage == "poststop":
             # Only hurries what the end of the container's init brings about anyway.
@@ -376,40 +382,41 @@ class Api:
         self._calls.labels(what).inc()
         AUDIT.info(what, vtpm=vtpm, uid=who.uid, pid=who.pid, **more)
 
+    @contextmanager
+    def _starting(self, name: str) -> Iterator[None]:
+        """Remember why a vTPM was not powered on: who asks later gets to know it, too."""
+        why = ""
+        try:
+            yield
+        except (HoldfastError, OSError) as error:
+            at = datetime.now(UTC).isoformat(timespec="seconds")
+            why = f"{str(error)[:WHY_KEPT]} ({at})"
+            raise
+        finally:
+            with suppress(HoldfastError):  # there is none of that name, or no longer
+                self._host.refused(self._host.find(name), why)
+
     def _details(self, vtpm: VirtualTpm) -> dict[str, Any]:
         place = self._host.config.paths.vtpm(vtpm.record.name)
+        found = instances.findings_of(self._host.registry, vtpm.record)
         return {
             **_summary(vtpm),
-            "banks": list(vtpm.record.banks),
-            "start_policy": vtpm.record.start_policy,
-            "unsafe_unlinked": vtpm.record.unlinked,
-            "ports": vtpm.record.ports,
-            "devices": vtpm.record.nodes or "fuse",
-            "mode": "passthrough" if vtpm.record.device else "vtpm",
-            "tpm": vtpm.record.device,
+            **instances.settings(vtpm.record),
             "device": f"holdfast.dev/vtpm={vtpm.record.name}",
             "tcti": f"swtpm:path={place / 'run' / 'tpm.sock'}",
             "pcrs": {
                 alg.name.lower(): {str(pcr): value.hex() for pcr, value in bank.items()}
                 for alg, bank in vtpm.ledger.items()
             },
+            "why_not_started": self._host.why_not_started(vtpm),
+            "findings": [asdict(finding) for finding in found],
+            "daemon": True,
         }
 
 
 def _summary(vtpm: VirtualTpm) -> dict[str, Any]:
-    record = vtpm.record
-    return {
-        "name": record.name,
-        "id": str(record.id),
-        "state": record.state,
-        "profile": record.profile,
-        "owner": record.owner,
-        "created": record.created,
-        "run": record.run,
-        "restarts": record.restarts,
-        "container": vtpm.run.container if vtpm.run else "",
-        "why_failed": record.why_failed,
-    }
+    container = vtpm.run.container if vtpm.run else ""
+    return {**instances.summary(vtpm.record), "container": container}
 
 
 def _log_of(vtpm: VirtualTpm) -> dict[str, Any]:

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 from typing import Any, Final
 
-from holdfast.daemon.ground import Finding, kernel, report, worst
+from holdfast.daemon import instances
+from holdfast.daemon.findings import Finding, report, worst
+from holdfast.daemon.ground import kernel
 from holdfast.daemon.host import Host
 from holdfast.errors import HoldfastError
 from holdfast.protocol import ipc
@@ -14,24 +19,41 @@ _BEST_MEMORY: Final = "memfd_secret"
 # What `status` says of each part: these findings.
 _PARTS: Final = {
     "host": ("host TPM", "virtual host", "host event log"),
-    "keeper": ("keeper",),
+    "keeper": ("keeper", "boot state"),
     "spawner": ("spawner",),
 }
+
+_AT_ONCE: Final = 64  # vTPMs looked at before others have their turn
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What several checks look at, asked for once; or why it could not be had."""
+
+    host: Host
+    keeper: ipc.KeeperState | HoldfastError
 
 
 async def examine(host: Host) -> dict[str, Any]:
     """Look at everything; never raises for what it finds."""
-    keeper, memory = await _keeper(host)
-    findings = [*keeper, *await _host_log(host), *await _spawner(host), *kernel()]
+    seen = Seen(host, await _keeper_state(host))
+    findings = [finding for check in CHECKS for finding in await check(seen)]
+    memory = "" if isinstance(seen.keeper, HoldfastError) else seen.keeper.root_key_memory
+    return {**report(findings), "vtpms": by_state(host), "root_key_memory": memory}
+
+
+def by_state(host: Host) -> dict[str, int]:
+    """How many vTPMs are in which state."""
     counts: dict[str, int] = {}
     for vtpm in host.all():
         counts[vtpm.record.state] = counts.get(vtpm.record.state, 0) + 1
-    return {**report(findings), "vtpms": counts, "root_key_memory": memory}
+    return counts
 
 
 async def overview(host: Host) -> dict[str, Any]:
     """The short view: host, keeper, spawner, vTPMs by state; and what else `examine` minds."""
-    return brief(await examine(host))
+    seen = await examine(host)
+    return {**brief(seen), "root_key_memory": seen["root_key_memory"]}
 
 
 def brief(seen: dict[str, Any]) -> dict[str, Any]:
@@ -49,19 +71,24 @@ def brief(seen: dict[str, Any]) -> dict[str, Any]:
         for f in seen["findings"]
         if f["what"] not in told and f["level"] in ("problem", "warning")
     ]
-    return {**value, "vtpms": seen["vtpms"], "root_key_memory": seen["root_key_memory"]}
+    return {**value, "vtpms": seen["vtpms"]}
 
 
-async def _keeper(host: Host) -> tuple[list[Finding], str]:
-    """What there is to say of it; and where the root key is, as `status` tells it."""
+async def _keeper_state(host: Host) -> ipc.KeeperState | HoldfastError:
     try:
-        state, _ = await host.keeper.ask(ipc.KeeperStatus(), ipc.KeeperState)
+        return (await host.keeper.ask(ipc.KeeperStatus(), ipc.KeeperState))[0]
     except HoldfastError as error:
-        return [Finding("keeper", "problem", str(error))], ""
+        return error
+
+
+async def _keeper(seen: Seen) -> list[Finding]:
+    state = seen.keeper
+    if isinstance(state, HoldfastError):
+        return [Finding("keeper", "problem", str(state))]
     memory = state.root_key_memory
     if not state.open:
         why = f"the root key is not open: {state.why_not}"
-        return [Finding("keeper", "problem", why)], memory
+        return [Finding("keeper", "problem", why), *_boot_state(seen.host, state.why_not)]
     findings = [Finding("keeper", "ok", f"the root key is open, in {memory}")]
     if memory != _BEST_MEMORY:
         says = f"the root key is open, in {memory}: this host gives no {_BEST_MEMORY}"
@@ -84,14 +111,29 @@ async def _keeper(host: Host) -> tuple[list[Finding], str]:
             "recovery: a new boot state is approved by the recovery key, which is not on this host",
         )
     )  # fmt: skip
-    return findings, memory
+    return findings
 
 
-async def _host_log(host: Host) -> list[Finding]:
+def _boot_state(host: Host, why_not: str) -> list[Finding]:
+    """Which events made this boot another than the last one that was approved."""
+    try:
+        found = host.earlier.differences(host.log.read()[1], why_not)
+    except HoldfastError:
+        return []  # the host's event log has a finding of its own
+    if not found:
+        return []
+    says = (
+        f"since the last boot in which it opened: {'; '.join(found)}. Approve it if you made that "
+        "change; before the next one: holdfast policy predict"
+    )
+    return [Finding("boot state", "problem", says)]
+
+
+async def _host_log(seen: Seen) -> list[Finding]:
     """Does the host's event log lead to what the host TPM shows? Names PCR and event if not."""
     try:
-        wrong = await host.log_contradiction()
-        count = len(host.log.read()[1].extends())
+        wrong = await seen.host.log_contradiction()
+        count = len(seen.host.log.read()[1].extends())
     except (HoldfastError, OSError) as error:
         return [Finding("host event log", "problem", str(error))]
     if wrong is not None:
@@ -99,9 +141,9 @@ async def _host_log(host: Host) -> list[Finding]:
     return [Finding("host event log", "ok", f"{count} events lead to the host TPM's PCRs")]
 
 
-async def _spawner(host: Host) -> list[Finding]:
+async def _spawner(seen: Seen) -> list[Finding]:
     try:
-        held, _ = await host.spawner.ask(lc.ListHeld(), lc.HeldList)
+        held, _ = await seen.host.spawner.ask(lc.ListHeld(), lc.HeldList)
     except HoldfastError as error:
         return [Finding("spawner", "problem", str(error))]
     alive = sum(1 for entry in held.entries if entry.pid)
@@ -111,3 +153,27 @@ async def _spawner(host: Host) -> list[Finding]:
     else:
         findings.append(Finding("libtpms", "ok", held.libtpms))
     return findings
+
+
+async def _vtpms(seen: Seen) -> list[Finding]:
+    """What is wrong with single vTPMs; what is right is not told."""
+    host = seen.host
+    found = [instances.row_finding(name, why) for name, why in host.left.items()]
+    for number, vtpm in enumerate(host.all()):
+        found += instances.findings_of(host.registry, vtpm.record)
+        why = host.why_not_started(vtpm)
+        if why:
+            says = f"it was not started: {why}"
+            found.append(Finding(f"vTPM {vtpm.record.name}", "note", says))
+        if number % _AT_ONCE == _AT_ONCE - 1:
+            await asyncio.sleep(0)  # thousands of states: clients are not to wait for that
+    return instances.limited(found)
+
+
+async def _kernel(_seen: Seen) -> list[Finding]:
+    return list(kernel())
+
+
+# What is looked at, in the order in which it is told. None of them raises for what it finds.
+Check = Callable[[Seen], Awaitable[list[Finding]]]
+CHECKS: Final[tuple[Check, ...]] = (_keeper, _host_log, _spawner, _vtpms, _kernel)

@@ -6,47 +6,31 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from ctypes.util import find_library
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from holdfast.daemon import instances
 from holdfast.daemon.config import Config
+from holdfast.daemon.findings import Finding, report
 from holdfast.daemon.settings import answer
 from holdfast.daemon.starting import HostLog
 from holdfast.errors import HoldfastError
 from holdfast.linux import cgroup
 
 CPUINFO: Final = Path("/proc/cpuinfo")
-_LEVELS: Final = ("problem", "warning", "note", "ok")  # the worst first
 _LIBRARIES: Final = {"tpms": "libtpms0", "tss2-esys": "libtss2-esys-3.0.2-0"}  # Debian's packages
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One thing looked at: `level` ok, note, warning or problem."""
-
-    what: str
-    level: str
-    says: str
-
-
-def worst(levels: Iterable[str]) -> str:
-    """The worst level of all; note where there is none."""
-    return min(levels, key=_LEVELS.index, default="note")
-
-
-def report(findings: Sequence[Finding]) -> dict[str, Any]:
-    """Findings as the API gives them; the verdict is ok where nothing is to be done."""
-    level = worst(finding.level for finding in findings)
-    verdict = level if level in ("problem", "warning") else "ok"
-    return {"verdict": verdict, "findings": [asdict(finding) for finding in findings]}
 
 
 def before_serving(config: Config) -> dict[str, Any]:
     """What can be seen of a host on which no daemon runs."""
-    return report([*_steps(config), *_tpm(config), _log(config), *_libraries(), *kernel()])
+    return report(
+        [
+            *_steps(config), *_tpm(config), _log(config), *instances.of_disk(config),
+            *_libraries(), *kernel(),
+        ]
+    )  # fmt: skip
 
 
 def _steps(config: Config) -> Iterator[Finding]:

@@ -24,6 +24,7 @@ from uuid import uuid4
 import structlog
 
 from holdfast.daemon import passthrough
+from holdfast.daemon.boots import EarlierBoot
 from holdfast.daemon.config import Config
 from holdfast.daemon.reservations import Reservations
 from holdfast.daemon.starting import (
@@ -44,7 +45,6 @@ from holdfast.errors import (
     NotFound,
 )
 from holdfast.eventlog.cel import encode_json
-from holdfast.evidence.freshness import Status
 from holdfast.frontend import attach as places
 from holdfast.frontend import cdi, ports
 from holdfast.frontend.attach import Attachment
@@ -99,6 +99,7 @@ class Host:
         self.keeper = Peer("keeper", paths.keeper)
         self.spawner = Peer("spawner", paths.spawner)
         self.log = HostLog(config.host.event_log)
+        self.earlier = EarlierBoot(paths.state / "boot.log")
         store = config.store
         registry = self._registry = Registry(paths.state / "registry.sqlite", store.durability)
         self.committer = Committer(
@@ -108,6 +109,8 @@ class Host:
             registry, self.committer, self.spawner, self.keeper, paths.state / "logs"
         )
         self._vtpms: dict[InstanceName, VirtualTpm] = {}
+        self.left: dict[str, str] = {}  # rows that are no instances: name, and why
+        self._refusals: dict[InstanceId, str] = {}
         self._leases: dict[InstanceId, Lease] = {}
         self._numbers: dict[InstanceId, tuple[Number, ...]] = {}  # of device nodes
         self._reservations = Reservations(paths.run / "nodes")
@@ -127,16 +130,18 @@ class Host:
             await self.committer.ready()
         except HoldfastError as error:  # every start says so too; what runs goes on
             LOG.warning("which states are the newest is not known", why=str(error))
+        with contextlib.suppress(HoldfastError, OSError):  # `doctor` looks at it too, and says so
+            await self.log_contradiction()
         held, _ = await self.spawner.ask(lc.ListHeld(), lc.HeldList)
         workers = {entry.instance: entry for entry in held.entries}
         records, wrong = self._registry.all()
-        for what in wrong:
-            LOG.error("a row of the registry is no instance, and is left as it is", row=what)
+        for name, why in wrong:
+            self._leave(name, why)
         for record in records:
             try:
                 vtpm = VirtualTpm(record, self._around)
             except IntegrityError as error:
-                LOG.warning("a row is left as it is", vtpm=record.name, why=str(error))
+                self._leave(record.name, str(error))
                 continue
             self._vtpms[record.name] = vtpm
             entry = workers.pop(record.id, None)
@@ -153,6 +158,11 @@ class Host:
             await self.spawner.ask(lc.Kill(instance), ipc.Done)
             await self.spawner.ask(lc.Release(instance), ipc.Done)
         self._ahead.refill()
+
+    def _leave(self, name: str, why: str) -> None:
+        """A row of the registry that is no instance is neither used nor changed."""
+        LOG.error("a row of the registry is no instance, and is left as it is", row=name, why=why)
+        self.left[name] = why
 
     async def _resume(self, vtpm: VirtualTpm, alive: bool) -> bool:
         """Take up with a run that outlived the old daemon; False if its container is gone."""
@@ -203,11 +213,12 @@ class Host:
     async def _forget(self, vtpm: VirtualTpm) -> None:
         """Delete what there is of it; that it was there, the map remembers if it ever had a state.
 
-        HostError or IntegrityError, and nothing is deleted, while the map is not open.
+        HostError or IntegrityError, and nothing is deleted, while it has one and the map is closed.
         """
-        await self.committer.ready()
-        leaf = self.committer.leaf(vtpm.record.id)
-        if leaf is not None and leaf.status is Status.LIVE:
+        if self._registry.states.has(vtpm.record.id):
+            await self.committer.ready()
+            leaf = self.committer.leaf(vtpm.record.id)
+            assert leaf is not None, "a state on disk is in the map"
             await self.committer.commit(Write(vtpm.record.id, destroyed(leaf), None))
             reached(Step.DESTROY_COMMITTED)
         self._registry.remove(vtpm.record.id)
@@ -237,12 +248,27 @@ class Host:
 
     # --- finding ---
 
+    def refused(self, vtpm: VirtualTpm, why: str) -> None:
+        """Remember why it was not powered on; with "", that it was."""
+        self._refusals[vtpm.record.id] = why
+
+    def why_not_started(self, vtpm: VirtualTpm) -> str:
+        """Why it was not powered on when that was last wanted; empty if it was."""
+        return self._refusals.get(vtpm.record.id, "")
+
+    @property
+    def registry(self) -> Registry:
+        """What is on disk, to be looked at."""
+        return self._registry
+
     def all(self) -> list[VirtualTpm]:
         return [self._vtpms[name] for name in sorted(self._vtpms)]
 
     def find(self, name: str) -> VirtualTpm:
-        """The vTPM of that name; NotFound."""
+        """The vTPM of that name; NotFound, or IntegrityError if its row is damaged."""
         vtpm = self._vtpms.get(instance_name(name))
+        if vtpm is None and name in self.left:
+            raise IntegrityError(f"{name}: its row in the registry is damaged: {self.left[name]}")
         if vtpm is None:
             raise NotFound(f"there is no vTPM named {name}")
         return vtpm
@@ -357,6 +383,7 @@ class Host:
             await self._detach(vtpm)
             await self._forget(vtpm)
             del self._vtpms[vtpm.record.name]
+            self._refusals.pop(vtpm.record.id, None)
             await self.committer.anchor_durably()
         LOG.info("destroyed", vtpm=name)
 
@@ -414,7 +441,10 @@ class Host:
         shown: dict[Alg, dict[int, bytes]] = {}
         for value in answer.pcrs:
             shown.setdefault(Alg(value.alg), {})[value.pcr] = value.value
-        return self.log.contradiction(shown)
+        wrong = self.log.contradiction(shown)
+        if wrong is None:  # and the keeper is open, or it would not have answered
+            self.earlier.remember(self.log.read()[0])
+        return wrong
 
     async def start_plain(self, name: str) -> VirtualTpm:
         """Power on a vTPM that is not linked: for whoever on the host may reach its socket."""

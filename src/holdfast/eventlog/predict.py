@@ -165,7 +165,7 @@ def name_of(event: Tcg2Event) -> str:
         _, length, _ = _VARIABLE.unpack_from(event.data)
         return _text(event.data[_VARIABLE.size : _VARIABLE.size + 2 * length])
     if event.event_type in (tcg2.EV_EFI_ACTION, tcg2.EV_ACTION, tcg2.EV_IPL):
-        return event.data[:NAME_MAX].decode("ascii", "replace").rstrip("\0")
+        return event.data[: 2 * NAME_MAX].decode("ascii", "replace").replace("\0", "")[:NAME_MAX]
     return ""
 
 

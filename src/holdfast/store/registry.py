@@ -23,6 +23,8 @@ from holdfast.ids import InstanceId, InstanceName, instance_id, instance_name
 from holdfast.store.database import Database, Durability
 from holdfast.store.states import States
 
+NAME_SHOWN: Final = 64  # characters of a name that may be anything
+
 
 @dataclass(frozen=True)
 class Instance:
@@ -125,15 +127,21 @@ class Registry:
         with self.database.transaction() as db:
             _update(db, instance)
 
-    def all(self) -> tuple[list[Instance], list[str]]:
-        """Every instance, and what is wrong with rows that are none: one harms no other."""
-        rows = self.database.read("SELECT id, name, state, record FROM instances ORDER BY name")
-        instances, wrong = [], []
+    def all(self) -> tuple[list[Instance], list[tuple[str, str]]]:
+        """Every instance; and of rows that are none, name and why: one harms no other."""
+        # As bytes, for of a text that is not UTF-8 SQLite's module makes an error of the whole.
+        rows = self.database.read(
+            "SELECT CAST(id AS BLOB), CAST(name AS BLOB), CAST(state AS BLOB), "
+            "CAST(record AS BLOB) FROM instances ORDER BY name"
+        )
+        instances: list[Instance] = []
+        wrong: list[tuple[str, str]] = []
         for row in rows:
             try:
-                instances.append(_decode(*row))
+                instances.append(_decode(*(bytes(value).decode() for value in row)))
             except (HoldfastError, ValueError, TypeError, KeyError) as error:
-                wrong.append(f"{row[0]!a:.60}: {type(error).__name__}: {error}")
+                name = row[1].decode(errors="replace")[:NAME_SHOWN]
+                wrong.append((name, f"{type(error).__name__}: {error}"))
         return instances, wrong
 
     def remove(self, instance: InstanceId) -> None:

@@ -1,0 +1,51 @@
+"""Which events make one boot another than an earlier one: PCR by PCR, in words.
+
+A PCR tells only that something differs. With the log of the boot before, what can be named. Types
+and texts are the log's own, and not verified.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from itertools import zip_longest
+
+from holdfast.eventlog.predict import name_of
+from holdfast.eventlog.tcg2 import Tcg2Event, Tcg2Log
+from holdfast.tpm2.algorithms import Alg
+
+_BANK = Alg.SHA256
+
+
+def differences(before: Tcg2Log, now: Tcg2Log, pcrs: Iterable[int]) -> tuple[str, ...]:
+    """For each of these PCRs that differs, the first event in which it does."""
+    found = []
+    if before.startup_locality != now.startup_locality and 0 in (pcrs := tuple(pcrs)):
+        found.append(
+            f"PCR 0: the TPM was started at locality {now.startup_locality}, before at "
+            f"{before.startup_locality}"
+        )
+    for pcr in pcrs:
+        pairs = zip_longest(_events(before, pcr), _events(now, pcr))
+        for was, there in pairs:
+            if was is None and there is not None:
+                found.append(f"PCR {pcr}: {_called(*there)} is new")
+            elif there is None and was is not None:
+                found.append(f"PCR {pcr}: {_called(*was)} is not there any more")
+            elif was and there and _digest(was[1]) != _digest(there[1]):
+                found.append(f"PCR {pcr}: {_called(*there)} is another")
+            else:
+                continue
+            break
+    return tuple(found)
+
+
+def _events(log: Tcg2Log, pcr: int) -> list[tuple[int, Tcg2Event]]:
+    return [(number, event) for number, event in enumerate(log.extends()) if event.pcr == pcr]
+
+
+def _digest(event: Tcg2Event) -> bytes | None:
+    return event.digests.get(_BANK)
+
+
+def _called(number: int, event: Tcg2Event) -> str:
+    return " ".join(part for part in (f"event {number}", event.type_name, name_of(event)) if part)
