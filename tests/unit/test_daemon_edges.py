@@ -54,7 +54,8 @@ def finding(what: str, level: str = "ok", says: str = "fine") -> dict[str, str]:
 
 
 def seen(*findings: dict[str, str]) -> dict[str, Any]:
-    return {"verdict": "ok", "findings": list(findings), "vtpms": {"off": 2}}
+    value = {"verdict": "ok", "findings": list(findings), "vtpms": {"off": 2}}
+    return {**value, "root_key_memory": "memfd_secret"}
 
 
 def test_each_part_has_its_worst_finding_and_the_rest_is_named() -> None:
@@ -70,6 +71,7 @@ def test_each_part_has_its_worst_finding_and_the_rest_is_named() -> None:
     assert short["spawner"]["says"] == "2 workers live"
     assert short["more"] == ["FUSE (problem)"]
     assert short["vtpms"] == {"off": 2}
+    assert short["root_key_memory"] == "memfd_secret"
 
 
 def test_a_host_that_nothing_is_known_of_is_said_so() -> None:
