@@ -174,17 +174,20 @@ def test_one_client_may_call_again_after_a_long_silence(host: Serve) -> None:
 
 def test_status_is_the_short_view(host: Serve) -> None:
     status = host.call("GET", "/v1/status")
-    assert set(status) == {"verdict", "host", "keeper", "spawner", "more", "vtpms"}
+    assert set(status) == {
+        "verdict", "host", "keeper", "spawner", "more", "vtpms", "counts", "root_key_memory",
+    }  # fmt: skip
     assert "software stand-in" in status["host"]["says"]
     assert status["keeper"] == {"level": "ok", "says": "the root key is open, in memfd_secret"}
     assert status["spawner"]["level"] == "ok"
     assert status["vtpms"] == {"active": 1}
-    assert set(host.call("GET", "/v1/doctor")) == {"verdict", "findings", "vtpms"}
+    doctor = host.call("GET", "/v1/doctor")
+    assert set(doctor) == {"verdict", "findings", "vtpms", "root_key_memory"}
     shown = host.cli("status")
     assert shown.returncode == 0, shown.stderr
     lines = shown.stdout.splitlines()
     assert [line.split()[1] for line in lines[:3]] == ["host:", "keeper:", "spawner:"]
-    assert lines[3] == "vTPMs: 1 active"
+    assert lines[3] == "vTPMs: 1 active (1 awake, 0 asleep)"
     assert "libtpms" not in shown.stdout
     assert "libtpms" in host.cli("doctor").stdout
 

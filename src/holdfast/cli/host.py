@@ -95,7 +95,18 @@ def status(as_json: Json = False) -> None:
         for part in ("host", "keeper", "spawner"):
             found = value[part]
             output.line(f"{part}: {found['says']}", MARKS[found["level"]])
-        output.line(f"vTPMs: {_counted(value['vtpms'])}")
+        counts = value["counts"]
+        awake = f"{counts['awake']} awake, {counts['asleep']} asleep"
+        output.line(f"vTPMs: {_counted(value['vtpms'])} ({awake})")
+        output.line(
+            f"since the daemon began: {counts['commits']} commits in {counts['groups']} groups, "
+            f"{counts['syncs']} waits for the disk, {counts['wakes']} wakes, "
+            f"{counts['restarts']} workers replaced, {counts['refusals']} calls refused"
+        )
+        output.line(
+            f"durable anchors: {counts['anchors_used']} in the last day, {counts['anchors_left']} "
+            f"left; {counts['unanchored']} commits are newer than the last"
+        )
         if value["more"]:
             output.line(f"holdfast doctor has more: {', '.join(value['more'])}")
 

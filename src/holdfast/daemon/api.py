@@ -20,13 +20,14 @@ from typing import Any, Final
 import structlog
 from aiohttp import web
 from aiohttp.http_exceptions import PayloadEncodingError
-from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
+from prometheus_client import CONTENT_TYPE_LATEST
 
 from holdfast import __version__
 from holdfast.attest.collector import Collector
 from holdfast.daemon import instances
 from holdfast.daemon.doctor import examine, overview
 from holdfast.daemon.host import Host
+from holdfast.daemon.metrics import Metrics
 from holdfast.daemon.wanted import wanted, wanted_like
 from holdfast.errors import (
     AppraisalError,
@@ -89,6 +90,7 @@ _KINDS: Final[Mapping[type, str]] = {
 }
 _REFUSALS: Final = Bucket(rate=10.0, burst=200.0)  # lines in the log
 _UNEXPECTED: Final = Bucket(rate=1.0, burst=20.0)  # tracebacks in the log
+METRICS: Final = web.AppKey("metrics", Metrics)
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
@@ -165,6 +167,7 @@ async def problems(request: web.Request, handler: Handler) -> web.StreamResponse
 
 def _note_refusal(request: web.Request, error: HoldfastError) -> None:
     """Who wanted to change what, and may not; rationed, as a refusal costs its caller nothing."""
+    request.app[METRICS].refused(error)
     if request.method not in ("GET", "HEAD") and _REFUSALS.allow(time.monotonic()):
         who = caller(request)
         path = request.raw_path[:PATH_SHOWN]
@@ -180,16 +183,12 @@ class Api:
     def __init__(self, host: Host, collector: Collector) -> None:
         self._host = host
         self._collector = collector
-        self._metrics = CollectorRegistry()
-        self._calls = Counter(
-            "holdfast_api_calls_total", "API calls that changed something", ["what"],
-            registry=self._metrics,
-        )  # fmt: skip
-        self._gauge = Gauge("holdfast_vtpms", "vTPMs by state", ["state"], registry=self._metrics)
+        self._metrics = Metrics(host)
 
     def application(self) -> web.Application:
         """What is served on the API socket."""
         app = web.Application(middlewares=[problems], client_max_size=BODY_MAX)
+        app[METRICS] = self._metrics
         app.add_routes(
             [
                 web.get("/healthz", self._health),
@@ -225,6 +224,7 @@ class Api:
             return web.json_response(_log_of(vtpm))
 
         app = web.Application(middlewares=[problems], client_max_size=BODY_MAX)
+        app[METRICS] = self._metrics
         app.add_routes([web.post("/v1/evidence", evidence), web.get("/v1/log", log)])
         return app
 
@@ -236,18 +236,14 @@ class Api:
     async def _version(self, _request: web.Request) -> web.Response:
         return web.json_response({"version": __version__, "api": 1})
 
-    async def _show_metrics(self, _request: web.Request) -> web.Response:
-        counts: dict[str, int] = {}
-        for vtpm in self._host.all():
-            counts[vtpm.record.state] = counts.get(vtpm.record.state, 0) + 1
-        self._gauge.clear()
-        for state, count in counts.items():
-            self._gauge.labels(state).set(count)
-        return web.Response(body=generate_latest(self._metrics), content_type="text/plain")
+    async def _show_metrics(self, request: web.Request) -> web.Response:
+        text = self._metrics.text(fresh=caller(request).uid == 0)
+        return web.Response(body=text, headers={"Content-Type": CONTENT_TYPE_LATEST})
 
     async def _status(self, request: web.Request) -> web.Response:
         caller(request).must_be_root("status")
-        return web.json_response(await overview(self._host))
+        counts = self._metrics.short()
+        return web.json_response({**await overview(self._host), "counts": counts})
 
     async def _doctor(self, request: web.Request) -> web.Response:
         caller(request).must_be_root("doctor")
@@ -379,7 +375,7 @@ class Api:
         return vtpm
 
     def _audit(self, who: Caller, what: str, vtpm: str, **more: str) -> None:
-        self._calls.labels(what).inc()
+        self._metrics.called(what)
         AUDIT.info(what, vtpm=vtpm, uid=who.uid, pid=who.pid, **more)
 
     @contextmanager

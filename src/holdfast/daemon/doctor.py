@@ -52,8 +52,7 @@ def by_state(host: Host) -> dict[str, int]:
 
 async def overview(host: Host) -> dict[str, Any]:
     """The short view: host, keeper, spawner, vTPMs by state; and what else `examine` minds."""
-    seen = await examine(host)
-    return {**brief(seen), "root_key_memory": seen["root_key_memory"]}
+    return brief(await examine(host))
 
 
 def brief(seen: dict[str, Any]) -> dict[str, Any]:
@@ -71,7 +70,7 @@ def brief(seen: dict[str, Any]) -> dict[str, Any]:
         for f in seen["findings"]
         if f["what"] not in told and f["level"] in ("problem", "warning")
     ]
-    return {**value, "vtpms": seen["vtpms"]}
+    return {**value, "vtpms": seen["vtpms"], "root_key_memory": seen["root_key_memory"]}
 
 
 async def _keeper_state(host: Host) -> ipc.KeeperState | HoldfastError:

@@ -108,6 +108,7 @@ class Host:
         self._around = Surroundings(
             registry, self.committer, self.spawner, self.keeper, paths.state / "logs"
         )
+        self.counts = self._around.counts
         self._vtpms: dict[InstanceName, VirtualTpm] = {}
         self.left: dict[str, str] = {}  # rows that are no instances: name, and why
         self._refusals: dict[InstanceId, str] = {}

@@ -17,7 +17,7 @@ import hashlib
 import os
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Final, Protocol
@@ -34,6 +34,7 @@ from holdfast.instance.ahead import Parked, begin
 from holdfast.instance.background import background
 from holdfast.instance.bucket import Bucket
 from holdfast.instance.committer import Committer, Done, Sealed
+from holdfast.instance.counts import Counts
 from holdfast.instance.lifecycle import Event, State, after
 from holdfast.instance.links import Peer
 from holdfast.instance.waiting import in_time
@@ -104,6 +105,7 @@ class Surroundings:
     spawner: Peer
     keeper: Peer
     logs: Path
+    counts: Counts = field(default_factory=Counts)
 
 
 class VirtualTpm:
@@ -125,7 +127,6 @@ class VirtualTpm:
         self._maker: WorkerLink | None = None
         self._restarts: list[float] = []
         self._door: Door | None = None
-        self.refusal = ""  # why it was last not powered on, and when; empty once it is
         self._stopping = False
         self._replacing: asyncio.Task[None] | None = None
         self._run_number = record.run  # as states say it: one that is beginning is counted already
@@ -443,6 +444,7 @@ class VirtualTpm:
                     return
                 self._restarts.append(time.monotonic())
                 self.record = replace(self.record, restarts=self.record.restarts + 1)
+                self._around.counts.restarts += 1
                 try:
                     self._around.registry.update(self.record)
                     await self._begin(run)
