@@ -155,8 +155,8 @@ def test_of_very_many_with_something_wrong_the_rest_is_counted(
         for number in range(instances.SHOWN_MAX + 5):
             registry.add(
                 Instance(
-                    InstanceId(UUID(int=100 + number, version=4)), instance_name(f"v{number}"), "failed",
-                    "plain", 0, ("sha256",), "now", device="/dev/tpm1",
+                    InstanceId(UUID(int=100 + number, version=4)), instance_name(f"v{number}"),
+                    "failed", "plain", 0, ("sha256",), "now", device="/dev/tpm1",
                 )
             )  # fmt: skip
     told = found(config)
