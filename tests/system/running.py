@@ -16,12 +16,14 @@ import pytest
 
 from holdfast.eventlog import records
 from holdfast.eventlog.tcg2 import parse
+from holdfast.evidence.freshness import Status
 from holdfast.frontend import attach
 from holdfast.frontend.door import Door
 from holdfast.ids import InstanceId, InstanceName
 from holdfast.instance.committer import Committer, destroyed
 from holdfast.instance.lifecycle import State
 from holdfast.instance.links import Peer
+from holdfast.instance.snapshots import Snapshots
 from holdfast.instance.vtpm import Run, Surroundings, VirtualTpm, host_extends
 from holdfast.protocol import lifecycle as lc
 from holdfast.store.registry import Instance, Registry
@@ -98,13 +100,14 @@ async def a_vtpm(box: Box, tmp_path: Path) -> AsyncIterator[VirtualTpm]:
                 await vtpm.detach()
             finally:
                 attach.detach(place)
+                await Snapshots(around).forget(vtpm)
                 await _forget(around, record)
 
 
 async def _forget(around: Surroundings, record: Instance) -> None:
     """As the daemon destroys one."""
     leaf = around.committer.leaf(record.id)
-    if leaf is not None:
+    if leaf is not None and leaf.status is Status.LIVE:
         await around.committer.commit(Write(record.id, destroyed(leaf), None))
     around.registry.remove(record.id)
 

@@ -58,6 +58,7 @@ from holdfast.instance.committer import Committer, destroyed
 from holdfast.instance.introduction import introduce
 from holdfast.instance.lifecycle import Event, State, after
 from holdfast.instance.links import Peer
+from holdfast.instance.snapshots import Snapshots
 from holdfast.instance.vtpm import Run, Surroundings, VirtualTpm
 from holdfast.instance.waiting import in_time
 from holdfast.linux.steps import Step, reached
@@ -65,6 +66,7 @@ from holdfast.protocol import ipc
 from holdfast.protocol import lifecycle as lc
 from holdfast.protocol.oci_state import ContainerState
 from holdfast.store.registry import Instance, Registry
+from holdfast.store.snapshots import Snapshot
 from holdfast.store.states import Write
 from holdfast.tpm2.algorithms import HASHES_BY_NAME, Alg
 
@@ -109,6 +111,7 @@ class Host:
             registry, self.committer, self.spawner, self.keeper, paths.state / "logs"
         )
         self.counts = self._around.counts
+        self.snapshots = Snapshots(self._around)
         self._vtpms: dict[InstanceName, VirtualTpm] = {}
         self.left: dict[str, str] = {}  # rows that are no instances: name, and why
         self._refusals: dict[InstanceId, str] = {}
@@ -218,6 +221,7 @@ class Host:
         """
         if self._registry.states.has(vtpm.record.id):
             await self.committer.ready()
+            await self.snapshots.forget(vtpm)
             leaf = self.committer.leaf(vtpm.record.id)
             assert leaf is not None, "a state on disk is in the map"
             await self.committer.commit(Write(vtpm.record.id, destroyed(leaf), None))
@@ -387,6 +391,25 @@ class Host:
             self._refusals.pop(vtpm.record.id, None)
             await self.committer.anchor_durably()
         LOG.info("destroyed", vtpm=name)
+
+    # --- snapshots ---
+
+    async def take_snapshot(self, name: str, snapshot: str) -> Snapshot:
+        """Of a vTPM that is off; Conflict if it is not."""
+        async with self._held(name) as vtpm:
+            return await self.snapshots.create(vtpm, snapshot)
+
+    async def restore_snapshot(self, name: str, snapshot: str) -> VirtualTpm:
+        """Set a vTPM that is off back to one, which every later evidence shows."""
+        if not self.config.store.restore:
+            raise Conflict("store.restore is false in this host's configuration: nothing goes back")
+        async with self._held(name) as vtpm:
+            await self.snapshots.restore(vtpm, snapshot)
+            return vtpm
+
+    async def remove_snapshot(self, name: str, snapshot: str) -> None:
+        async with self._held(name) as vtpm:
+            await self.snapshots.remove(vtpm, snapshot)
 
     # --- a run ---
 

@@ -24,6 +24,7 @@ from typing import Final
 from uuid import UUID
 
 from holdfast.errors import DecodeError
+from holdfast.evidence import dcbor
 
 SIZE: Final = 32  # of every hash here
 EMPTY: Final = bytes(SIZE)
@@ -40,10 +41,11 @@ def _hash(*parts: bytes) -> bytes:
 
 
 class Status(IntEnum):
-    """What became of a vTPM."""
+    """What became of a vTPM; or that it is none, but a snapshot of one."""
 
     LIVE = 1
     DESTROYED = 2
+    SNAPSHOT = 3
 
 
 @dataclass(frozen=True)
@@ -72,13 +74,14 @@ class Leaf:
         if len(data) != _LEAF.size:
             raise DecodeError("map leaf", f"{len(data)} bytes, not {_LEAF.size}")
         version, status, *fields = _LEAF.unpack(data)
-        if version != _VERSION or status not in (Status.LIVE, Status.DESTROYED):
+        if version != _VERSION or not Status.LIVE <= status <= Status.SNAPSHOT:
             raise DecodeError("map leaf", f"version {version}, status {status}")
         return cls(Status(status), *fields)
 
     def may_follow(self, earlier: Leaf) -> bool:
         """Whether this one can have come after `earlier`."""
-        if earlier.status is Status.DESTROYED:
+        kept = earlier.status is Status.SNAPSHOT and self.status is not Status.DESTROYED
+        if kept or earlier.status is Status.DESTROYED or self.status is Status.SNAPSHOT:
             return self == earlier
         return (
             self.epoch >= earlier.epoch
@@ -248,6 +251,33 @@ def root_of(instance: UUID, leaf: Leaf, path: tuple[bytes, ...]) -> bytes:
         pair = (path[depth], value) if _bit(key, depth) else (value, path[depth])
         value = _hash(b"\x01", *pair)
     return value
+
+
+@dataclass(frozen=True)
+class MapPath:
+    """One vTPM's leaf, and the hashes beside the way from the root to it, from the top."""
+
+    leaf: Leaf
+    hashes: tuple[bytes, ...]
+
+    def encode(self) -> bytes:
+        """dCBOR of {"leaf", "path"}."""
+        return dcbor.encode({"leaf": self.leaf.encode(), "path": list(self.hashes)})
+
+    @classmethod
+    def decode(cls, data: bytes) -> MapPath:
+        """DecodeError unless `data` is exactly one leaf with a path that a map can have."""
+        value = dcbor.decode_map(data, {"leaf": bytes, "path": list}, "map path")
+        hashes = value["path"]
+        if len(hashes) > KEY_BITS:
+            raise DecodeError("map path", f"{len(hashes)} hashes, at most {KEY_BITS}")
+        if any(type(part) is not bytes or len(part) != SIZE for part in hashes):
+            raise DecodeError("map path", "a path is a list of SHA-256 digests")
+        return cls(Leaf.decode(value["leaf"]), tuple(hashes))
+
+    def root(self, instance: UUID) -> bytes:
+        """The root that this leads to, if the leaf is this vTPM's."""
+        return root_of(instance, self.leaf, self.hashes)
 
 
 def _leaf_hash(key: bytes, leaf: Leaf) -> bytes:

@@ -42,6 +42,7 @@ from holdfast.instance.worker_link import WorkerLink, reattach, spawn
 from holdfast.protocol import ipc
 from holdfast.protocol import lifecycle as lc
 from holdfast.store.registry import Instance, KeySet, Registry
+from holdfast.store.snapshots import Snapshot
 from holdfast.store.states import SealedState
 from holdfast.tpm2.algorithms import HASHES_BY_NAME, Alg
 from holdfast.tpm2.constants import HOST_PCRS, MEASURED_PCRS
@@ -420,6 +421,24 @@ class VirtualTpm:
         self.run = None
         self.ledger = {}
         self._move(Event.POWERED_OFF)
+
+    async def set_back(self, snapshot: Snapshot) -> None:
+        """Have its state be that of a snapshot, as the next epoch, with a higher lineage."""
+        around = self._around
+        await self._alone()
+        await around.committer.ready()
+        present = around.registry.states.state(self.record.id).epoch
+        # First: a lineage that was raised for nothing harms nobody, one that was not would.
+        self.record = replace(self.record, lineage=self.record.lineage + 1)
+        around.registry.update(self.record)
+        await around.keeper.ask(ipc.Restoring(self.record.id, snapshot.id), ipc.Done)
+        task = lc.Restore(
+            self.record.profile, self.record.terms, snapshot.epoch, snapshot.sealed, present
+        )
+        self._maker, _ = await spawn(
+            around.spawner, self.record.id, self._keep, lambda _: None, snapshot.wrapped, task,
+            ipc.Done,
+        )  # fmt: skip
 
     # --- a worker's death ---
 

@@ -25,7 +25,14 @@ from enum import Enum
 from typing import Final, Protocol
 from uuid import UUID
 
-from holdfast.errors import Conflict, Forbidden, HostError, IntegrityError, ProtocolError
+from holdfast.errors import (
+    Conflict,
+    Forbidden,
+    HostError,
+    IntegrityError,
+    NotFound,
+    ProtocolError,
+)
 from holdfast.evidence.freshness import (
     EMPTY,
     GENESIS,
@@ -96,6 +103,7 @@ class Freshness:
         self._why_not = "no daemon has shown it what there is"
         self._anchor = GENESIS.anchor
         self._value = EMPTY  # of the hybrid index
+        self._restoring: dict[UUID, Leaf] = {}  # the one vTPM that is, and what it is set back to
         self._durable_value = GENESIS.value
         self._marked = False  # whether the durable chain knows that this boot changes things
 
@@ -235,9 +243,17 @@ class Freshness:
     def newest(self, instance: UUID) -> Leaf | None:
         """What there is of a vTPM; Conflict if it was destroyed, HostError while no map is open."""
         leaf = self.present.get(instance)
-        if leaf is not None and leaf.status is Status.DESTROYED:
+        if leaf is not None and leaf.status is not Status.LIVE:
             raise Conflict("this vTPM was destroyed")
-        return leaf
+        return self._restoring.pop(instance, leaf)
+
+    def restore(self, message: ipc.Restoring) -> ipc.Message:
+        """The next worker of this vTPM opens a snapshot's state. NotFound if there is no such."""
+        snapshot, leaf = self.present.get(message.snapshot), self.newest(message.instance)
+        if leaf is None or snapshot is None or snapshot.status is not Status.SNAPSHOT:
+            raise NotFound("the map has no such snapshot")
+        self._restoring = {message.instance: snapshot}
+        return ipc.Done()
 
     def close(self, why: str) -> None:
         """Believe nothing until a daemon shows everything again."""

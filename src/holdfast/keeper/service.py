@@ -92,6 +92,7 @@ class Keeper:
             ipc.OpenMap: lambda m: self._fresh().open(m),
             ipc.Advance: lambda m: self._fresh().advance(m),
             ipc.Settle: lambda m: self._fresh().settle(m),
+            ipc.Restoring: lambda m: self._fresh().restore(m),
             ipc.AskRecovery: lambda _: self._fresh().ask_recovery(),
             ipc.Recover: lambda m: self._fresh().recover(m, self._open().signed_for_recovery),
         }

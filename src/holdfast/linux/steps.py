@@ -25,6 +25,8 @@ class Step(Enum):
     ANCHOR_WRITTEN = "durable anchor: on disk, not in the chain"
     RECOVERY_WRITTEN = "recovery: on disk, in no chain"
     RECOVERY_SETTLED = "recovery: in the durable chain alone"
+    RESTORE_JOURNALLED = "restore: journalled, nothing changed"
+    RESTORE_COMMITTED = "restore: committed, not remembered durably"
     DESTROY_COMMITTED = "destroy: remembered, not deleted"
     DESTROY_DELETED = "destroy: deleted, not remembered durably"
     ANCHOR_EXTENDED = "durable anchor: in the chain, not noted"

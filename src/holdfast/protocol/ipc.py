@@ -391,6 +391,17 @@ class Settle(Message, code=50):
 
 
 @dataclass(frozen=True)
+class Restoring(Message, code=54):
+    """The next worker of `instance` is to open the state of this snapshot, once.
+
+    Answered with Done; NotFound if the map has no such snapshot.
+    """
+
+    instance: UUID
+    snapshot: UUID
+
+
+@dataclass(frozen=True)
 class AskRecovery(Message, code=51):
     """What would be accepted if the leaves and links that were told last were? Answered with
     Recovery, after a refused OpenMap."""

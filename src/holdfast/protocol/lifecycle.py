@@ -227,6 +227,20 @@ class PowerOn(Message, code=150):
 
 
 @dataclass(frozen=True)
+class Restore(Message, code=181):
+    """Seal what is in this older state, of `epoch`, anew: as the one after `present`; and end.
+
+    Answered with Commit, then Done.
+    """
+
+    profile: str
+    terms: bytes
+    epoch: int
+    sealed: bytes
+    present: int
+
+
+@dataclass(frozen=True)
 class Relay(Message, code=152):
     """Serve clients with a TPM that is not ours. Descriptor: its device.
 

@@ -34,7 +34,6 @@ CREATE TABLE gone (
     id TEXT PRIMARY KEY,
     leaf BLOB NOT NULL
 ) STRICT, WITHOUT ROWID;
-CREATE VIEW newest AS SELECT id, leaf FROM states UNION ALL SELECT id, leaf FROM gone;
 CREATE TABLE anchored (
     id TEXT PRIMARY KEY,
     leaf BLOB NOT NULL
@@ -48,14 +47,18 @@ CREATE TABLE wear (
     at REAL NOT NULL
 ) STRICT;
 CREATE TABLE snapshots (
-    instance TEXT NOT NULL REFERENCES instances(id) ON DELETE CASCADE,
+    id TEXT PRIMARY KEY,
+    instance TEXT NOT NULL REFERENCES instances(id),
     name TEXT NOT NULL,
     created TEXT NOT NULL,
     epoch INTEGER NOT NULL,
     sealed BLOB NOT NULL,
     wrapped BLOB NOT NULL,
-    PRIMARY KEY (instance, name)
+    leaf BLOB NOT NULL,
+    UNIQUE (instance, name)
 ) STRICT;
+CREATE VIEW newest AS SELECT id, leaf FROM states
+    UNION ALL SELECT id, leaf FROM snapshots UNION ALL SELECT id, leaf FROM gone;
 CREATE TABLE journal (
     number INTEGER PRIMARY KEY,
     at TEXT NOT NULL,

@@ -20,6 +20,7 @@ from uuid import UUID
 from holdfast.errors import DecodeError, IntegrityError, NotFound
 from holdfast.evidence.freshness import Leaf
 from holdfast.store.database import Database
+from holdfast.store.snapshots import Snapshot, put
 
 HYBRID: Final = "hybrid"
 DURABLE: Final = "durable"
@@ -41,11 +42,12 @@ class SealedState:
 
 @dataclass(frozen=True)
 class Write:
-    """One vTPM's newest leaf, and the state that it speaks of; None once it is destroyed."""
+    """A vTPM's or a snapshot's newest leaf, and what it speaks of; nothing once it is destroyed."""
 
     instance: UUID
     leaf: Leaf
     state: SealedState | None
+    snapshot: Snapshot | None = None
 
 
 @dataclass(frozen=True)
@@ -94,8 +96,12 @@ class States:
         with self._database.transaction() as db:
             for write in writes:
                 name, leaf = str(write.instance), write.leaf.encode()
+                if write.snapshot is not None:
+                    put(db, write.snapshot, leaf)
+                    continue
                 if write.state is None:
                     db.execute("DELETE FROM states WHERE id = ?", (name,))
+                    db.execute("DELETE FROM snapshots WHERE id = ?", (name,))
                     db.execute("INSERT OR REPLACE INTO gone VALUES (?, ?)", (name, leaf))
                     continue
                 state = write.state

@@ -101,6 +101,7 @@ class Worker:
             lc.MakeRsaKey: self._make_rsa_key,
             lc.InstallCertificates: self._install_certificates,
             lc.PowerOn: self._power_on,
+            lc.Restore: self._restore,
             lc.Relay: self._begin_relay,
             lc.Introduce: self._introduce,
             lc.Quote: self._quote,
@@ -157,7 +158,7 @@ class Worker:
             answer = ipc.Refused(type(error).__name__, str(error))
         self._tell(answer)
         refused = isinstance(answer, ipc.Refused) and isinstance(message, lc.PowerOn)
-        if refused or isinstance(message, lc.PowerOff | lc.InstallCertificates):
+        if refused or isinstance(message, lc.PowerOff | lc.InstallCertificates | lc.Restore):
             raise Ended
 
     def _tell(self, message: ipc.Message) -> None:
@@ -301,9 +302,7 @@ class Worker:
         self._epoch = message.epoch
         self._owner = Owner(self._instance, message.profile, message.terms)
         self._tpm.clears = message.clears
-        if self._newest != (message.epoch, hashlib.sha256(message.sealed).digest()):
-            raise IntegrityError("this state is not the newest: it, or a part of it, was put back")
-        state = unseal(self._data_key, self._owner, self._epoch, Kind.PERMANENT, message.sealed)
+        state = self._opened(message.epoch, message.sealed)
         execute = self._engine.process
         self._tpm.restore(state)
         locality = message.startup_locality
@@ -327,6 +326,22 @@ class Worker:
             return ipc.Refused("HostError", "the store refused the state of this power-on")
         self._tpm.committed(noted)
         return lc.PoweredOn()
+
+    def _opened(self, epoch: int, sealed: bytes) -> bytes:
+        """A state, if it is the one that the keeper says is to be opened."""
+        if self._newest != (epoch, hashlib.sha256(sealed).digest()):
+            raise IntegrityError("this state is not the newest: it, or a part of it, was put back")
+        return unseal(self._data_key, self._owner, epoch, Kind.PERMANENT, sealed)
+
+    def _restore(self, message: lc.Restore) -> ipc.Message:
+        """A state that was before is the next; it is not run here."""
+        self._have_key()
+        self._owner = Owner(self._instance, message.profile, message.terms)
+        state = self._opened(message.epoch, message.sealed)
+        self._epoch = message.present
+        if not self._commit(state):
+            return ipc.Refused("HostError", "the store refused the restored state")
+        return ipc.Done()
 
     def _introduce(self, message: lc.Introduce) -> ipc.Message:
         """Answer the kernel's driver with a TPM that is nobody's, and is never kept."""
