@@ -107,7 +107,7 @@ def host_secrets(root: bytes) -> dict[str, bytes]:
 def data_key(root: bytes, instance: UUID, wrapped: bytes) -> bytes:
     made = RootKey(SecretMemory())
     made.sealed[:SIZE] = root
-    with made.grant(instance, wrapped) as packet:
+    with made.grant(instance, wrapped, 0, bytes(SIZE)) as packet:
         grant = ipc.decode(bytes(packet))
     assert isinstance(grant, ipc.KeyGrant)
     return grant.data_key
