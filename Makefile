@@ -1,4 +1,8 @@
 # Every target sets up what it needs first (scripts/setup: Debian packages, virtual environment).
+# These run side by side, each list in one process and in this order: engine before whatever else has
+# a TPM in its process, swtpm_setup and podman in one process each. tests/system has the host alone.
+BESIDE_A = tests/cli tests/engine tests/hwtpm tests/keeper tests/swtpm
+BESIDE_B = tests/clients tests/differential tests/unit
 .PHONY: help setup demo test lint bench lab soak clean
 
 help:
@@ -17,7 +21,8 @@ demo: setup
 
 test:
 	@scripts/setup tests
-	.venv/bin/python -m pytest -q
+	.venv/bin/python scripts/beside "$(BESIDE_A)" "$(BESIDE_B)"
+	.venv/bin/python -m pytest -q tests/system
 
 lint: setup
 	.venv/bin/ruff check .
@@ -31,7 +36,7 @@ bench: setup
 lab: setup
 	@scripts/setup-lab
 	@scripts/setup-lab-sid
-	.venv/bin/python -m pytest -q -rs lab
+	.venv/bin/python scripts/beside "-rs lab/test_host.py lab/test_newer_libtpms.py" "-rs lab/test_vm.py"
 
 soak: setup
 	HOLDFAST_SOAK=1 .venv/bin/python -m pytest -q tests/system/test_faults.py tests/system/test_frames.py \

@@ -22,6 +22,17 @@ def test_the_page_has_the_exit_codes_there_are() -> None:
     assert all(issubclass(kind, HoldfastError) for kind in EXIT_CODES)
 
 
+def test_make_test_runs_every_directory_of_tests() -> None:
+    """It names them, as not all may run side by side."""
+    make = (ROOT / "Makefile").read_text()
+    there = {f"tests/{path.parent.name}" for path in (ROOT / "tests").glob("*/test_*.py")}
+    recipe = make.partition("\ntest:")[2].partition("\n\n")[0]
+    lists = re.findall(r"^BESIDE_\w+ = (.*)$", make, re.MULTILINE)
+    named = [word for part in (*lists, recipe) for word in re.findall(r"tests/\w+", part)]
+    assert len(lists) == recipe.count("$(BESIDE_")
+    assert sorted(named) == sorted(there)
+
+
 def test_pinned_dependencies_name_no_registry() -> None:
     lines = (ROOT / "requirements.lock").read_text().splitlines()
     pinned = [line for line in lines if line and not line.startswith("#")]
