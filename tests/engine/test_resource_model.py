@@ -25,6 +25,7 @@ from holdfast.engine.libtpms import Engine, StateKind
 from holdfast.frontend.filter import Profile
 from holdfast.frontend.resources import OBJECTS_MAX, Client
 from holdfast.frontend.vtpm import Vtpm
+from holdfast.protocol import hibernation as hb
 from holdfast.tpm2 import requests as rq
 from holdfast.tpm2.algorithms import Alg
 from holdfast.tpm2.commands import SHAPES, Cc
@@ -87,8 +88,9 @@ class Model(RuleBasedStateMachine):
         engine.power_off()
         engine.restore(permanent)
         rq.response(Cc.Startup, engine.process(rq.startup()))
-        tpm = DurableTpm(engine, lambda _: True)
+        self.durable = tpm = DurableTpm(engine, lambda _: True)
         tpm.committed(permanent)
+        self.engine = engine
         self.tpm = tpm.execute
         self.vtpm = Vtpm(tpm.execute, Profile.PLAIN)
         self.live: list[Program] = []
@@ -100,6 +102,23 @@ class Model(RuleBasedStateMachine):
 
     def _active(self) -> int:
         return sum(len(program.sessions) for program in self.live) + len(self.saved)
+
+    # --- sleep and wake, at any moment ---
+
+    @rule()
+    def sleep_and_wake(self) -> None:
+        """Nobody can tell: all of the model goes on as it was."""
+        dump = self.engine.dump
+        resources = self.vtpm.asleep([program.client for program in self.live])
+        kept = hb.Hibernated(
+            dump(StateKind.PERMANENT), dump(StateKind.VOLATILE), resources, (), (), 0, 0, 0
+        )
+        woken = hb.decode(kept.encode())
+        self.durable.resume(woken.permanent, woken.volatile)
+        self.vtpm = Vtpm(self.tpm, Profile.PLAIN)
+        clients = self.vtpm.resume(woken.resources)
+        for program, client in zip(self.live, clients[hb.SHARED + 1 :], strict=True):
+            program.client = client
 
     # --- clients come and go ---
 

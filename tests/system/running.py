@@ -21,11 +21,11 @@ from holdfast.frontend import attach
 from holdfast.frontend.door import Door
 from holdfast.ids import InstanceId, InstanceName
 from holdfast.instance.committer import Committer, destroyed
-from holdfast.instance.lifecycle import State
 from holdfast.instance.links import Peer
 from holdfast.instance.snapshots import Snapshots
 from holdfast.instance.vtpm import Run, Surroundings, VirtualTpm, host_extends
 from holdfast.protocol import lifecycle as lc
+from holdfast.store.asleep import Asleep
 from holdfast.store.registry import Instance, Registry
 from holdfast.store.states import Write
 from holdfast.tpm2 import requests as rq
@@ -65,8 +65,9 @@ async def _surroundings(box: Box) -> AsyncIterator[Surroundings]:
     committer = Committer(registry.database, registry.states, keeper, 10_000)
     spawner = Peer("spawner", box.spawner_socket)
     around = _THERE[loop] = Surroundings(
-        registry, committer, spawner, keeper, box.directory / "logs"
-    )
+        registry, committer, spawner, keeper, box.directory / "logs",
+        Asleep(box.directory / "asleep"),
+    )  # fmt: skip
     try:
         yield around
     finally:
@@ -94,8 +95,9 @@ async def a_vtpm(box: Box, tmp_path: Path) -> AsyncIterator[VirtualTpm]:
             yield vtpm
         finally:
             try:
-                if vtpm.state is State.ACTIVE:
-                    await vtpm.power_off()
+                async with vtpm.lock:
+                    if vtpm.on:
+                        await vtpm.power_off()
                 await vtpm.settle()
                 await vtpm.detach()
             finally:

@@ -29,6 +29,7 @@ from holdfast.measure.config import hooks, hooks_after
 from holdfast.protocol import ipc
 from holdfast.protocol import lifecycle as lc
 from holdfast.protocol.oci_state import ContainerState
+from holdfast.store.asleep import Asleep
 from holdfast.store.registry import Instance, Registry
 from holdfast.store.states import SealedState
 
@@ -77,7 +78,9 @@ def registry(tmp_path: Path) -> Iterator[Registry]:
 def a_vtpm(registry: Registry, peer: Peer, logs: Path, state: State = State.OFF) -> VirtualTpm:
     there = record(state)
     registry.add(there)
-    return VirtualTpm(there, Surroundings(registry, committer(registry), peer, peer, logs))
+    asleep = Asleep(logs.parent / "asleep")
+    around = Surroundings(registry, committer(registry), peer, peer, logs, asleep)
+    return VirtualTpm(there, around)
 
 
 def config(directory: Path) -> Config:

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from holdfast.errors import DecodeError
 from holdfast.protocol import (
+    hibernation,  # noqa: F401 - registers its records
     ipc,
     lifecycle,  # noqa: F401 - registers its messages
 )

@@ -60,3 +60,17 @@ def test_an_epoch_that_is_counted_again_repeats_neither_salt_nor_nonce() -> None
 def test_a_key_of_another_size_is_refused() -> None:
     with pytest.raises(IntegrityError, match="32 bytes"):
         seal(bytes(16), OWNER, 1, Kind.PERMANENT, STATE)
+
+
+def test_what_is_for_one_place_opens_in_no_other() -> None:
+    """A hibernated vTPM: not in another boot, by another build, beside another state; nor later."""
+    here = b"boot" + b"build" + b"state"
+    sealed = seal(KEY, OWNER, 7, Kind.HIBERNATED, b"asleep", here)
+    assert unseal(KEY, OWNER, 7, Kind.HIBERNATED, sealed, here) == b"asleep"
+    for other in (b"BOOT" + b"build" + b"state", b"boot" + b"BUILD" + b"state", here[:-1], b""):
+        with pytest.raises(IntegrityError, match="slept with does not open"):
+            unseal(KEY, OWNER, 7, Kind.HIBERNATED, sealed, other)
+    with pytest.raises(IntegrityError):
+        unseal(KEY, OWNER, 8, Kind.HIBERNATED, sealed, here)
+    with pytest.raises(IntegrityError):
+        unseal(KEY, OWNER, 7, Kind.PERMANENT, sealed, here)

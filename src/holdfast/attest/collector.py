@@ -74,9 +74,7 @@ class Collector:
         qualifying = qualifying_data(nonce, audience, user_data)
         run = vtpm.run
         if run is None:
-            raise Conflict(
-                f"{vtpm.record.name} is {vtpm.record.state}: only a running vTPM attests"
-            )
+            raise Conflict(f"{vtpm.record.name} is {vtpm.state.value}: only a running vTPM attests")
         ledger = vtpm.ledger
         quoted = await vtpm.quote(qualifying, MEASURED_PCRS)
         _check_against_ledger(quoted.attest, ledger)

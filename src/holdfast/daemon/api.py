@@ -412,7 +412,11 @@ class Api:
 
 def _summary(vtpm: VirtualTpm) -> dict[str, Any]:
     container = vtpm.run.container if vtpm.run else ""
-    return {**instances.summary(vtpm.record), "container": container}
+    return {
+        **instances.summary(vtpm.record),
+        "state": vtpm.state.value,
+        "container": container,
+    }
 
 
 def _log_of(vtpm: VirtualTpm) -> dict[str, Any]:

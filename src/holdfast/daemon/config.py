@@ -82,10 +82,13 @@ class Paths(_Section):
 
 
 class Workers(_Section):
-    """Blank workers kept ready, and vTPMs manufactured ahead."""
+    """Blank workers kept ready, vTPMs manufactured ahead; and when those that are on sleep."""
 
     blank: Some = 3
     manufactured: Some = 0
+    idle_after: Annotated[int, Field(ge=0, le=86_400)] = 30
+    active_max: Annotated[int, Field(ge=1, le=10_000)] = 1000
+    memory_reserve: Annotated[int, Field(ge=0, le=100)] = 10
 
 
 class Keeper(_Section):

@@ -46,7 +46,7 @@ def by_state(host: Host) -> dict[str, int]:
     """How many vTPMs are in which state."""
     counts: dict[str, int] = {}
     for vtpm in host.all():
-        counts[vtpm.record.state] = counts.get(vtpm.record.state, 0) + 1
+        counts[vtpm.state.value] = counts.get(vtpm.state.value, 0) + 1
     return counts
 
 

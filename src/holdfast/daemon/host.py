@@ -58,6 +58,7 @@ from holdfast.instance.committer import Committer, destroyed
 from holdfast.instance.introduction import introduce
 from holdfast.instance.lifecycle import Event, State, after
 from holdfast.instance.links import Peer
+from holdfast.instance.sleep import Limits, Sleep
 from holdfast.instance.snapshots import Snapshots
 from holdfast.instance.vtpm import Run, Surroundings, VirtualTpm
 from holdfast.instance.waiting import in_time
@@ -65,6 +66,7 @@ from holdfast.linux.steps import Step, reached
 from holdfast.protocol import ipc
 from holdfast.protocol import lifecycle as lc
 from holdfast.protocol.oci_state import ContainerState
+from holdfast.store.asleep import Asleep
 from holdfast.store.registry import Instance, Registry
 from holdfast.store.snapshots import Snapshot
 from holdfast.store.states import Write
@@ -108,11 +110,15 @@ class Host:
             registry.database, registry.states, self.keeper, store.durable_anchors_per_day
         )
         self._around = Surroundings(
-            registry, self.committer, self.spawner, self.keeper, paths.state / "logs"
-        )
+            registry, self.committer, self.spawner, self.keeper, paths.state / "logs",
+            Asleep(paths.run / "asleep"),
+        )  # fmt: skip
         self.counts = self._around.counts
         self.snapshots = Snapshots(self._around)
         self._vtpms: dict[InstanceName, VirtualTpm] = {}
+        workers = config.workers
+        limits = Limits(workers.idle_after, workers.active_max, workers.memory_reserve)
+        self.sleep = Sleep(limits, self.spawner, self.counts.wakes, self._vtpms.values)
         self.left: dict[str, str] = {}  # rows that are no instances: name, and why
         self._refusals: dict[InstanceId, str] = {}
         self._leases: dict[InstanceId, Lease] = {}
@@ -148,27 +154,28 @@ class Host:
                 self._leave(record.name, str(error))
                 continue
             self._vtpms[record.name] = vtpm
-            entry = workers.pop(record.id, None)
-            alive = entry is not None and entry.pid != 0
+            entry = workers.pop(record.id, None) or lc.HeldEntry(record.id, 0, False, False, False)
             try:
-                if vtpm.state is State.ACTIVE and await self._resume(vtpm, alive):
+                if vtpm.on and await self._resume(vtpm, entry):
                     continue
-                await self._put_in_order(vtpm, alive)
+                await self._put_in_order(vtpm, alive=entry.pid != 0)
             except (HoldfastError, OSError) as error:
                 LOG.warning("not taken up", vtpm=record.name, why=str(error))
-                if vtpm.state in (State.ACTIVE, State.OFF):
+                if vtpm.on or vtpm.state is State.OFF:
                     vtpm.fail(str(error))
         for instance in workers:  # of instances that the registry does not know
             await self.spawner.ask(lc.Kill(instance), ipc.Done)
             await self.spawner.ask(lc.Release(instance), ipc.Done)
+        self._around.asleep.keep_only({v.record.id for v in self._vtpms.values() if v.on})
         self._ahead.refill()
+        self.sleep.begin()
 
     def _leave(self, name: str, why: str) -> None:
         """A row of the registry that is no instance is neither used nor changed."""
         LOG.error("a row of the registry is no instance, and is left as it is", row=name, why=why)
         self.left[name] = why
 
-    async def _resume(self, vtpm: VirtualTpm, alive: bool) -> bool:
+    async def _resume(self, vtpm: VirtualTpm, entry: lc.HeldEntry) -> bool:
         """Take up with a run that outlived the old daemon; False if its container is gone."""
         saved = self._saved_run(vtpm)
         if saved is None:
@@ -178,7 +185,7 @@ class Host:
         if run.init_pid and pidfd is None:
             return False
         try:
-            if not await self._reattach(vtpm, run, alive):
+            if not await self._reattach(vtpm, run, entry):
                 return False
             if pidfd is not None:
                 self._watch(vtpm, Lease(pidfd, run.container))
@@ -189,24 +196,25 @@ class Host:
         LOG.info("taken up", vtpm=vtpm.record.name, container=run.container)
         return True
 
-    async def _reattach(self, vtpm: VirtualTpm, run: Run, alive: bool) -> bool:
+    async def _reattach(self, vtpm: VirtualTpm, run: Run, entry: lc.HeldEntry) -> bool:
         """Take up a run's device; False if the spawner ended too, and its device with it."""
         try:
             _, fds = await self.spawner.ask(lc.FetchHeld(vtpm.record.id), ipc.Done)
         except NotFound:
             return False
-        os.close(fds.pop())
         attachment = places.adopt(self.config.paths.vtpm(vtpm.record.name), fds)
-        await vtpm.reattach(run, Door(attachment), alive=alive)
+        await vtpm.reattach(run, Door(attachment), entry)
+        if vtpm.state is State.ASLEEP:
+            self.sleep.took_up(vtpm, knocked=entry.knocked)
         self._opened(vtpm, attachment)
         return True
 
-    async def _put_in_order(self, vtpm: VirtualTpm, alive: bool) -> None:
+    async def _put_in_order(self, vtpm: VirtualTpm, *, alive: bool) -> None:
         """No run goes on: end a worker without a container, make the device anew."""
         if alive:
             await self.spawner.ask(lc.Kill(vtpm.record.id), ipc.Done)
         await self.spawner.ask(lc.Release(vtpm.record.id), ipc.Done)
-        if vtpm.state is State.ACTIVE:
+        if vtpm.on:
             await vtpm.power_off()
         if vtpm.state is State.DEFINED:  # the manufacture was interrupted: nothing was promised
             await self._forget(vtpm)
@@ -231,6 +239,7 @@ class Host:
 
     async def stop(self) -> None:
         """End in order: every vTPM off and sealed, every mount and CDI file gone."""
+        self.sleep.end()
         await asyncio.gather(*(self._stop_one(vtpm) for vtpm in self._vtpms.values()))
         await self._ahead.close()
         try:
@@ -380,7 +389,7 @@ class Host:
     async def destroy(self, name: str) -> None:
         """Forget a vTPM for good: its state, keys and names."""
         async with self._held(name) as vtpm:
-            if vtpm.state is State.ACTIVE:
+            if vtpm.on:
                 raise Conflict(f"{name} is in use by {self._user(vtpm)}: stop it first")
             after(vtpm.state, Event.DESTROYED)
             await self.committer.ready()  # or it would be half gone
@@ -477,14 +486,14 @@ class Host:
                 raise Conflict(
                     f"{name} is a container's: it is powered on by starting that container"
                 )
-            if vtpm.state is State.ACTIVE:
+            if vtpm.on:
                 raise Conflict(f"{name} is on already")
             self._may_start(vtpm)
             await self._power_on(vtpm, plain_run(), 0)
         return vtpm
 
     def _may_start(self, vtpm: VirtualTpm) -> None:
-        if vtpm.state is State.ACTIVE:
+        if vtpm.on:
             raise Conflict(
                 f"{vtpm.record.name} is in use by {self._user(vtpm)}: "
                 "a vTPM belongs to one container at a time"
@@ -556,7 +565,7 @@ class Host:
 
     async def _end(self, vtpm: VirtualTpm) -> None:
         self._drop(vtpm)
-        if vtpm.state is State.ACTIVE:
+        if vtpm.on:
             await vtpm.power_off()
         self._run_file(vtpm).unlink(missing_ok=True)
 

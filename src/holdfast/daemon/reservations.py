@@ -21,8 +21,6 @@ from uuid import uuid4
 from holdfast.errors import Conflict
 from holdfast.frontend.door import Unpowered
 from holdfast.frontend.nodes import Nodes, Number
-from holdfast.frontend.page import SharedPage
-from holdfast.frontend.page import create as create_page
 from holdfast.linux import cgroup
 
 _BOOT_ID: Final = Path("/proc/sys/kernel/random/boot_id")
@@ -72,8 +70,4 @@ class Reservations:
 
     def keep(self, nodes: Nodes) -> None:
         """Keep devices whose numbers are reserved from being free; takes them over."""
-        page = create_page()
-        try:
-            self._kept.append((nodes, Unpowered(SharedPage(page), nodes)))
-        finally:
-            os.close(page)
+        self._kept.append((nodes, Unpowered(nodes)))

@@ -13,20 +13,22 @@ from __future__ import annotations
 
 import errno
 import stat
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
 from holdfast.errors import DecodeError
-from holdfast.frontend.page import SharedPage
+from holdfast.frontend.page import Page
 from holdfast.frontend.resources import Client
 from holdfast.frontend.vtpm import Vtpm
 from holdfast.protocol import fuse
+from holdfast.protocol import hibernation as hb
 from holdfast.protocol.fuse import Op
 from holdfast.tpm2.constants import BUFFER_MAX, HEADER_SIZE
 
 OPEN_MAX: Final = 256  # files of one vTPM open at once
 RESPONSE_SECONDS: Final = 120.0
+_NANO: Final = 1_000_000_000
 _REMEMBER: Final = 3600  # seconds the kernel may keep names and attributes: they never change
 TPM0: Final = 2  # the node number of each
 TPMRM0: Final = 3
@@ -62,12 +64,12 @@ class Devices:
     """Answers FUSE requests for one vTPM; `vtpm` None while it is off."""
 
     def __init__(
-        self, vtpm: Vtpm | None, page: SharedPage, clock: Callable[[], float], made: int
+        self, vtpm: Vtpm | None, page: Page, clock: Callable[[], float], made: int
     ) -> None:
         self._vtpm = vtpm
         self._page = page
         self._clock = clock
-        self._made = made  # seconds since the epoch: what stat(2) shows
+        self.made = made  # seconds since the epoch: what stat(2) shows
         self._files: dict[int, _File] = {}
         self._operations: Mapping[int, Callable[[fuse.Request], bytes]] = {
             Op.WRITE: self._write,
@@ -114,13 +116,38 @@ class Devices:
         """The reply has been written."""
         self._page.in_flight = 0
 
+    # --- sleep and wake ---
+
+    def clients(self) -> list[Client]:
+        """Of open files, those that are not shared."""
+        return [file.client for file in self._files.values() if file.node != TPM0]
+
+    def asleep(self, place: Mapping[Client, int]) -> tuple[hb.File, ...]:
+        """The open files, as a successor goes on with them; each client by its `place`."""
+        return tuple(
+            hb.File(
+                handle, file.node, place[file.client], file.response, file.offset,
+                int(file.deadline * _NANO),
+            )
+            for handle, file in self._files.items()
+        )  # fmt: skip
+
+    def resume(self, kept: Sequence[hb.File], clients: Sequence[Client]) -> None:
+        """Go on with open files, whose clients these are."""
+        self._files = {
+            file.handle: _File(
+                file.node, clients[file.client], file.response, file.offset, file.deadline / _NANO
+            )
+            for file in kept
+        }
+
     # --- names and attributes ---
 
     def _attributes(self, node: int) -> fuse.Attributes:
         if node == fuse.ROOT_ID:
-            return fuse.Attributes(node, stat.S_IFDIR | 0o755, 2, self._made)
+            return fuse.Attributes(node, stat.S_IFDIR | 0o755, 2, self.made)
         if node in (TPM0, TPMRM0):
-            return fuse.Attributes(node, stat.S_IFREG | 0o666, 1, self._made)
+            return fuse.Attributes(node, stat.S_IFREG | 0o666, 1, self.made)
         raise _Errno(errno.ESTALE)
 
     def _lookup(self, request: fuse.Request) -> bytes:

@@ -18,7 +18,7 @@ from holdfast.errors import DecodeError
 from holdfast.frontend.attach import Attachment
 from holdfast.frontend.devices import TPM0, TPMRM0, Devices
 from holdfast.frontend.nodes import NodeKind, Nodes
-from holdfast.frontend.page import SharedPage
+from holdfast.frontend.page import Page, SharedPage, Words
 from holdfast.frontend.proxy import answer, locality_answer
 from holdfast.protocol.fuse import REQUEST_MAX
 from holdfast.tpm2.constants import BUFFER_MAX, Rc
@@ -28,8 +28,8 @@ from holdfast.tpm2.requests import error_response
 class Unpowered:
     """Answers at a vTPM's devices while it has no power; the descriptors stay their owner's."""
 
-    def __init__(self, page: SharedPage, nodes: Nodes, fuse: int | None = None) -> None:
-        self._devices = Devices(None, page, time.monotonic, int(time.time()))
+    def __init__(self, nodes: Nodes, fuse: int | None = None) -> None:
+        self._devices = Devices(None, Page(), time.monotonic, int(time.time()))
         self._watched: list[int] = []
         if fuse is not None:
             self._watch(fuse, self._one, 0)
@@ -79,7 +79,8 @@ class Door:
 
     def __init__(self, attachment: Attachment) -> None:
         self._attachment = attachment
-        self._page: SharedPage | None = None
+        self._page: SharedPage | None = None  # of the worker that lives, or died last
+        self._words = Words()  # what was in it, while there is none
         self._unpowered: Unpowered | None = None
 
     @property
@@ -92,12 +93,29 @@ class Door:
         return ends.fuse, ends.data.fileno(), ends.control.fileno(), *ends.nodes.fds
 
     def share(self, page: int) -> None:
-        """Map the page that this run's workers write; takes the descriptor over."""
-        former, self._page = self._page, SharedPage(page)
+        """Map the page of this run's worker; takes the descriptor over."""
+        self.unshare()
+        self._page = SharedPage(page)
         os.close(page)
-        if former is not None:
-            self._page.take_over(former)
-            former.close()
+
+    def unshare(self) -> None:
+        """There is no worker, and that in good order: keep of its page what is in it."""
+        if self._page is not None:
+            self._words = self._page.words
+            self._page.close()
+            self._page = None
+
+    @property
+    def words(self) -> tuple[int, int]:
+        """What is known of open files, as `lc.Hold` says it."""
+        return self._words if self._page is None else self._page.words
+
+    def used(self) -> float:
+        """When the worker that lives served somebody last (monotonic); later than now: it lies."""
+        if self._page is None:
+            return 0.0
+        with self._page.used as used:
+            return float(used[0])
 
     def fail_in_flight(self) -> None:
         """Answer, with an error, what a worker took and did not answer."""
@@ -107,9 +125,8 @@ class Door:
 
     def answer(self) -> None:
         """Answer at the device from now on: the vTPM is off."""
-        assert self._page is not None
         ends = self._attachment
-        self._unpowered = Unpowered(self._page, ends.nodes, ends.fuse)
+        self._unpowered = Unpowered(ends.nodes, ends.fuse)
 
     def leave(self) -> None:
         """Answer no more: a worker does, or nobody."""
@@ -120,6 +137,5 @@ class Door:
     def close(self) -> None:
         """Close our copies of the ends."""
         self.leave()
-        if self._page is not None:
-            self._page.close()
+        self.unshare()
         self._attachment.close()

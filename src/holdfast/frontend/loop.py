@@ -35,7 +35,9 @@ BURST_MAX: Final = 32  # commands of one client before the others have their tur
 class Loop:
     """Serves listeners, connections and the FUSE descriptor until `stop` or the host says so."""
 
-    def __init__(self) -> None:
+    def __init__(self, used: memoryview[float] | None = None) -> None:
+        """`used`: where to note when it did something last, for others to see."""
+        self._used = memoryview(bytearray(8)).cast("d") if used is None else used
         # poll and not epoll: with few descriptors it costs the same, and a client that connects
         # for every command costs nothing to register.
         self._poll = select.poll()
@@ -52,6 +54,7 @@ class Loop:
         self._skip = 0  # answers after which not to look
         self._left = 0  # commands until the others have their turn
         self._running = True
+        self._nested = False  # the host is heard while a client is served
         self._swept = 0.0
 
     def watch(self, fd: int, handler: Callable[[], None]) -> None:
@@ -93,11 +96,13 @@ class Loop:
 
     def run(self, most: int = -1) -> None:
         """Serve; for `most` turns, if that is not negative."""
-        poll, urgent = self._poll.poll, self._urgent
+        poll, urgent, used = self._poll.poll, self._urgent, self._used
         turns = 0
         while self._running and turns != most:
             events = poll(SWEEP_SECONDS * 1000)
             self._looked = perf_counter()
+            if events:
+                used[0] = self._looked
             if len(events) > 1:
                 events.sort(key=lambda event: event[0] not in urgent)
             for fd, event in events:
@@ -116,15 +121,34 @@ class Loop:
 
     def hear_host(self) -> None:
         """Between two commands of clients: serve the host's channels if that was long ago."""
-        while self._next:
-            self._next.popleft()()
+        if self._next:
+            self._nested = True
+            while self._next:
+                self._next.popleft()()
+            self._nested = False
         now = perf_counter()
         if now - self._looked > TURN_SECONDS:
             self._looked = now
+            self._nested = True
             for fd, event in self._host.poll(0):
                 handler = self._handlers.get(fd)
                 if handler is not None:
                     handler(event)
+            self._nested = False
+
+    # --- sleep ---
+
+    def at_rest(self) -> bool:
+        """Whether nobody is being served, half served, or waits to be; asked by the host."""
+        if self._nested or self._next:
+            return False
+        if any(stream.pending or stream.deadline for stream in self._connections.values()):
+            return False
+        return all(fd in self._urgent for fd, _ in self._poll.poll(0))
+
+    def kept(self) -> list[Stream]:
+        """Connections of clients, in the order in which they came."""
+        return [stream for stream in self._connections.values() if stream.spoken is not None]
 
     def _forget(self, fd: int) -> None:
         self._handlers.pop(fd, None)  # none has one any more after `stop`

@@ -15,6 +15,7 @@ from time import monotonic
 from holdfast.errors import DecodeError
 from holdfast.frontend.sockets import GONE, HALF_FRAME_SECONDS, SERVED, ClientConnection, Stream
 from holdfast.frontend.vtpm import Vtpm
+from holdfast.protocol.hibernation import Spoken
 from holdfast.protocol.mssim import PLATFORM, CommandStream, Dialect, End, Sent
 from holdfast.tpm2.constants import Rc
 from holdfast.tpm2.requests import error_response
@@ -25,6 +26,8 @@ _CODE = 4
 
 class CommandPort(ClientConnection):
     """One client's connection for commands: served as a raw one is."""
+
+    spoken = Spoken.SIMULATOR
 
     def __init__(self, vtpm: Vtpm, hear_host: Callable[[], None], fd: int) -> None:
         super().__init__(vtpm, hear_host, fd)
@@ -65,6 +68,7 @@ class CommandPort(ClientConnection):
 class PlatformPort(Stream):
     """One client's connection for signals."""
 
+    spoken = Spoken.PLATFORM
     cancels = True
 
     def __init__(self, fd: int) -> None:

@@ -14,7 +14,7 @@ import select
 from collections.abc import Callable
 from typing import Final
 
-from holdfast.frontend.page import PROXY_COMMAND, SharedPage
+from holdfast.frontend.page import PROXY_COMMAND, Page
 from holdfast.frontend.sockets import GONE, IDLE, SERVED, Stream
 from holdfast.tpm2.constants import BUFFER_MAX, HEADER_SIZE, Rc
 from holdfast.tpm2.requests import error_response
@@ -55,7 +55,7 @@ class DriverConnection(Stream):
 class ProxyConnection(DriverConnection):
     """A container's: what was taken and is not answered yet is noted in the page."""
 
-    def __init__(self, execute: Callable[[bytes], bytes], page: SharedPage, fd: int) -> None:
+    def __init__(self, execute: Callable[[bytes], bytes], page: Page, fd: int) -> None:
         super().__init__(lambda command: locality_answer(command) or execute(command), fd)
         self._page = page
 

@@ -14,11 +14,12 @@ Pure but for `process`. Not here: the filter, frames, and who a client is.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
 from holdfast.errors import DecodeError
+from holdfast.protocol import hibernation as hb
 from holdfast.tpm2.commands import SHAPES, Cc, Shape
 from holdfast.tpm2.constants import HEADER_SIZE, ST_NO_SESSIONS, ST_SESSIONS, Cap, Ht, Rc, Rh
 from holdfast.tpm2.requests import command as build
@@ -88,7 +89,7 @@ class Client:
     sessions: dict[int, _Session] = field(default_factory=dict)
     evicts: bool = False  # drops its own oldest instead of being refused (shared contexts)
     made: int = 0  # when it last made an object or a session
-    next_virtual: Iterator[int] = field(default_factory=itertools.count)
+    number: int = 0  # of its next object
 
 
 _NOTHING: Final[frozenset[_Object | _Session]] = frozenset()
@@ -128,6 +129,42 @@ class ResourceManager:
         for handle in [h for h, held in donor.sessions.items() if since < held.made <= until]:
             session = client.sessions[handle] = donor.sessions.pop(handle)
             session.owner = client
+
+    # --- sleep and wake ---
+
+    def asleep(self, clients: Sequence[Client]) -> hb.Resources:
+        """All there is, as a successor goes on from it; `clients` are all there are."""
+        assert set(clients) == self._clients, "somebody is forgotten"
+        return hb.Resources(
+            next(self._clock),
+            tuple(map(_kept_client, clients)),
+            tuple(map(_kept_session, self._sessions.values())),
+        )
+
+    def resume(self, kept: hb.Resources) -> tuple[Client, ...]:
+        """Go on from there, on a TPM that does; DecodeError if it contradicts itself."""
+        self._clock = itertools.count(kept.clock + 1)
+        self.mark = self._clock.__next__
+        self._sessions = {
+            s.handle: _Session(s.handle, s.context, s.used, s.made) for s in kept.sessions
+        }
+        owned = [handle for client in kept.clients for handle in client.sessions]
+        if sorted(owned) != sorted(s.handle for s in kept.sessions if s.owned):
+            raise DecodeError("hibernated vTPM", "sessions that are not its clients'")
+        clients = tuple(map(self._resumed, kept.clients))
+        self._clients = set(clients)
+        return clients
+
+    def _resumed(self, kept: hb.Client) -> Client:
+        client = Client(evicts=kept.evicts, made=kept.made, number=kept.number)
+        for held in kept.objects:
+            client.objects[held.virtual] = _Object(held.real, held.context, held.used, held.made)
+        for handle in kept.sessions:
+            session = client.sessions[handle] = self._sessions[handle]
+            session.owner = client
+        return client
+
+    # --- clients' commands ---
 
     def execute(self, client: Client, command: bytes) -> bytes:
         """Run a well-formed command (`filter.malformed`) for `client` and return the response."""
@@ -231,8 +268,9 @@ class ResourceManager:
         return response[:HEADER_SIZE] + u32(virtual) + response[HEADER_SIZE + 4 :]
 
     def _virtual(self, client: Client) -> int:
-        for number in itertools.islice(client.next_virtual, _VIRTUAL_SPAN):
-            virtual = _FIRST_VIRTUAL + number % _VIRTUAL_SPAN
+        for _ in range(_VIRTUAL_SPAN):
+            virtual = _FIRST_VIRTUAL + client.number % _VIRTUAL_SPAN
+            client.number += 1
             if virtual not in client.objects:
                 return virtual
         raise AssertionError("a client holds at most OBJECTS_MAX objects")
@@ -438,6 +476,19 @@ class ResourceManager:
         # Saved sessions are asked for as 0x03nnnnnn, and listed as 0x02nnnnnn, whatever their type.
         free = [s.handle for s in self._sessions.values() if s.owner is None]
         return [Ht.HMAC_SESSION << 24 | handle & _NUMBER for handle in free]
+
+
+def _kept_client(client: Client) -> hb.Client:
+    objects = tuple(
+        hb.Object(virtual, held.real, held.context, held.used, held.made)
+        for virtual, held in client.objects.items()
+    )
+    return hb.Client(objects, tuple(client.sessions), client.evicts, client.made, client.number)
+
+
+def _kept_session(session: _Session) -> hb.Session:
+    owned = session.owner is not None
+    return hb.Session(session.handle, session.context, session.used, session.made, owned)
 
 
 def _loads_session(command: bytes) -> bool:

@@ -13,16 +13,18 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from time import monotonic
-from typing import Final, Protocol
+from typing import ClassVar, Final, Protocol
 
 from holdfast.errors import DecodeError
 from holdfast.frontend.resources import Client
 from holdfast.frontend.vtpm import Vtpm
 from holdfast.protocol import control
+from holdfast.protocol import hibernation as hb
 from holdfast.protocol.control import Audience
 from holdfast.protocol.frames import FrameBuffer
+from holdfast.protocol.hibernation import Spoken
 from holdfast.tpm2.constants import HEADER_SIZE, Rc
 from holdfast.tpm2.requests import error_response
 
@@ -56,6 +58,20 @@ class Stream:
     deadline = 0.0  # when half a command will have taken too long; 0: no half command
     cancels = False  # whether its client may ask that the running command be cancelled
     fd: int  # does not block
+    spoken: ClassVar[Spoken | None] = None  # None: it is not a client's that can be kept asleep
+
+    @property
+    def client(self) -> Client | None:
+        """The client that it has for itself."""
+        return None
+
+    def asleep(self, client: int) -> hb.Connection:
+        """What a successor must know, between two commands; `client`: the place of its own."""
+        assert self.spoken is not None
+        return hb.Connection(self.spoken.value, client, 0, 0)
+
+    def resume(self, kept: hb.Connection, clients: Sequence[Client]) -> None:
+        """Go on from there."""
 
     def readable(self) -> int:
         """Serve what has arrived: SERVED, IDLE or GONE."""
@@ -111,6 +127,19 @@ class ClientConnection(Stream):
         self._vtpm = vtpm
         self._hear_host = hear_host
 
+    @property
+    def client(self) -> Client | None:
+        return self._client
+
+    def asleep(self, client: int) -> hb.Connection:
+        assert self.spoken is not None
+        return hb.Connection(self.spoken.value, client, *self._made)
+
+    def resume(self, kept: hb.Connection, clients: Sequence[Client]) -> None:
+        self._made = kept.since, kept.until
+        if kept.client != hb.SHARED:
+            self._client = clients[kept.client]
+
     def _serve(self, command: bytes) -> bytes:
         vtpm = self._vtpm
         client = self._client
@@ -133,6 +162,7 @@ class ClientConnection(Stream):
 class DataConnection(ClientConnection):
     """One client's connection for raw TPM commands."""
 
+    spoken = Spoken.RAW
     _frames: FrameBuffer | None = None  # until a command comes in pieces
 
     def readable(self) -> int:  # all in one, for it is most of what there is to do here
@@ -169,6 +199,7 @@ class DataConnection(ClientConnection):
 class ControlConnection(Stream):
     """One client's connection for control commands; `controls` carries them out."""
 
+    spoken = Spoken.CONTROL
     cancels = True
 
     def __init__(self, controls: Controls, fd: int) -> None:

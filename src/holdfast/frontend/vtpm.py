@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Final
 
+from holdfast.errors import DecodeError
 from holdfast.frontend.filter import Profile, malformed, refuse
 from holdfast.frontend.resources import Client, Process, ResourceManager
+from holdfast.protocol import hibernation as hb
 from holdfast.tpm2.commands import Cc
 from holdfast.tpm2.constants import HEADER_SIZE, ST_NO_SESSIONS
 
@@ -31,6 +34,19 @@ class Vtpm:
         self._linked = profile is Profile.LINKED
         self.host = self._resources.attach()
         self.shared = self._resources.attach(evicts=True)
+
+    def asleep(self, others: Sequence[Client]) -> hb.Resources:
+        """What its clients have; `others`: all but the host's own and the shared one, in order."""
+        return self._resources.asleep((self.host, self.shared, *others))
+
+    def resume(self, kept: hb.Resources) -> tuple[Client, ...]:
+        """Go on from there; its clients, in that order. DecodeError if it contradicts itself."""
+        clients = self._resources.resume(kept)
+        if len(clients) <= hb.SHARED:
+            raise DecodeError("hibernated vTPM", "clients are missing")
+        self.mark = self._resources.mark
+        self.host, self.shared = clients[hb.HOST], clients[hb.SHARED]
+        return clients
 
     def attach(self) -> Client:
         return self._resources.attach()

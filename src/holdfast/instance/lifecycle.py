@@ -18,6 +18,7 @@ class State(Enum):
     DEFINED = "defined"  # named, not yet made: a crash during manufacture leaves it here
     OFF = "off"  # manufactured and powered off
     ACTIVE = "active"  # powered on: it has, or is being given, a worker
+    ASLEEP = "asleep"  # powered on, and nobody uses it: its worker is gone until somebody comes
     FAILED = "failed"  # its run could not go on: never reset by itself
     DESTROYED = "destroyed"  # gone, and only a name in the log
 
@@ -27,6 +28,8 @@ class Event(Enum):
 
     MANUFACTURED = "manufactured"
     POWERED_ON = "powered on"
+    SLEPT = "put to sleep"
+    WOKEN = "woken"
     POWERED_OFF = "powered off"
     FAILED = "failed"
     RETRIED = "retried"  # an administrator has looked, and says: try again
@@ -41,9 +44,21 @@ TRANSITIONS: Final[Mapping[tuple[State, Event], State]] = {
     (State.OFF, Event.DESTROYED): State.DESTROYED,
     (State.ACTIVE, Event.POWERED_OFF): State.OFF,
     (State.ACTIVE, Event.FAILED): State.FAILED,
+    (State.ACTIVE, Event.SLEPT): State.ASLEEP,
+    (State.ASLEEP, Event.WOKEN): State.ACTIVE,
+    (State.ASLEEP, Event.POWERED_OFF): State.OFF,
+    (State.ASLEEP, Event.FAILED): State.FAILED,
     (State.FAILED, Event.RETRIED): State.OFF,
     (State.FAILED, Event.DESTROYED): State.DESTROYED,
 }
+
+
+ON: Final = frozenset({State.ACTIVE, State.ASLEEP})  # it has power, and somebody has it
+
+
+def stored(state: State) -> State:
+    """As the registry has it: that one sleeps is known as long as its spawner and blob live."""
+    return State.ACTIVE if state is State.ASLEEP else state
 
 
 def after(state: State, event: Event) -> State:

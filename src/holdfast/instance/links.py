@@ -141,6 +141,8 @@ class Peer:
         self._name = name
         self._path = path
         self._link: Link | None = None
+        self.unasked: Callable[[Message], Message | None] | None = None
+        self.lost: Callable[[], None] | None = None  # told when a link has ended, but by `close`
 
     async def ask(
         self, message: Message, expected: type[A], fds: Sequence[int] = ()
@@ -149,7 +151,8 @@ class Peer:
         deadline = time.monotonic() + CONNECT_SECONDS
         while self._link is None or not self._link.open:
             try:
-                self._link = Link(self._name, channel.connect(self._path))
+                sock = channel.connect(self._path)
+                self._link = Link(self._name, sock, self._heard, self._ended)
             except OSError as error:
                 if time.monotonic() > deadline:
                     raise HostError(
@@ -163,7 +166,15 @@ class Peer:
         """The channel to the process that is there now; None while there is none."""
         return self._link if self._link is not None and self._link.open else None
 
+    def _heard(self, message: Message) -> Message | None:
+        return self.unasked(message) if self.unasked is not None else None
+
+    def _ended(self) -> None:
+        if self.lost is not None:
+            self.lost()
+
     def close(self) -> None:
+        self.lost = None
         if self._link is not None:
             self._link.close()
 

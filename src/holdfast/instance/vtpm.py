@@ -16,7 +16,8 @@ import errno
 import hashlib
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -35,12 +36,13 @@ from holdfast.instance.background import background
 from holdfast.instance.bucket import Bucket
 from holdfast.instance.committer import Committer, Done, Sealed
 from holdfast.instance.counts import Counts
-from holdfast.instance.lifecycle import Event, State, after
+from holdfast.instance.lifecycle import ON, Event, State, after, stored
 from holdfast.instance.links import Peer
 from holdfast.instance.waiting import in_time
 from holdfast.instance.worker_link import WorkerLink, reattach, spawn
 from holdfast.protocol import ipc
 from holdfast.protocol import lifecycle as lc
+from holdfast.store.asleep import Asleep
 from holdfast.store.registry import Instance, KeySet, Registry
 from holdfast.store.snapshots import Snapshot
 from holdfast.store.states import SealedState
@@ -54,6 +56,7 @@ CHANGES_PER_SECOND: Final = 1.0  # starts and stops by an owner who is not root
 CHANGES_BURST: Final = 30.0
 RESTART_DELAYS: Final = (0.0, 0.1, 0.5, 2.0, 5.0, 15.0)  # seconds before each replacement in a row
 WORKER_END_SECONDS: Final = 5.0  # for an orderly end; the longest command takes less
+WAKES_MAX: Final = 4  # of a host at once: each takes a worker, which takes a CPU to make
 STEADY_SECONDS: Final = 60.0  # after which a worker's death counts as the first again
 Extends = Sequence[tuple[int, Mapping[Alg, bytes]]]
 
@@ -82,7 +85,17 @@ class Door(Protocol):
         """/dev/fuse, data listener, control listener, nodes: for their holder."""
 
     def share(self, page: int) -> None:
-        """Map the page that this run's workers write; takes the descriptor over."""
+        """Map the page that this run's worker writes; takes the descriptor over."""
+
+    def unshare(self) -> None:
+        """Its worker has gone in good order."""
+
+    @property
+    def words(self) -> tuple[int, int]:
+        """What is known of open files, as `lc.Hold` says it."""
+
+    def used(self) -> float:
+        """When the worker served somebody last (monotonic)."""
 
     def fail_in_flight(self) -> None:
         """Answer, with an error, what a worker took and did not answer."""
@@ -106,7 +119,9 @@ class Surroundings:
     spawner: Peer
     keeper: Peer
     logs: Path
+    asleep: Asleep
     counts: Counts = field(default_factory=Counts)
+    wakes: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(WAKES_MAX))
 
 
 class VirtualTpm:
@@ -129,6 +144,10 @@ class VirtualTpm:
         self._restarts: list[float] = []
         self._door: Door | None = None
         self._stopping = False
+        self._asleep = False
+        self._falling = False  # asleep: its worker may be gone in a moment
+        self._attended = 0  # by how many of the host's own, who want it to stay awake
+        self._slept_in_vain = False  # and is counted
         self._replacing: asyncio.Task[None] | None = None
         self._run_number = record.run  # as states say it: one that is beginning is counted already
         self._log_head = EMPTY
@@ -141,7 +160,12 @@ class VirtualTpm:
 
     @property
     def state(self) -> State:
-        return State(self.record.state)
+        return State.ASLEEP if self._asleep else State(self.record.state)
+
+    @property
+    def on(self) -> bool:
+        """Whether it has power."""
+        return self.state in ON
 
     @property
     def banks(self) -> tuple[Alg, ...]:
@@ -156,10 +180,15 @@ class VirtualTpm:
         return self._worker is not None and not self._worker.ended.is_set()
 
     def _move(self, event: Event, **changes: object) -> None:
-        """Write a transition down."""
+        """Write a transition down; sleep and wake are nothing that a disk has to know."""
         state = after(self.state, event)
-        self.record = replace(self.record, state=state.value, **changes)  # type: ignore[arg-type]
-        self._around.registry.update(self.record)
+        asleep = state is State.ASLEEP
+        self._around.counts.asleep += asleep - self._asleep
+        self._asleep = asleep
+        kept = stored(state).value
+        if changes or kept != self.record.state:
+            self.record = replace(self.record, state=kept, **changes)  # type: ignore[arg-type]
+            self._around.registry.update(self.record)
 
     # --- manufacture ---
 
@@ -257,9 +286,8 @@ class VirtualTpm:
         assert self._door is not None, "a vTPM is attached before it is powered on"
         self._door.fail_in_flight()
         ends = self._door.descriptors()
-        message = lc.Hold(self.record.id, self._door.nodes)
+        message = lc.Hold(self.record.id, self._door.nodes, *self._door.words)
         await self._around.spawner.ask(message, ipc.Done, ends)
-        await self._share()
 
     async def hold_ports(self, listeners: tuple[int, ...]) -> None:
         """Serve the next run's clients on these too: listeners for commands and for controls."""
@@ -269,14 +297,6 @@ class VirtualTpm:
         except NotFound:  # a spawner that took a dead one's place holds nothing
             await self._hold()
             await self._around.spawner.ask(message, ipc.Done, listeners)
-
-    async def _share(self) -> None:
-        """Have the door know the page that the workers write."""
-        assert self._door is not None
-        _, held = await self._around.spawner.ask(lc.FetchHeld(self.record.id), ipc.Done)
-        for fd in held[:-1]:
-            os.close(fd)
-        self._door.share(held[-1])
 
     async def detach(self) -> None:
         """Let go of the run's ends; whoever still has the device open finds it gone."""
@@ -339,9 +359,14 @@ class VirtualTpm:
                 for alg, bank in ledger.items() for pcr in MEASURED_PCRS
             ),
         )  # fmt: skip
+        await self._start(task, state.wrapped)
+        self.ledger = ledger
+
+    async def _start(self, task: lc.PowerOn | lc.Wake, wrapped: bytes) -> None:
+        """Have a worker carry this out, and serve."""
         started = partial(
-            spawn, around.spawner, self.record.id, self._keep, self._died,
-            state.wrapped, task, lc.PoweredOn,
+            spawn, self._around.spawner, self.record.id, self._keep, self._died,
+            wrapped, task, lc.PoweredOn,
         )  # fmt: skip
         try:
             self._worker, _ = await started()
@@ -352,10 +377,16 @@ class VirtualTpm:
             self._worker, _ = await started()
         except HostError:
             # The keeper may have opened its TPM anew since, and know nothing of states.
-            around.committer.suspect()
-            await around.committer.ready()
+            self._around.committer.suspect()
+            await self._around.committer.ready()
             self._worker, _ = await started()
-        self.ledger = ledger
+        self._share()
+
+    def _share(self) -> None:
+        """Have the door know the page that the worker writes."""
+        assert self._door is not None
+        assert self._worker is not None
+        self._door.share(self._worker.take_page())
 
     async def _begin_relay(self) -> None:
         """Give the run a worker that serves the TPM behind the instance's device."""
@@ -368,6 +399,7 @@ class VirtualTpm:
             )  # fmt: skip
         finally:
             os.close(device)
+        self._share()
         self.ledger = {}
 
     def _write_log(self, run: Run) -> bytes:
@@ -418,6 +450,7 @@ class VirtualTpm:
         finally:
             if worker is not None and not worker.ended.is_set():
                 await worker.kill(self._around.spawner)
+        self._around.asleep.discard(self.record.id)  # it slept on a state that was shut down
         self.run = None
         self.ledger = {}
         self._move(Event.POWERED_OFF)
@@ -439,6 +472,121 @@ class VirtualTpm:
             around.spawner, self.record.id, self._keep, lambda _: None, snapshot.wrapped, task,
             ipc.Done,
         )  # fmt: skip
+
+    # --- sleep and wake ---
+
+    def idle_since(self) -> float | None:
+        """When it was used last (monotonic), if it is one that can sleep."""
+        if self.state is not State.ACTIVE or self.record.device or self._attended:
+            return None
+        return self._door.used() if self.worker_alive and self._door is not None else None
+
+    async def sleep(self) -> bool:
+        """Put it to sleep; False if it is in use after all. HostError if it cannot be put."""
+        async with self.lock:
+            worker = self._worker
+            if worker is None or self.idle_since() is None or self._stopping:
+                return False
+            self._falling = True
+            try:
+                answer, _ = await worker.link.ask(lc.Sleep(), lc.Asleep)
+                await self._keep_asleep(worker, answer)
+            except Conflict:
+                return False
+            finally:
+                self._falling = False
+            self._worker = None  # whose end is no death
+            self._move(Event.SLEPT)
+            self._around.counts.sleeps += 1
+            worker.link.tell(ipc.Done())
+            try:
+                await asyncio.wait_for(worker.ended.wait(), WORKER_END_SECONDS)
+            except TimeoutError:
+                await worker.kill(self._around.spawner)
+            assert self._door is not None
+            self._door.unshare()
+        return True
+
+    async def _keep_asleep(self, worker: WorkerLink, asleep: lc.Asleep) -> None:
+        """Keep what it will be woken with, and its clients' connections; or have it go on."""
+        around, instance = self._around, self.record.id
+        try:
+            around.asleep.keep(instance, asleep.blob)
+            keep = lc.Keep(instance, asleep.spoken, asleep.numbers)
+            await around.spawner.ask(keep, ipc.Done)
+        except HoldfastError as error:
+            around.asleep.discard(instance)
+            worker.link.tell(ipc.Refused("HostError", str(error)))
+            await self._drop_kept()
+            raise HostError(str(error)) from None
+
+    async def wake(self) -> None:
+        """Have it go on where it was; the caller has its lock.
+
+        If what it slept with is no good, it begins again as after a worker's death: a TPM Reset on
+        its last durable state, counted. HostError, and it sleeps on, if nothing can be begun now.
+        """
+        after(self.state, Event.WOKEN)
+        assert self.run is not None
+        async with self._around.wakes:
+            try:
+                await self._go_on()
+            except (IntegrityError, NotFound) as error:
+                LOG.warning("slept in vain", vtpm=self.record.name, why=str(error))
+                if not self._slept_in_vain:
+                    self._slept_in_vain = True
+                    self._around.counts.restarts += 1
+                    self.record = replace(self.record, restarts=self.record.restarts + 1)
+                    self._around.registry.update(self.record)
+                self._around.asleep.discard(self.record.id)
+                await self._begin(self.run)
+        self._slept_in_vain = False
+        self._around.asleep.discard(self.record.id)  # it was used up before anybody was served
+        self._move(Event.WOKEN)
+        await self._drop_kept()
+
+    async def _drop_kept(self) -> None:
+        """Its worker has its clients' connections now: nobody else needs them."""
+        with contextlib.suppress(HoldfastError):  # a spawner that is gone has none
+            await self._around.spawner.ask(lc.Drop(self.record.id), ipc.Done)
+
+    async def _go_on(self) -> None:
+        """Wake a worker with what its predecessor left."""
+        around = self._around
+        await around.committer.ready()
+        blob = around.asleep.read(self.record.id)
+        state = around.registry.states.state(self.record.id)
+        digest = hashlib.sha256(state.sealed).digest()
+        task = lc.Wake(
+            self.record.profile, self.record.terms, state.clears, state.epoch, digest, blob
+        )
+        await self._start(task, state.wrapped)
+
+    async def hold_asleep(self) -> None:
+        """A spawner that took a dead one's place learns what it is to hold and to watch."""
+        async with self.lock:
+            if self.state is not State.ASLEEP:
+                return
+            if self.record.ports:  # whose container's network is not ours to enter from here
+                self.fail("the spawner was replaced, and its ports are gone: start it again")
+            else:
+                await self._hold()
+                await self._around.spawner.ask(lc.Keep(self.record.id, (), ()), ipc.Done)
+
+    @asynccontextmanager
+    async def _awake(self) -> AsyncIterator[WorkerLink]:
+        """Its worker, which is awake meanwhile. Conflict if it is off."""
+        self._attended += 1
+        try:
+            if self._falling or self._asleep:
+                async with self.lock:
+                    if self.state is State.ASLEEP:
+                        await self.wake()
+            if self._worker is None:
+                raise Conflict("the vTPM is not powered on")
+            yield self._worker
+        finally:
+            self._attended -= 1
 
     # --- a worker's death ---
 
@@ -482,6 +630,7 @@ class VirtualTpm:
     def fail(self, why: str) -> None:
         """Stay as it is, say why, and let clients see errors instead of waiting."""
         self.run = None
+        self._around.asleep.discard(self.record.id)
         with contextlib.suppress(HostError):  # a disk that is full does not keep it from failing
             self._move(Event.FAILED, why_failed=why)
         if self._door is not None and not self.worker_alive:
@@ -492,15 +641,20 @@ class VirtualTpm:
         """An administrator says: try again."""
         self._move(Event.RETRIED, why_failed="")
 
-    async def reattach(self, run: Run, door: Door, *, alive: bool) -> None:
+    async def reattach(self, run: Run, door: Door, entry: lc.HeldEntry) -> None:
         """Take up, in a new daemon, with a run that outlived the old one."""
         around = self._around
         self.run = run
         self._door = door
-        await self._share()
-        if alive:
-            self.ledger = replay(initial(self.banks, run.startup_locality), run.extends)
+        self.ledger = replay(initial(self.banks, run.startup_locality), run.extends)
+        if entry.pid:
+            around.asleep.discard(self.record.id)  # a worker that lives has used it up, or will
             self._worker = await reattach(around.spawner, self.record.id, self._keep, self._died)
+            self._share()
+            if entry.asleep:
+                await self._drop_kept()
+        elif entry.asleep:
+            self._move(Event.SLEPT)
         else:
             await self._begin(run)
 
@@ -513,10 +667,9 @@ class VirtualTpm:
                 f"{self.record.name} is {self.record.device}, passed through: "
                 "that TPM has an identity of its own, of which this host says nothing"
             )
-        if self._worker is None:
-            raise Conflict("the vTPM is not powered on")
         message = lc.Quote(qualifying, tuple(sorted(int(alg) for alg in self.banks)), pcrs)
-        answer, _ = await self._worker.link.ask(message, lc.Quoted)
+        async with self._awake() as worker:
+            answer, _ = await worker.link.ask(message, lc.Quoted)
         return answer
 
     def stays_here(self, what: str) -> Conflict:

@@ -29,6 +29,7 @@ WRAPPED_MAX: Final = 1024
 CLEARS_MAX: Final = 0xFFFFFFFF  # what a worker says of how often; it is kept in 64 bits
 WORDS_MAX: Final = 512  # characters of a worker's last words that are kept
 A = TypeVar("A", bound=ipc.Message)
+_SERVING: Final = (lc.PowerOn, lc.Relay, lc.Wake)  # tasks of workers that serve what is held
 # Who commits a worker's states: the state, and whom to tell.
 Keep = Callable[[SealedState, Done], None]
 
@@ -47,15 +48,21 @@ class WorkerLink:
         self.keep = keep
         self._died = died
         self._pidfd = -1
+        self._page = -1
         self._commits = Bucket(COMMITS_PER_SECOND, COMMITS_BURST)
         self.ended = asyncio.Event()
         self._committing = False  # one is under way; a worker of ours sends no second
         self.link = Link("worker", sock, self._unasked, self._cut_off)
 
-    def watch(self, pidfd: int) -> None:
-        """Notice the end of this process; takes the descriptor over."""
-        self._pidfd = pidfd
+    def watch(self, pidfd: int, page: int) -> None:
+        """Notice the end of this process; takes the descriptors over."""
+        self._pidfd, self._page = pidfd, page
         asyncio.get_running_loop().add_reader(pidfd, self._end)
+
+    def take_page(self) -> int:
+        """The descriptor of the page that it shares, once."""
+        page, self._page = self._page, -1
+        return page
 
     def _unasked(self, message: ipc.Message) -> ipc.Message | None:
         """A commit is answered when it is durable; last words are kept."""
@@ -109,6 +116,8 @@ class WorkerLink:
         asyncio.get_running_loop().remove_reader(self._pidfd)
         os.close(self._pidfd)
         self._pidfd = -1
+        if self._page >= 0:
+            os.close(self.take_page())
         self.link.close()
         self.ended.set()
         self._died(self.link.last_words or "it ended")
@@ -144,9 +153,9 @@ async def spawn(
     with theirs:
         doing = asyncio.ensure_future(worker.link.ask(task, expected, given))
         try:
-            spawned = lc.Spawn(instance, wrapped, isinstance(task, lc.PowerOn | lc.Relay))
+            spawned = lc.Spawn(instance, wrapped, isinstance(task, _SERVING))
             _, fds = await spawner.ask(spawned, lc.Spawned, (theirs.fileno(),))
-            worker.watch(*_exactly(1, fds))
+            worker.watch(*_exactly(2, fds))
         except BaseException:
             worker.link.close()
             await asyncio.gather(doing, return_exceptions=True)
@@ -167,9 +176,9 @@ async def reattach(
 ) -> WorkerLink:
     """Take up with the worker that outlived the last daemon."""
     _, fds = await spawner.ask(lc.Reattach(instance), lc.Spawned)
-    sock, pidfd = _exactly(2, fds)
+    sock, pidfd, page = _exactly(3, fds)
     worker = WorkerLink(instance, keep, channel.from_fd(sock), died)
-    worker.watch(pidfd)
+    worker.watch(pidfd, page)
     return worker
 
 

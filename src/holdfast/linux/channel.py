@@ -17,7 +17,7 @@ from typing import Final, NamedTuple
 from holdfast.errors import ProtocolError
 
 PACKET_MAX: Final = 1 << 20
-FDS_MAX: Final = 16
+FDS_MAX: Final = 80  # a worker's own ends, and 64 connections that were kept
 _FD_SPACE: Final = socket.CMSG_SPACE(FDS_MAX * array.array("i").itemsize)
 _SO_SNDBUFFORCE: Final = 32
 _BUFFER: Final = memoryview(bytearray(PACKET_MAX))

@@ -18,12 +18,14 @@ class Hold(Message, code=100):
     """Keep these for the instance, whoever dies. Descriptors: /dev/fuse, data and control listener,
     and those that serve its device nodes.
 
-    `nodes`: what makes those (`frontend.nodes.NodeKind`). Answered with Done. Replaces what was
-    held for it.
+    `nodes`: what makes those (`frontend.nodes.NodeKind`). `exclusive`, `last_handle`: what is known
+    of open files (`frontend.page`). Answered with Done. Replaces what was held for it.
     """
 
     instance: UUID
     nodes: str
+    exclusive: int
+    last_handle: int
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,8 @@ class Spawn(Message, code=102):
 
 @dataclass(frozen=True)
 class Spawned(Message, code=103):
-    """Descriptor: the worker's pidfd; after Reattach, before it the daemon's end of a channel."""
+    """Descriptors: the worker's pidfd and its page; after Reattach, before them the daemon's end of
+    a channel."""
 
     pid: int
 
@@ -75,11 +78,14 @@ class ListHeld(Message, code=104):
 
 @dataclass(frozen=True)
 class HeldEntry(Message):
-    """`pid` 0: no worker. `held`: device and sockets are kept."""
+    """`pid` 0: no worker. `held`: device and sockets are kept. `asleep`: Keep is still in force.
+    `knocked`: somebody has come since."""
 
     instance: UUID
     pid: int
     held: bool
+    asleep: bool
+    knocked: bool
 
 
 @dataclass(frozen=True)
@@ -121,6 +127,34 @@ class Kill(Message, code=108):
     instance: UUID
 
 
+@dataclass(frozen=True)
+class Keep(Message, code=111):
+    """The instance sleeps: when its worker has ended, say who comes to its ends (Knock).
+
+    `numbers`: descriptors of clients' connections in its worker, to be kept for the next one, and
+    what is `spoken` on each (`protocol.hibernation.Spoken`). Without any, those that are kept stay
+    so, and it need have no worker. Answered with Done; Conflict if it has none to take them from.
+    """
+
+    instance: UUID
+    spoken: tuple[str, ...]
+    numbers: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Drop(Message, code=112):
+    """The instance's worker serves: let go of connections that are kept. Answered with Done."""
+
+    instance: UUID
+
+
+@dataclass(frozen=True)
+class Knock(Message, code=113):
+    """From the spawner, unasked: somebody came to a vTPM that sleeps. Said once; see ListHeld."""
+
+    instance: UUID
+
+
 # --- spawner -> worker -------------------------------------------------------------------------
 
 
@@ -128,12 +162,14 @@ class Kill(Message, code=108):
 class Begin(Message, code=120):
     """You are this instance's. Descriptors: daemon channel, key channel, shared page; and if
     `held`, /dev/fuse, data listener, control listener, and those that serve its `nodes`; and if
-    there is a `dialect`, listeners for commands and for controls on which that is spoken."""
+    there is a `dialect`, listeners for commands and for controls on which that is spoken; and
+    clients' connections of a worker before, with what is `spoken` on each."""
 
     instance: UUID
     held: bool
     nodes: str
     dialect: str
+    spoken: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -282,6 +318,41 @@ class Quoted(Message, code=155):
 @dataclass(frozen=True)
 class PowerOff(Message, code=156):
     """Shutdown(CLEAR), seal, end. Answered with Commit, then Done."""
+
+
+@dataclass(frozen=True)
+class Sleep(Message, code=157):
+    """Sleep, if nobody uses you. Answered with Commit of a state that was shut down in order, then
+    Asleep, or Refused: Conflict if somebody does.
+
+    The daemon says Done when it has all that it needs to wake it, and the worker ends; or Refused,
+    and the worker goes on, as it does if the daemon goes without a word.
+    """
+
+
+@dataclass(frozen=True)
+class Asleep(Message, code=158):
+    """Everything a successor needs, sealed; and clients' connections, as Keep wants them."""
+
+    blob: bytes
+    spoken: tuple[str, ...]
+    numbers: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Wake(Message, code=159):
+    """Go on from what a worker before you sealed. Answered with Commit, then PoweredOn.
+
+    `state`: SHA-256 of the sealed state that is durable; the rest as in PowerOn. Refused with
+    IntegrityError if the blob does not open: other boot, build, epoch or state, or damaged.
+    """
+
+    profile: str
+    terms: bytes
+    clears: int
+    epoch: int
+    state: bytes
+    blob: bytes
 
 
 # --- worker -> daemon --------------------------------------------------------------------------

@@ -1,9 +1,9 @@
 """The spawner's service: workers for the daemon, and everything a container's device hangs on.
 
 It holds, for each vTPM, the descriptors of its FUSE file system, its listening sockets and its
-device nodes, and the page it shares with that vTPM's workers, so that neither a dead worker nor a
-dead daemon breaks a running container's device. It holds no secret: the key channel's ends go to
-worker and keeper.
+device nodes, so that neither a dead worker nor a dead daemon breaks a running container's device;
+and of one that sleeps its clients' connections, and says when one of them, or a new one, has come.
+It holds no secret: the key channel's ends go to worker and keeper.
 
 Single thread; requests are answered in order. A worker that died by a signal leaves a request in
 flight, which is answered with an error here; then workers get a new mother, because forks share her
@@ -27,12 +27,16 @@ from uuid import UUID
 
 from holdfast.errors import Conflict, HoldfastError, HostError, NotFound, ProtocolError
 from holdfast.frontend.nodes import NodeKind
-from holdfast.frontend.page import SharedPage
+from holdfast.frontend.page import NO_WORDS, SharedPage, Words
 from holdfast.frontend.page import create as create_page
+from holdfast.frontend.sockets import CONNECTIONS_MAX
 from holdfast.linux import cgroup, channel
+from holdfast.linux.descriptors import take_connection
 from holdfast.protocol import fuse, ipc
 from holdfast.protocol import lifecycle as lc
+from holdfast.protocol.hibernation import Spoken
 from holdfast.spawner.pool import GROUP, Blank, Pool, ended, ending
+from holdfast.spawner.watch import Watch
 
 PEERS_MAX: Final = 8
 QUIET_SECONDS: Final = 0.02
@@ -52,13 +56,18 @@ _DESCRIPTORS: Final[Mapping[type[ipc.Message], tuple[int, ...]]] = {
 class Entry:
     """What is held for one instance, and its worker if it has one."""
 
-    page_fd: int
+    words: Words = NO_WORDS  # of the page, while there is no worker
     held: tuple[int, ...] = ()  # /dev/fuse, data listener, control listener, device nodes
     nodes: NodeKind = NodeKind.NONE
     ports: tuple[int, ...] = ()  # listeners in the container's network, on which is spoken:
     dialect: str = ""
     worker: Blank | None = None
+    page: int = -1  # that worker's
     serving: bool = False  # whether that worker has what is held
+    asleep: bool = False  # when there is no worker, somebody who comes is told of
+    knocked: bool = False  # and was
+    kept: tuple[int, ...] = ()  # clients' connections, for the next worker; on which is spoken:
+    spoken: tuple[str, ...] = ()
 
 
 class Spawner:
@@ -73,6 +82,8 @@ class Spawner:
         self._peers: set[socket.socket] = set()
         self._selector = selectors.DefaultSelector()
         self._selector.register(listener, selectors.EVENT_READ, self._accept)
+        self._watch = Watch()
+        self._selector.register(self._watch, selectors.EVENT_READ, self._came)
         self._running = True
         self._crashed = False
         self._failures = 0  # blank workers in a row that did not come up
@@ -90,6 +101,8 @@ class Spawner:
             lc.Reattach: self._reattach,
             lc.FetchHeld: self._fetch,
             lc.Kill: self._kill,
+            lc.Keep: self._keep,
+            lc.Drop: self._drop_kept,
         }
 
     def run(self) -> None:
@@ -160,9 +173,11 @@ class Spawner:
         for entry in self._entries.values():
             if entry.worker is not None:
                 entry.worker.discard()
-            for fd in (*entry.held, *entry.ports, entry.page_fd):
+                os.close(entry.page)
+            for fd in (*entry.held, *entry.ports, *entry.kept):
                 os.close(fd)
         self._entries.clear()
+        self._watch.close()
         self._pool.close()
         cgroup.sweep(GROUP)
 
@@ -228,7 +243,8 @@ class Spawner:
         else:
             if entry is not None:
                 self._let_go(message.instance)
-            entry = self._entries[message.instance] = Entry(create_page())
+            entry = self._entries[message.instance] = Entry()
+        entry.words = Words(message.exclusive, message.last_handle)
         entry.held, entry.nodes = tuple(map(os.dup, ends)), kind
         return ipc.Done(), ()
 
@@ -255,24 +271,100 @@ class Spawner:
 
     def _let_go(self, instance: UUID) -> None:
         entry = self._entries.pop(instance)
-        for fd in (*entry.held, *entry.ports, entry.page_fd):
+        self._watch.forget(instance)
+        for fd in (*entry.held, *entry.ports, *entry.kept):
             os.close(fd)
 
     def _fetch(self, message: lc.FetchHeld) -> Reply:
         entry = self._entries.get(message.instance)
         if entry is None or not entry.held:
             raise NotFound("nothing is held for this instance")
-        return ipc.Done(), (*entry.held, entry.page_fd)
+        return ipc.Done(), entry.held
 
     def _list(self, _message: lc.ListHeld) -> Reply:
         for instance in list(self._entries):
             self._reap(instance)
         entries = tuple(
-            lc.HeldEntry(instance, entry.worker.pid if entry.worker else 0, bool(entry.held))
+            lc.HeldEntry(
+                instance,
+                entry.worker.pid if entry.worker else 0,
+                bool(entry.held),
+                entry.asleep,
+                entry.knocked,
+            )
             for instance, entry in self._entries.items()
         )
         mother = self._pool.mother
         return lc.HeldList(entries, self._pool.ready, mother.version, mother.known_bad), ()
+
+    # --- vTPMs that sleep ---
+
+    def _keep(self, message: lc.Keep) -> Reply:
+        instance = message.instance
+        self._reap(instance)
+        entry = self._entries.get(instance)
+        if entry is None or not entry.held:
+            raise NotFound("nothing is held for this instance")
+        if message.numbers:
+            if entry.worker is None or entry.kept:
+                raise Conflict("there is no worker to take connections from")
+            entry.kept = self._taken(entry.worker.pidfd, message)
+            entry.spoken = message.spoken
+        entry.asleep = True
+        if entry.worker is None:
+            self._begin_watch(instance, entry)
+        return ipc.Done(), ()
+
+    @staticmethod
+    def _taken(pidfd: int, message: lc.Keep) -> tuple[int, ...]:
+        """Connections out of a worker, which itself cannot pass a descriptor on. All, or none."""
+        if len(message.numbers) != len(message.spoken) or len(message.numbers) > CONNECTIONS_MAX:
+            raise ProtocolError("Keep with other than a few connections, and what each speaks")
+        taken: list[int] = []
+        try:
+            for number, spoken in zip(message.numbers, message.spoken, strict=True):
+                Spoken(spoken)
+                taken.append(take_connection(pidfd, number))
+        except (OSError, ValueError, ProtocolError):
+            for fd in taken:
+                os.close(fd)
+            raise
+        return tuple(taken)
+
+    def _begin_watch(self, instance: UUID, entry: Entry) -> None:
+        entry.knocked = False
+        try:
+            self._watch.begin(instance, (*entry.held, *entry.ports, *entry.kept))
+        except OSError as error:  # nobody would ever be noticed: have it woken
+            sys.stderr.write(f"holdfast-spawner: {instance} cannot be watched: {error.strerror}\n")
+            self._knock(instance)
+
+    def _came(self) -> None:
+        for instance in self._watch.came():
+            self._knock(instance)
+
+    def _knock(self, instance: UUID) -> None:
+        """Somebody came to a vTPM that sleeps: say so, once."""
+        self._entries[instance].knocked = True
+        knock = lc.Knock(instance).encode()
+        for sock in list(self._peers):
+            try:
+                sock.send(knock, socket.MSG_DONTWAIT)
+            except OSError:
+                self._drop(sock)  # who does not listen asks for a list when it comes back
+
+    def _drop_kept(self, message: lc.Drop) -> Reply:
+        entry = self._entries.get(message.instance)
+        if entry is not None:
+            self._let_kept_go(message.instance, entry)
+        return ipc.Done(), ()
+
+    def _let_kept_go(self, instance: UUID, entry: Entry) -> None:
+        self._watch.forget(instance)
+        for fd in entry.kept:
+            os.close(fd)
+        entry.kept, entry.spoken = (), ()
+        entry.asleep = entry.knocked = False
 
     # --- workers ---
 
@@ -285,21 +377,25 @@ class Spawner:
         if message.serving and (entry is None or not entry.held):
             raise NotFound("nothing is held for this instance")
         blank = self._pool.take(self._unwatch)
+        entry = entry or Entry()
+        page = create_page(entry.words)
         try:
-            entry = self._entries.setdefault(instance, entry or Entry(create_page()))
-            held = entry.held if message.serving else ()  # one that makes a TPM serves nobody
-            ports = entry.ports if held else ()
-            nodes = entry.nodes if held else NodeKind.NONE
-            begin = lc.Begin(instance, bool(held), nodes.value, entry.dialect if ports else "")
-            self._begin(blank, message, begin, (its_end, entry.page_fd, *held, *ports))
+            # One that makes a TPM serves nobody.
+            serving = entry if message.serving else Entry()
+            dialect = serving.dialect if serving.ports else ""
+            nodes, spoken = serving.nodes, serving.spoken
+            begin = lc.Begin(instance, bool(serving.held), nodes.value, dialect, spoken)
+            held = (*serving.held, *serving.ports, *serving.kept)
+            self._begin(blank, message, begin, (its_end, page, *held))
         except BaseException:
             blank.discard()
-            if entry is not None and not entry.held:
-                self._let_go(instance)
+            os.close(page)
             raise
-        entry.worker, entry.serving = blank, message.serving
+        self._entries[instance] = entry
+        self._watch.forget(instance)
+        entry.worker, entry.serving, entry.page = blank, message.serving, page
         self._selector.register(blank.pidfd, selectors.EVENT_READ, lambda: self._reap(instance))
-        return lc.Spawned(blank.pid), (os.dup(blank.pidfd),)
+        return lc.Spawned(blank.pid), (os.dup(blank.pidfd), os.dup(page))
 
     def _begin(
         self, blank: Blank, message: lc.Spawn, begin: lc.Begin, ends: tuple[int, ...]
@@ -366,7 +462,8 @@ class Spawner:
         worker_end, daemon_end = channel.pair()
         with worker_end:
             channel.send(entry.worker.channel, lc.NewDaemon().encode(), (worker_end.fileno(),))
-        return lc.Spawned(entry.worker.pid), (daemon_end.detach(), os.dup(entry.worker.pidfd))
+        ends = (daemon_end.detach(), os.dup(entry.worker.pidfd), os.dup(entry.page))
+        return lc.Spawned(entry.worker.pid), ends
 
     def _kill(self, message: lc.Kill) -> Reply:
         entry = self._entries.get(message.instance)
@@ -398,8 +495,12 @@ class Spawner:
         entry.worker = None
         if entry.held:
             self._answer_in_flight(entry)
-        else:
+        os.close(entry.page)
+        entry.page = -1
+        if not entry.held:
             self._let_go(instance)
+        elif entry.asleep:
+            self._begin_watch(instance, entry)
         if status:
             sys.stderr.write(f"holdfast-spawner: the worker of {instance} {ending(status)}\n")
         return os.WIFSIGNALED(status)
@@ -407,7 +508,8 @@ class Spawner:
     @staticmethod
     def _answer_in_flight(entry: Entry) -> None:
         """A dead worker's request gets an error."""
-        page = SharedPage(entry.page_fd)
+        page = SharedPage(entry.page)
+        entry.words = page.words
         page.fail_in_flight(entry.held[0], entry.nodes, entry.held[_ENDS:])
         page.close()
 

@@ -1,4 +1,4 @@
-"""The spawner's self-test: one worker makes a TPM, another serves it, from power-on to their ends.
+"""The spawner's self-test: a worker makes a TPM, a second serves it and sleeps, a third wakes.
 
 The spawner plays everybody a worker meets: keeper, daemon, clients, and the kernel's FUSE. What a
 worker does is done here, inside its sandbox, so that a system call a new library needs is found at
@@ -12,7 +12,7 @@ import os
 import select
 import socket
 from collections.abc import Callable
-from typing import Final
+from typing import Final, TypeVar
 from uuid import UUID
 
 from holdfast.errors import HoldfastError, HostError
@@ -27,6 +27,7 @@ from holdfast.tpm2.algorithms import Alg
 from holdfast.tpm2.constants import MEASURED_PCRS
 from holdfast.tpm2.wire import u32
 
+A = TypeVar("A", bound=ipc.Message)
 SECONDS: Final = 10.0
 _NOBODY: Final = UUID(int=0)
 _PROFILE: Final = "linked"
@@ -37,7 +38,7 @@ _CERTIFICATE: Final = bytes(800)  # as large as one
 class _Ends:
     """What a worker is begun with, and our side of it."""
 
-    def __init__(self, key: bytes, epoch: int, sealed: bytes) -> None:
+    def __init__(self, key: bytes, epoch: int, digest: bytes) -> None:
         self.daemon, self._daemon = channel.pair()
         self.keys, self._keys = channel.pair()
         self.fuse, self._fuse = channel.pair()
@@ -48,7 +49,6 @@ class _Ends:
         self._page = create_page()
         for sock in (self.daemon, self.keys, self.fuse):
             sock.settimeout(SECONDS)
-        digest = hashlib.sha256(sealed).digest()
         channel.send(self.keys, ipc.KeyGrant(key, b"", epoch, digest).encode())
 
     def hand_over(self, worker: socket.socket, *, serving: bool) -> None:
@@ -75,7 +75,9 @@ def self_test(pool: Pool) -> None:
     key = os.urandom(KEY_SIZE)
     made: list[lc.Commit] = []
     _try(pool.make(), lambda blank: made.append(_make(blank, key)))
-    _try(pool.make(), lambda blank: _serve(blank, key, made[0]))
+    asleep: list[lc.Wake] = []
+    _try(pool.make(), lambda blank: asleep.append(_serve(blank, key, made[0])))
+    _try(pool.make(), lambda blank: _wake(blank, key, asleep[0]))
 
 
 def _try(blank: Blank, life: Callable[[Blank], object]) -> None:
@@ -107,15 +109,15 @@ def _make(blank: Blank, key: bytes) -> lc.Commit:
         certificates = lc.InstallCertificates(
             _PROFILE, _TERMS, _CERTIFICATE, _CERTIFICATE, (_CERTIFICATE,)
         )
-        (state,) = _ask(ends.daemon, certificates, ipc.Done)
+        (state,), _ = _ask(ends.daemon, certificates, ipc.Done)
         return state
     finally:
         ends.close()
 
 
-def _serve(blank: Blank, key: bytes, state: lc.Commit) -> None:
-    """Have it serve that TPM, and end."""
-    ends = _Ends(key, state.epoch, state.sealed)
+def _serve(blank: Blank, key: bytes, state: lc.Commit) -> lc.Wake:
+    """Have it serve that TPM, and go to sleep; with what it is woken."""
+    ends = _Ends(key, state.epoch, _digest(state.sealed))
     try:
         ends.hand_over(blank.channel, serving=True)
         expected = tuple(ipc.PcrValue(Alg.SHA256, pcr, bytes(32)) for pcr in MEASURED_PCRS)
@@ -127,15 +129,33 @@ def _serve(blank: Blank, key: bytes, state: lc.Commit) -> None:
         _client(ends.listeners[1], blank.pidfd, (u32(1),))
         channel.send(ends.fuse, fuse.init_request())
         _answer(ends.fuse, blank.pidfd)
+        (last,), asleep = _ask(ends.daemon, lc.Sleep(), lc.Asleep)
+        channel.send(ends.daemon, ipc.Done().encode())
+        return lc.Wake(_PROFILE, _TERMS, 0, last.epoch, _digest(last.sealed), asleep.blob)
+    finally:
+        ends.close()
+
+
+def _wake(blank: Blank, key: bytes, wake: lc.Wake) -> None:
+    """Have it go on from there, and end."""
+    ends = _Ends(key, wake.epoch, wake.state)
+    try:
+        ends.hand_over(blank.channel, serving=True)
+        _ask(ends.daemon, wake, lc.PoweredOn)
+        _client(ends.listeners[0], blank.pidfd, (rq.get_random(8),))
         _ask(ends.daemon, lc.PowerOff(), ipc.Done)
     finally:
         ends.close()
 
 
+def _digest(sealed: bytes) -> bytes:
+    return hashlib.sha256(sealed).digest()
+
+
 def _ask(
-    daemon: socket.socket, message: ipc.Message, expected: type[ipc.Message]
-) -> list[lc.Commit]:
-    """As the daemon does: whatever it commits is durable. Returns that."""
+    daemon: socket.socket, message: ipc.Message, expected: type[A]
+) -> tuple[list[lc.Commit], A]:
+    """As the daemon does: whatever it commits is durable. Returns that, and the answer."""
     commits = []
     channel.send(daemon, message.encode())
     while True:
@@ -145,7 +165,7 @@ def _ask(
             commits.append(answer)
             channel.send(daemon, lc.Committed(answer.epoch).encode())
         elif isinstance(answer, expected):
-            return commits
+            return commits, answer
         else:
             raise HostError(f"a worker ended its trial life: {answer}")
 

@@ -4,7 +4,8 @@ Sealed form: version 1 (1 byte) ‖ salt (32) ‖ nonce (12) ‖ ciphertext and 
 HKDF-SHA256 of the instance's data key with the salt; salt and nonce are fresh randomness, never a
 function of the epoch, so that a restored host image that counts an epoch again repeats neither.
 Associated data is instance id (16) ‖ epoch (8) ‖ length (1) and name of the profile ‖ length (1)
-and digest of the terms ‖ kind: a blob opens only as what it is, and only for whom it was made.
+and digest of the terms ‖ kind: a blob opens only as what it is, and only for whom it was made. What
+is for a while only, a hibernated vTPM, has behind that where alone it opens.
 
 Runs in the worker. Not here: the data key's own wrapping (the keeper's).
 """
@@ -36,6 +37,15 @@ class Kind(Enum):
     """What a blob is."""
 
     PERMANENT = b"permanent"
+    HIBERNATED = b"hibernated"
+
+
+_DOES_NOT_OPEN: Final = {
+    Kind.PERMANENT: "sealed state does not open: it, or the name, owner, profile or start policy "
+    "that the registry has of it, was changed, or it is another instance's or epoch's",
+    Kind.HIBERNATED: "what it slept with does not open: it was used already, is of another boot or "
+    "build, or was changed",
+}
 
 
 @dataclass(frozen=True)
@@ -52,28 +62,30 @@ class Owner:
     terms: bytes
 
 
-def seal(key: bytes, owner: Owner, epoch: int, kind: Kind, state: bytes) -> bytes:
+def seal(
+    key: bytes, owner: Owner, epoch: int, kind: Kind, state: bytes, where: bytes = b""
+) -> bytes:
     """Encrypt `state` under a fresh key derived from the 32-byte data key."""
     salt, nonce = os.urandom(_SALT), os.urandom(_NONCE)
     cipher = AESGCM(_epoch_key(key, salt))
-    associated = _associated(owner, epoch, kind)
+    associated = _associated(owner, epoch, kind) + where
     return _VERSION + salt + nonce + cipher.encrypt(nonce, state, associated)
 
 
-def unseal(key: bytes, owner: Owner, epoch: int, kind: Kind, sealed: bytes) -> bytes:
+def unseal(
+    key: bytes, owner: Owner, epoch: int, kind: Kind, sealed: bytes, where: bytes = b""
+) -> bytes:
     """Decrypt; IntegrityError unless it is exactly this owner's blob of this epoch."""
     if sealed[:1] != _VERSION or len(sealed) < 1 + _SALT + _NONCE + _TAG:
         raise IntegrityError("sealed state is cut short or of an unknown version")
     salt = sealed[1 : 1 + _SALT]
     nonce = sealed[1 + _SALT : 1 + _SALT + _NONCE]
     cipher = AESGCM(_epoch_key(key, salt))
+    associated = _associated(owner, epoch, kind) + where
     try:
-        return cipher.decrypt(nonce, sealed[1 + _SALT + _NONCE :], _associated(owner, epoch, kind))
+        return cipher.decrypt(nonce, sealed[1 + _SALT + _NONCE :], associated)
     except InvalidTag:
-        raise IntegrityError(
-            "sealed state does not open: it, or the name, owner, profile or start policy that the "
-            "registry has of it, was changed, or it is another instance's or epoch's"
-        ) from None
+        raise IntegrityError(_DOES_NOT_OPEN[kind]) from None
 
 
 def _epoch_key(key: bytes, salt: bytes) -> bytes:

@@ -18,24 +18,27 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Final, NoReturn
+from uuid import UUID
 
-from holdfast.engine.libtpms import Engine
-from holdfast.errors import HoldfastError, HostError, IntegrityError, ProtocolError, by_name
+from holdfast.engine.libtpms import Engine, StateKind
+from holdfast.errors import (
+    Conflict,
+    HoldfastError,
+    HostError,
+    IntegrityError,
+    ProtocolError,
+    by_name,
+)
 from holdfast.frontend.cancelling import Canceller
 from holdfast.frontend.controls import ContainerControls
-from holdfast.frontend.devices import TPM0, TPMRM0, Devices
 from holdfast.frontend.filter import Profile
 from holdfast.frontend.loop import Loop
-from holdfast.frontend.mssim import CommandPort, PlatformPort
-from holdfast.frontend.nodes import NodeKind
 from holdfast.frontend.page import SharedPage
-from holdfast.frontend.proxy import ProxyConnection
-from holdfast.frontend.sockets import ControlConnection, DataConnection, Stream
 from holdfast.frontend.vtpm import Vtpm
 from holdfast.linux import channel
+from holdfast.protocol import hibernation as hb
 from holdfast.protocol import ipc
 from holdfast.protocol import lifecycle as lc
-from holdfast.protocol.mssim import Dialect
 from holdfast.store.sealing import Kind, Owner, seal, unseal
 from holdfast.tpm2 import requests as rq
 from holdfast.tpm2.algorithms import HASH_SIZES, Alg
@@ -43,7 +46,9 @@ from holdfast.tpm2.commands import Cc
 from holdfast.tpm2.constants import AK_HANDLE, MEASURED_PCRS
 from holdfast.tpm2.structures import PcrSelection
 from holdfast.worker import manufacture
+from holdfast.worker.build import boot_and_build
 from holdfast.worker.relay import DeviceTpm
+from holdfast.worker.serving import Ends, Serving, serve_driver
 from holdfast.worker.tpm import DurableTpm
 
 FAULT_STATUS: Final = 70  # EX_SOFTWARE
@@ -66,35 +71,32 @@ class Worker:
     def __init__(
         self,
         spawner: socket.socket,
-        begin: lc.Begin,
-        fds: list[int],
+        instance: UUID,
+        ends: Ends,
         engine: Engine,
         canceller: Canceller | None,
     ) -> None:
         self._spawner = spawner
-        self._instance = begin.instance
-        self._owner = Owner(begin.instance, "", b"")
-        self.daemon = socket.socket(fileno=fds[0])
-        self._keys = socket.socket(fileno=fds[1])
-        self._page = SharedPage(fds[2])
-        self._node_kind = NodeKind(begin.nodes)
-        ports = 6 + self._node_kind.descriptors
-        self._held = fds[3:6] if begin.held else []
-        self._nodes = fds[6:ports]
-        self._ports = fds[ports:]
-        self._dialect = begin.dialect
+        self._instance = instance
+        self._owner = Owner(instance, "", b"")
+        self._ends = ends
+        self.daemon = socket.socket(fileno=ends.daemon)
+        self._keys = socket.socket(fileno=ends.keys)
+        self._page = SharedPage(ends.page)
         self._engine = engine
-        self._loop = Loop()
+        self._loop = Loop(self._page.used)
         cancellable = partial(self._loop.run_cancellable, canceller) if canceller else None
         self._tpm = DurableTpm(engine, self._commit, cancellable)
         self._backlog: deque[ipc.Message] = deque()
         self._given: list[int] = []  # descriptors from the daemon: Relay, Introduce have one
         self._relay: DeviceTpm | None = None
-        self._vtpm: Vtpm | None = None
+        self._serving: Serving | None = None
         self._data_key = b""
         self._wrapped = b""
         self._newest = 0, b""  # epoch of the state that the keeper knows to be, and its SHA-256
         self._epoch = 0
+        self._digest = b""  # SHA-256 of the sealed state that was committed last
+        self._left: hb.Hibernated | None = None  # what the daemon was given
         self._handlers: Mapping[type[ipc.Message], Callable[..., ipc.Message]] = {
             lc.Manufacture: self._manufacture,
             lc.OpenCredential: self._open_credential,
@@ -106,6 +108,8 @@ class Worker:
             lc.Introduce: self._introduce,
             lc.Quote: self._quote,
             lc.PowerOff: self._power_off,
+            lc.Sleep: self._sleep,
+            lc.Wake: self._wake,
         }
         self._loop.watch(self._spawner.fileno(), self._on_spawner)
         self._loop.watch(self.daemon.fileno(), self._on_daemon)
@@ -157,7 +161,9 @@ class Worker:
         except HoldfastError as error:
             answer = ipc.Refused(type(error).__name__, str(error))
         self._tell(answer)
-        refused = isinstance(answer, ipc.Refused) and isinstance(message, lc.PowerOn)
+        if isinstance(answer, lc.Asleep):
+            self._leave_or_go_on()
+        refused = isinstance(answer, ipc.Refused) and isinstance(message, lc.PowerOn | lc.Wake)
         if refused or isinstance(message, lc.PowerOff | lc.InstallCertificates | lc.Restore):
             raise Ended
 
@@ -183,6 +189,7 @@ class Worker:
         self._have_key()
         epoch = self._epoch + 1
         sealed = seal(self._data_key, self._owner, epoch, Kind.PERMANENT, permanent)
+        self._digest = hashlib.sha256(sealed).digest()
         request = lc.Commit(epoch, sealed, self._wrapped, self._tpm.clears).encode()
         deadline = time.monotonic() + DAEMON_WAIT
         while True:
@@ -299,9 +306,7 @@ class Worker:
     def _power_on(self, message: lc.PowerOn) -> ipc.Message:
         """TPM Reset, the host's measurements, a platformAuth that nobody knows; then durable."""
         self._have_key()
-        self._epoch = message.epoch
-        self._owner = Owner(self._instance, message.profile, message.terms)
-        self._tpm.clears = message.clears
+        self._begin_run(message)
         state = self._opened(message.epoch, message.sealed)
         execute = self._engine.process
         self._tpm.restore(state)
@@ -318,14 +323,17 @@ class Worker:
         def meanwhile() -> None:
             if profile is Profile.LINKED:  # a plain one's banks are its owner's to allocate
                 self._check_pcrs(message.expected)
-            self._vtpm = Vtpm(self._tpm.execute, profile, self._engine.process)
-            controls = ContainerControls(self._engine.established, self._engine.info)
-            self._serve(self._vtpm, controls)  # whoever is there waits until the loop turns again
+            self._serve(Vtpm(self._tpm.execute, profile, self._engine.process))
 
         if not self._commit(noted, meanwhile):
             return ipc.Refused("HostError", "the store refused the state of this power-on")
         self._tpm.committed(noted)
         return lc.PoweredOn()
+
+    def _begin_run(self, message: lc.PowerOn | lc.Wake) -> None:
+        self._epoch = message.epoch
+        self._owner = Owner(self._instance, message.profile, message.terms)
+        self._tpm.clears = message.clears
 
     def _opened(self, epoch: int, sealed: bytes) -> bytes:
         """A state, if it is the one that the keeper says is to be opened."""
@@ -348,7 +356,8 @@ class Worker:
         server = self._one_given(message)
         self._engine.manufacture()
         rq.response(Cc.Startup, self._engine.process(rq.startup()))
-        self._serve_driver(Vtpm(self._engine.process, Profile.LINKED), server)
+        vtpm = Vtpm(self._engine.process, Profile.LINKED)
+        serve_driver(self._loop, self._page, vtpm, server)
         return lc.PoweredOn()
 
     def _one_given(self, message: ipc.Message) -> int:
@@ -361,8 +370,7 @@ class Worker:
         """Serve somebody else's TPM."""
         self._relay = DeviceTpm(self._one_given(message))
         self._relay.flush()
-        self._vtpm = Vtpm(self._relay.execute, Profile.PLAIN)
-        self._serve(self._vtpm, ContainerControls(lambda: False, lambda _: "{}"))
+        self._serve(Vtpm(self._relay.execute, Profile.PLAIN))
         return lc.PoweredOn()
 
     def _check_pcrs(self, expected: tuple[ipc.PcrValue, ...]) -> None:
@@ -389,38 +397,13 @@ class Worker:
             digests = {Alg(value.alg): value.value for value in extension.digests}
             rq.response(Cc.PCR_Extend, execute(rq.pcr_extend(extension.pcr, digests)))
 
-    def _serve(self, vtpm: Vtpm, controls: ContainerControls) -> None:
+    def _serve(self, vtpm: Vtpm, kept: hb.Hibernated | None = None) -> None:
         """Let clients in."""
-        fuse_fd, data_fd, control_fd = self._held
-        devices = Devices(vtpm, self._page, time.monotonic, int(time.time()))
-        self._loop.serve_devices(fuse_fd, devices)
-        self._serve_nodes(vtpm, devices)
-        commands: list[Callable[[int], Stream]] = [
-            partial(DataConnection, vtpm, self._loop.hear_host)
-        ]
-        askers: list[Callable[[int], Stream]] = [partial(ControlConnection, controls)]
-        if self._dialect == Dialect.SWTPM.value:
-            commands *= 2
-            askers *= 2
-        elif self._dialect:
-            commands.append(partial(CommandPort, vtpm, self._loop.hear_host))
-            askers.append(PlatformPort)
-        for fd, made in zip((data_fd, *self._ports[:1]), commands, strict=True):
-            self._loop.listen(fd, made)
-        for fd, made in zip((control_fd, *self._ports[1:]), askers, strict=True):
-            self._loop.listen(fd, made, cancels=True)
-
-    def _serve_nodes(self, vtpm: Vtpm, devices: Devices) -> None:
-        if self._node_kind is NodeKind.CUSE:
-            for fd, node in zip(self._nodes, (TPM0, TPMRM0), strict=True):
-                self._loop.serve_devices(fd, devices, node)
-        elif self._node_kind is NodeKind.VTPM_PROXY:
-            (server,) = self._nodes
-            self._serve_driver(vtpm, server)
-
-    def _serve_driver(self, vtpm: Vtpm, server: int) -> None:
-        execute = partial(vtpm.execute, vtpm.shared)
-        self._loop.add(ProxyConnection(execute, self._page, server))
+        if self._relay is None:
+            controls = ContainerControls(self._engine.established, self._engine.info)
+        else:
+            controls = ContainerControls(lambda: False, lambda _: "{}")
+        self._serving = Serving(self._loop, self._page, self._ends, vtpm, controls, kept)
 
     def _quote(self, message: lc.Quote) -> ipc.Message:
         selection = PcrSelection(tuple((Alg(bank), message.pcrs) for bank in message.banks))
@@ -430,7 +413,7 @@ class Worker:
 
     def _power_off(self, _message: lc.PowerOff) -> ipc.Message:
         """An orderly end: Shutdown(CLEAR), so that `safe` stays set and clocks go forward."""
-        if self._vtpm is None:  # none yet, or one that only introduced itself to the kernel
+        if self._serving is None:  # none yet, or one that only introduced itself to the kernel
             return ipc.Done()
         if self._relay is not None:
             self._relay.flush()
@@ -438,9 +421,91 @@ class Worker:
         return self._shut_down(self._engine.process)
 
     def _running(self) -> Vtpm:
-        if self._vtpm is None:
+        if self._serving is None:
             raise ProtocolError("the vTPM is not powered on")
-        return self._vtpm
+        return self._serving.vtpm
+
+    # --- sleep and wake ---
+
+    def _sleep(self, _message: lc.Sleep) -> ipc.Message:
+        """Shut down, durably; everything that is to go on from here goes to the daemon, sealed.
+
+        So a vTPM that sleeps was powered off in order, whatever becomes of the host meanwhile.
+        """
+        serving = self._serving
+        if serving is None or self._relay is not None or not self._loop.at_rest():
+            raise Conflict("it is in use")
+        dump = self._engine.dump
+        kept = serving.asleep(dump(StateKind.PERMANENT), dump(StateKind.VOLATILE))
+        encoded = kept.encode()
+        if len(encoded) > hb.HIBERNATED_MAX:
+            raise Conflict("its clients have more than it can sleep with")
+        try:
+            shut_down = self._shut_down(self._engine.process)
+        except IntegrityError:
+            raise Ended from None  # nobody knows whether it was kept, and no daemon is there
+        if isinstance(shut_down, ipc.Refused):
+            self._tpm.resume(kept.permanent, kept.volatile)
+            return shut_down
+        self._left = kept
+        blob = seal(
+            self._data_key, self._owner, self._epoch, Kind.HIBERNATED, encoded,
+            self._where(self._digest),
+        )  # fmt: skip
+        return lc.Asleep(blob, *serving.connections())
+
+    def _where(self, state: bytes) -> bytes:
+        """Where alone a hibernated vTPM opens: this boot, this build, beside this durable state."""
+        return boot_and_build(self._engine.version_text) + state
+
+    def _leave_or_go_on(self) -> None:
+        """The daemon has it and we end; or it has not, and what it might have is used up first."""
+        kept = self._left
+        assert kept is not None
+        if self._left_in_peace():
+            raise Ended
+        self._left = None
+        self._tpm.resume(kept.permanent, kept.volatile)
+        if not self._commit(kept.permanent):
+            raise HostError("it could neither sleep nor go on: the store refused its state")
+        self._tpm.committed(kept.permanent)
+
+    def _left_in_peace(self) -> bool:
+        while True:
+            try:
+                data, fds = channel.receive(self.daemon)
+            except OSError:
+                return False
+            self._given += fds
+            message = ipc.decode(data) if data else None
+            if message is None or isinstance(message, ipc.Refused):
+                return False
+            if isinstance(message, ipc.Done):
+                return True
+            self._backlog.append(message)
+            self._loop.soon(self._work_off)
+
+    def _wake(self, message: lc.Wake) -> ipc.Message:
+        """Go on, once the blob is used up: the commit is of the next epoch, and it is of this."""
+        self._have_key()
+        self._begin_run(message)
+        if self._newest != (message.epoch, message.state):
+            raise IntegrityError("the state beside what it slept with is not the newest")
+        opened = unseal(
+            self._data_key, self._owner, self._epoch, Kind.HIBERNATED, message.blob,
+            self._where(message.state),
+        )  # fmt: skip
+        kept = hb.decode(opened)
+
+        def meanwhile() -> None:
+            self._tpm.resume(kept.permanent, kept.volatile)
+            profile = Profile(message.profile)
+            self._serve(Vtpm(self._tpm.execute, profile, self._engine.process), kept)
+
+        if not self._commit(kept.permanent, meanwhile):
+            return ipc.Refused("HostError", "the store refused the state of this wake")
+        self._tpm.committed(kept.permanent)
+        return lc.PoweredOn()
 
 
 def fault(daemon: socket.socket, error: BaseException) -> None:
@@ -452,7 +517,7 @@ def fault(daemon: socket.socket, error: BaseException) -> None:
         return
 
 
-def await_begin(spawner: socket.socket) -> tuple[lc.Begin, list[int]]:
+def await_begin(spawner: socket.socket) -> tuple[UUID, Ends]:
     """Wait, blank, for the instance; Ended if the spawner goes first."""
     data, fds = channel.receive(spawner)
     if not data:
@@ -460,10 +525,7 @@ def await_begin(spawner: socket.socket) -> tuple[lc.Begin, list[int]]:
     message = ipc.decode(data)
     if not isinstance(message, lc.Begin):
         raise ProtocolError(f"{type(message).__name__} from the spawner")
-    nodes = NodeKind(message.nodes).descriptors
-    if len(fds) != 3 + 3 * message.held + nodes + 2 * bool(message.dialect):
-        raise ProtocolError(f"Begin with {len(fds)} descriptors from the spawner")
-    return message, fds
+    return message.instance, Ends.of(message, fds)
 
 
 def live(spawner: socket.socket, engine: Engine, canceller: Canceller) -> NoReturn:
@@ -471,8 +533,7 @@ def live(spawner: socket.socket, engine: Engine, canceller: Canceller) -> NoRetu
     status = FAULT_STATUS
     worker: Worker | None = None
     try:
-        begin, fds = await_begin(spawner)
-        worker = Worker(spawner, begin, fds, engine, canceller)
+        worker = Worker(spawner, *await_begin(spawner), engine, canceller)
         worker.run()
     except Ended:
         status = 0

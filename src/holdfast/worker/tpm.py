@@ -55,6 +55,12 @@ class DurableTpm:
         self._engine.restore(permanent)
         self._durable = permanent
 
+    def resume(self, permanent: bytes, volatile: bytes) -> None:
+        """Go on from where a TPM was, and stir: nobody else may go on from there as well."""
+        self._engine.power_off()
+        self._engine.restore(permanent, volatile)
+        self.stir()
+
     def committed(self, permanent: bytes) -> None:
         """This state is durable now."""
         self._durable = permanent
@@ -85,9 +91,7 @@ class DurableTpm:
     def _undo(self, snapshot: bytes | None) -> bytes:
         if snapshot is None or not self._durable:
             raise IntegrityError("a command stored state that could not be made durable")
-        self._engine.power_off()
-        self._engine.restore(self._durable, snapshot)
-        self.stir()
+        self.resume(self._durable, snapshot)
         return error_response(Rc.NV_UNAVAILABLE)
 
 

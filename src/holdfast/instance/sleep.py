@@ -1,0 +1,204 @@
+"""Which vTPMs go to sleep, and which wake: looked at once a second, and whenever somebody knocks.
+
+Who has not been used for a while sleeps. While the host is short of memory, or more are awake than
+are to be, the longest idle ones sleep before that; one that is in use never does. Somebody at a
+vTPM's ends wakes it: a few at a time, the rest wait in order. What cannot be woken now is tried
+again, later and later; its clients wait.
+
+Not here: how one sleeps and wakes (`vtpm`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+from uuid import UUID
+
+import structlog
+
+from holdfast.errors import HoldfastError, HostError
+from holdfast.instance.background import background
+from holdfast.instance.counts import Times
+from holdfast.instance.lifecycle import State
+from holdfast.instance.links import LATER, Peer
+from holdfast.instance.vtpm import VirtualTpm
+from holdfast.protocol import ipc
+from holdfast.protocol import lifecycle as lc
+
+LOG = structlog.get_logger()
+LOOK_SECONDS: Final = 1.0
+FALLING_MAX: Final = 4  # that go to sleep at once
+RELIEVED_AT_ONCE: Final = 32  # in one look, for want of memory
+REST_SECONDS: Final = 1.0  # idle for less, one is in use, however short of memory the host is
+UNEASY_SECONDS: Final = 60.0  # before one is tried again that could not be put to sleep
+WAKE_DELAYS: Final = (0.1, 0.5, 2.0, 5.0, 15.0)  # seconds between tries to wake one
+_MEMORY: Final = Path("/proc/meminfo")
+
+
+@dataclass(frozen=True)
+class Limits:
+    """`idle_after` in seconds, 0: never; `active_max` awake; `memory_reserve`: per cent, free."""
+
+    idle_after: float
+    active_max: int
+    memory_reserve: int
+
+
+class Sleep:
+    """Of the vTPMs of one host, as `everybody` gives them; `wakes`: how long they took."""
+
+    def __init__(
+        self,
+        limits: Limits,
+        spawner: Peer,
+        wakes: Times,
+        everybody: Callable[[], Iterable[VirtualTpm]],
+    ) -> None:
+        self._limits = limits
+        self._spawner = spawner
+        self._wakes = wakes
+        self._everybody = everybody
+        self._sleepers: dict[UUID, VirtualTpm] = {}
+        self._falling: dict[UUID, VirtualTpm] = {}
+        self._waking: set[UUID] = set()
+        self._uneasy: dict[UUID, float] = {}  # until when not to try again
+        self._beds = asyncio.Semaphore(FALLING_MAX)
+        self._tasks: dict[str, asyncio.Task[None]] = {}
+        spawner.unasked = self._unasked
+        spawner.lost = self._lost
+
+    def begin(self) -> None:
+        """Look after them from now on."""
+        self._tasks["look"] = background(self._look_on())
+
+    def end(self) -> None:
+        """Let all be as they are."""
+        self._spawner.lost = None
+        for task in self._tasks.values():
+            task.cancel()
+
+    # --- going to sleep ---
+
+    async def _look_on(self) -> None:
+        while True:
+            await asyncio.sleep(LOOK_SECONDS)
+            for vtpm in self.due(time.monotonic(), free_memory()):
+                self._falling[vtpm.record.id] = vtpm
+                background(self._put(vtpm))
+
+    def due(self, now: float, free: float) -> list[VirtualTpm]:
+        """Who is to sleep now, the longest idle first; `free`: of memory, in per cent."""
+        limits = self._limits
+        awake = [(vtpm.idle_since(), vtpm) for vtpm in self._everybody()]
+        can = sorted(
+            ((since, vtpm) for since, vtpm in awake if since is not None),
+            key=lambda each: each[0],
+        )
+        wanted = len(can) - limits.active_max
+        if limits.idle_after:
+            wanted = max(wanted, sum(now - since >= limits.idle_after for since, _ in can))
+        if free < limits.memory_reserve:
+            wanted = max(wanted, RELIEVED_AT_ONCE)
+        return [
+            vtpm
+            for since, vtpm in can[: max(wanted, 0)]
+            if now - since >= REST_SECONDS
+            and vtpm.record.id not in self._falling
+            and self._uneasy.get(vtpm.record.id, 0.0) <= now
+        ]
+
+    async def _put(self, vtpm: VirtualTpm) -> None:
+        instance = vtpm.record.id
+        try:
+            async with self._beds:
+                if await vtpm.sleep():
+                    self._sleepers[instance] = vtpm
+            self._uneasy.pop(instance, None)
+        except HoldfastError as error:
+            self._uneasy[instance] = time.monotonic() + UNEASY_SECONDS
+            LOG.warning("cannot sleep", vtpm=vtpm.record.name, why=str(error))
+        finally:
+            del self._falling[instance]
+
+    # --- waking ---
+
+    def took_up(self, vtpm: VirtualTpm, *, knocked: bool) -> None:
+        """One that slept already when this daemon began."""
+        self._sleepers[vtpm.record.id] = vtpm
+        if knocked:
+            self._knocked(vtpm.record.id)
+
+    def _unasked(self, message: ipc.Message) -> ipc.Message | None:
+        if not isinstance(message, lc.Knock):
+            return None
+        self._knocked(message.instance)
+        return LATER
+
+    def _knocked(self, instance: UUID) -> None:
+        vtpm = self._sleepers.get(instance) or self._falling.get(instance)
+        if vtpm is not None and instance not in self._waking:
+            self._waking.add(instance)
+            background(self._wake(vtpm))
+
+    async def _wake(self, vtpm: VirtualTpm) -> None:
+        """Wake it, however long that takes: somebody waits."""
+        began = time.monotonic()
+        try:
+            for delay in itertools.chain(WAKE_DELAYS, itertools.repeat(WAKE_DELAYS[-1])):
+                async with vtpm.lock:
+                    if vtpm.state is not State.ASLEEP:
+                        break
+                    try:
+                        await vtpm.wake()
+                        self._wakes.note(time.monotonic() - began)
+                        break
+                    except (HostError, OSError) as error:
+                        LOG.warning("cannot be woken yet", vtpm=vtpm.record.name, why=str(error))
+                    except HoldfastError as error:
+                        vtpm.fail(str(error))
+                        break
+                await asyncio.sleep(delay)
+            if vtpm.state is not State.ASLEEP:
+                self._sleepers.pop(vtpm.record.id, None)
+        finally:
+            self._waking.discard(vtpm.record.id)
+
+    # --- a spawner's death ---
+
+    def _lost(self) -> None:
+        """The channel to the spawner has ended, and perhaps the spawner with all that it held."""
+        finding = self._tasks.get("find")
+        if finding is None or finding.done():
+            self._tasks["find"] = background(self._find_again())
+
+    async def _find_again(self) -> None:
+        """Have the next one hold and watch what the last one did."""
+        while True:
+            await asyncio.sleep(LOOK_SECONDS)
+            try:
+                held, _ = await self._spawner.ask(lc.ListHeld(), lc.HeldList)
+                entries = {entry.instance: entry for entry in held.entries}
+                for instance, vtpm in list(self._sleepers.items()):
+                    entry = entries.get(instance)
+                    if entry is None or not entry.held:
+                        await vtpm.hold_asleep()
+                    elif entry.knocked:
+                        self._knocked(instance)
+            except HoldfastError as error:
+                LOG.warning("the spawner is away", why=str(error))
+            else:
+                return
+
+
+def free_memory() -> float:
+    """Memory that programs can have without anything being written elsewhere, in per cent."""
+    sizes = {}
+    for line in _MEMORY.read_text().splitlines():
+        name, _, size = line.partition(":")
+        sizes[name] = int(size.split()[0])
+    return 100.0 * sizes["MemAvailable"] / sizes["MemTotal"]
