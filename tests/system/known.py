@@ -20,6 +20,7 @@ from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
+from holdfast.hwtpm.anchor import SECRET_SIZE
 from holdfast.hwtpm.transport import Transport
 from holdfast.keeper import vault
 from holdfast.keeper.custody import Custody
@@ -64,18 +65,18 @@ def marker() -> bytes:
     return os.urandom(31) + b"\x77"
 
 
-def root_key(host: Serve, tcti: str) -> bytes:
-    """Unsealed by the host's TPM, as root of the approved boot state may."""
+def unsealed(host: Serve, tcti: str) -> tuple[bytes, bytes]:
+    """Root key and anchor secret, of the host's TPM, as root of the approved boot state may."""
     shared = SecretMemory()
     made = vault.load(host.directory / "state" / "keeper")
     transport = Transport(tcti)
     try:
         custody = Custody(made, transport, shared)
-        key = bytes(shared.view[:SIZE])
+        both = bytes(shared.view[: SIZE + SECRET_SIZE])
         custody.close()
     finally:
         transport.close()
-    return key
+    return both[:SIZE], both[SIZE:]
 
 
 def stored(host: Serve, name: str, place: Path) -> Stored:

@@ -90,8 +90,8 @@ async def _keeper(seen: Seen) -> list[Finding]:
         return [Finding("keeper", "problem", why), *_boot_state(seen.host, state.why_not)]
     findings = [Finding("keeper", "ok", f"the root key is open, in {memory}")]
     if memory != _BEST_MEMORY:
-        says = f"the root key is open, in {memory}: this host gives no {_BEST_MEMORY}"
-        findings = [Finding("keeper", "note", says)]
+        says = f"the root key is in {memory}: this host gives no {_BEST_MEMORY}"
+        findings.append(Finding("memory for keys", "note", says))
     if state.stand_in:
         findings.append(
             Finding(
