@@ -14,8 +14,8 @@ from pathlib import Path
 PIECE = 16
 CHUNK = 16 << 20
 PAGE = 4096
+EDGE = 2 * PIECE  # the longest form of a piece
 _LINE = re.compile(r"([0-9a-f]+)-([0-9a-f]+) (\S+) \S+ \S+ (\d+) *(.*)")
-_NO_PAGE = bytes(PAGE)
 
 
 def patterns(secrets: Mapping[str, bytes]) -> dict[bytes, str]:
@@ -36,28 +36,63 @@ def found(data: bytes, wanted: Mapping[bytes, str]) -> set[str]:
     return {name for form, name in wanted.items() if form in data}
 
 
-def in_memory(pid: int, wanted: Mapping[bytes, str]) -> set[str]:
-    """Names of the secrets in what root can read of a process; all that it may write to."""
-    names = set()
-    for data in memory(pid):
-        names |= found(data, wanted)
-    return names
+class Scanner:
+    """Looks into one process after the other, once at each page that several have (forks do)."""
+
+    def __init__(self, secrets: Mapping[str, bytes]) -> None:
+        self.wanted = patterns(secrets)
+        self._clean = {hash(bytes(PAGE))}
+
+    def in_memory(self, pid: int) -> set[str]:
+        """Names of the secrets in all that a process may write to, as far as root can read it.
+
+        Nothing of one that has ended.
+        """
+        names: set[str] = set()
+        pages: set[int] = set()
+        for data in memory(pid):
+            names |= found(self._without_clean(data, pages), self.wanted)
+        if not names:
+            self._clean |= pages
+        return names
+
+    def _without_clean(self, data: bytes, pages: set[int]) -> bytes:
+        """Pages not seen yet, and of their neighbours what may be a piece's other half."""
+        cut = [data[at : at + PAGE] for at in range(0, len(data), PAGE)]
+        hashes = [hash(page) for page in cut]
+        pages.update(hashes)
+        new = [False, *(value not in self._clean for value in hashes), False]
+        kept = []
+        for number, page in enumerate(cut, 1):
+            if new[number]:
+                kept.append(page)
+            else:
+                kept += [page[:EDGE]] * new[number - 1] + [page[-EDGE:]] * new[number + 1]
+        return b"".join(kept)
 
 
 def memory(pid: int) -> Iterator[bytes]:
-    """Everything that a process has mapped and could have written, without pages of zeros."""
-    with open(f"/proc/{pid}/mem", "rb", buffering=0) as file:
+    """Everything that a process has mapped and could have written."""
+    try:
+        file = open(f"/proc/{pid}/mem", "rb", buffering=0)  # noqa: SIM115 - it is closed below
+    except (FileNotFoundError, ProcessLookupError):
+        return
+    with file:
         for start, end in _writable(pid):
             for at in range(start, end, CHUNK):
                 try:
-                    data = os.pread(file.fileno(), min(CHUNK + PIECE * 2, end - at), at)
+                    data = os.pread(file.fileno(), min(CHUNK + EDGE, end - at), at)
                 except OSError:
-                    continue  # what even root cannot read
-                yield _without_zeros(data)
+                    continue  # what even root cannot read, or is gone
+                yield data
 
 
 def _writable(pid: int) -> Iterator[tuple[int, int]]:
-    for line in Path(f"/proc/{pid}/maps").read_text().splitlines():
+    try:
+        lines = Path(f"/proc/{pid}/maps").read_text().splitlines()
+    except (FileNotFoundError, ProcessLookupError):
+        return
+    for line in lines:
         match = _LINE.match(line)
         assert match is not None, line
         start, end, permissions, inode, path = match.groups()
@@ -65,20 +100,6 @@ def _writable(pid: int) -> Iterator[tuple[int, int]]:
         own = permissions[0] == "r" and (permissions[1] == "w" or inode == "0")
         if own and not path.startswith(("[vvar", "[vdso", "[vsyscall")):
             yield int(start, 16), int(end, 16)
-
-
-def _without_zeros(data: bytes) -> bytes:
-    pages = (data[at : at + PAGE] for at in range(0, len(data), PAGE))
-    kept, skipped = [], False
-    for page in pages:
-        if page == _NO_PAGE[: len(page)]:
-            skipped = True
-            continue
-        if skipped and kept:
-            kept.append(bytes(PIECE * 2))  # what is on both sides of a gap does not touch
-        kept.append(page)
-        skipped = False
-    return b"".join(kept)
 
 
 def in_files(places: Iterable[Path], wanted: Mapping[bytes, str]) -> dict[str, set[str]]:

@@ -21,7 +21,7 @@ import pytest
 
 from holdfast.tpm2 import requests as rq
 from tests.asking import connect, exchange, until
-from tests.scanning import in_files, in_memory, patterns
+from tests.scanning import Scanner, in_files, patterns
 
 from .known import (
     SEEDS,
@@ -52,8 +52,8 @@ class Known:
     of_vtpm: dict[str, bytes]
 
     @property
-    def all(self) -> dict[bytes, str]:
-        return patterns({**self.of_host, **self.of_vtpm})
+    def all(self) -> dict[str, bytes]:
+        return {**self.of_host, **self.of_vtpm}
 
     def others(self) -> dict[str, int]:
         """Every process of ours but this vTPM's worker."""
@@ -68,10 +68,12 @@ class Known:
         return {**named, **{f"worker {pid}": pid for pid in workers}}
 
 
-@pytest.fixture(scope="module")
-def known(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Known]:
+@contextlib.contextmanager
+def a_known_host(idle_after: int, place: Path) -> Iterator[Known]:
     with a_host(running=False) as host:
         root, anchor = unsealed(host, f"swtpm:path={host.directory}/tpm.sock")
+        with host.config.open("a") as config:
+            config.write(f"[workers]\nidle_after = {idle_after}\n")
         host.start()
         host.create("mine")
         host.power_on("mine")
@@ -80,24 +82,30 @@ def known(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Known]:
         host.create("other")
         host.power_on("other")
         put_secrets_in(host.place("other"))
-        found = stored(host, "mine", tmp_path_factory.mktemp("copy"))
+        found = stored(host, "mine", place)
         key = data_key(root, found.record.id, found.wrapped)
         secrets = {**vtpm_secrets(found, key), **markers}
         of_host = {**host_secrets(root), "anchor secret": anchor}
         yield Known(host, worker, found, of_host, secrets)
 
 
+@pytest.fixture(scope="module")
+def known(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Known]:
+    with a_known_host(0, tmp_path_factory.mktemp("copy")) as made:
+        yield made
+
+
 def test_the_vtpms_own_worker_has_them_and_they_are_found_there(known: Known) -> None:
     """Else the other tests here would pass for nothing."""
-    seen = in_memory(known.worker, patterns(known.of_vtpm))
+    seen = Scanner(known.of_vtpm).in_memory(known.worker)
     assert {*SEEDS, "data key", "NV data", "NV authorization", "lockout"} <= seen
     assert {"private ECC EK", "private RSA EK", "private AK", "sealed data"} <= seen
-    assert in_memory(known.worker, patterns(known.of_host)) == set()
+    assert Scanner(known.of_host).in_memory(known.worker) == set()
 
 
 def test_no_other_process_of_ours_has_one(known: Known) -> None:
-    wanted = known.all
-    hits = {name: in_memory(pid, wanted) for name, pid in known.others().items()}
+    look = Scanner(known.all)
+    hits = {name: look.in_memory(pid) for name, pid in known.others().items()}
     keeper = hits.pop("keeper")
     assert hits == {name: set() for name in hits}
     if known.host.call("GET", "/v1/status")["root_key_memory"] == "memfd_secret":
@@ -112,7 +120,7 @@ def test_no_other_process_of_ours_has_one(known: Known) -> None:
     ids=lambda arguments: arguments[0],
 )
 def test_no_command_line_has_one_while_it_runs(known: Known, arguments: tuple[str, ...]) -> None:
-    wanted = known.all
+    look = Scanner(known.all)
     environment = {**os.environ, "HOLDFAST_SOCKET": str(known.host.api)}
     hits: set[str] = set()
     looks = 0
@@ -120,7 +128,7 @@ def test_no_command_line_has_one_while_it_runs(known: Known, arguments: tuple[st
         while not has_ended(cli, TURN):
             with contextlib.suppress(OSError):
                 cli.send_signal(signal.SIGSTOP)
-                hits |= in_memory(cli.pid, wanted)
+                hits |= look.in_memory(cli.pid)
                 looks += 1
             cli.send_signal(signal.SIGCONT)
     assert cli.returncode == 0
@@ -141,15 +149,15 @@ def has_ended(process: subprocess.Popen[bytes], seconds: float) -> bool:
 
 def _with(known: Known, name: str) -> list[int]:
     """The workers that have this secret."""
-    wanted = {form: of for form, of in known.all.items() if of == name}
-    return [pid for pid in known.host.workers() if in_memory(pid, wanted)]
+    look = Scanner({name: known.all[name]})
+    return [pid for pid in known.host.workers() if look.in_memory(pid)]
 
 
 def test_no_file_of_ours_and_no_place_of_crashes_has_one(known: Known) -> None:
     directory = known.host.directory
     places = [path for path in directory.iterdir() if path.name != "host-tpm"]
     assert {directory / name for name in ("state", "run", "out", "log")} <= set(places)
-    assert in_files([*places, *map(Path, CRASHES)], known.all) == {}
+    assert in_files([*places, *map(Path, CRASHES)], patterns(known.all)) == {}
     # And files are really read: this is there, though it is no secret.
     there = in_files(places, patterns({"wrapped key": known.stored.wrapped}))
     assert str(known.host.database) in "".join(there)
@@ -239,6 +247,29 @@ def test_what_was_destroyed_is_in_no_file_any_more(known: Known) -> None:
     known.host.call("POST", "/v1/vtpms/mine/stop", {})
     known.host.call("DELETE", "/v1/vtpms/mine")
     assert in_files(state, gone) == {}
-    wanted = patterns(known.of_vtpm)
-    hits = {name: in_memory(pid, wanted) for name, pid in known.host.children().items()}
+    look = Scanner(known.of_vtpm)
+    hits = {name: look.in_memory(pid) for name, pid in known.host.children().items()}
     assert hits == {name: set() for name in hits}
+
+
+def blobs(place: Path) -> list[Path]:
+    return [path for path in place.glob("*") if path.stat().st_size > 1000]
+
+
+def test_while_a_vtpm_sleeps_nobody_has_its_secrets(tmp_path: Path) -> None:
+    """Its worker has ended, and what it will wake from is sealed."""
+    with a_known_host(1, tmp_path) as sleeping:
+        host = sleeping.host
+        asleep = host.directory / "run" / "asleep"
+        until("all are asleep", lambda: len(blobs(asleep)) == 2 and not host.workers())
+        spawner = host.children()["spawner"]
+        assert len(children(spawner)) > 1, "there are blank workers to be looked at"
+        look = Scanner(sleeping.of_vtpm)
+        pids = {**host.children(), **{f"worker {pid}": pid for pid in children(spawner)}}
+        assert {name for name, pid in pids.items() if look.in_memory(pid)} == set()
+        places = [host.directory / "run", host.directory / "state"]
+        assert in_files(places, patterns(sleeping.all)) == {}
+        # Nor did they only look gone: who wakes it finds them where they were.
+        with contextlib.closing(connect(host.place("mine") / "run/tpm.sock")) as sock:
+            exchange(sock, rq.get_random(8))
+            assert any(look.in_memory(pid) for pid in host.workers())
