@@ -19,13 +19,13 @@ InstanceName = NewType("InstanceName", str)
 InstanceId = NewType("InstanceId", UUID)
 
 
-def instance_name(text: str) -> InstanceName:
+def instance_name(text: str, what: str = "an instance name") -> InstanceName:
     """Check a name given by a person; raise InvalidInput with what is wrong with it."""
     if len(text) > NAME_MAX:
-        raise InvalidInput(f"an instance name has at most {NAME_MAX} characters, not {len(text)}")
+        raise InvalidInput(f"{what} has at most {NAME_MAX} characters, not {len(text)}")
     if not _NAME.fullmatch(text) or ".." in text:
         raise InvalidInput(
-            f"{text!a} is not an instance name: it starts and ends with a letter or "
+            f"{text!a} is not {what}: it starts and ends with a letter or "
             "digit, has letters, digits and _ . : - between, and no two dots in a row"
         )
     return InstanceName(text)

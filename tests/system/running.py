@@ -102,7 +102,7 @@ async def a_vtpm(box: Box, tmp_path: Path) -> AsyncIterator[VirtualTpm]:
                 await vtpm.detach()
             finally:
                 attach.detach(place)
-                await Snapshots(around).forget(vtpm)
+                await Snapshots(around).forget(vtpm.record.id)
                 await _forget(around, record)
 
 

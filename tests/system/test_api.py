@@ -176,6 +176,7 @@ def test_status_is_the_short_view(host: Serve) -> None:
     status = host.call("GET", "/v1/status")
     assert set(status) == {
         "verdict", "host", "keeper", "spawner", "more", "vtpms", "counts", "root_key_memory",
+        "store",
     }  # fmt: skip
     assert "software stand-in" in status["host"]["says"]
     assert status["root_key_memory"]

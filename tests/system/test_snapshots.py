@@ -53,13 +53,16 @@ def test_a_restored_vtpm_has_what_it_had_under_a_new_epoch_and_a_higher_lineage(
             taken = await snapshots.create(vtpm, "before")
             await turn(vtpm, place, written(2, tmp_path / "in"))
             before = vtpm.epoch()
-            restored = [await snapshots.restore(vtpm, "before")]
+            restored = [await snapshots.restore(vtpm, "before", "why")]
             assert vtpm.epoch() == before + 1
             assert vtpm.record.lineage == 1
             seen = [await turn(vtpm, place, READ, RANDOM, "tpm2_readpublic -c 0x81010001")]
-            restored.append(await snapshots.restore(vtpm, "before"))
+            restored.append(await snapshots.restore(vtpm, "before", "because"))
             seen.append(await turn(vtpm, place, READ, RANDOM, "tpm2_readpublic -c 0x81010001"))
-            assert restored == [taken, taken]
+            assert [each.snapshot for each in restored] == [taken, taken]
+            assert [each.lineages for each in restored] == [(0, 1), (1, 2)]
+            assert restored[0].epochs == (before, before + 1)
+            assert all(each.anchored for each in restored)
             assert [content for content, _, _ in seen] == ["\1" * 8] * 2
             assert seen[0][1] != seen[1][1]  # no random number comes twice
             assert seen[0][2] == seen[1][2] == ek[0]
@@ -70,8 +73,9 @@ def test_a_restored_vtpm_has_what_it_had_under_a_new_epoch_and_a_higher_lineage(
                 "SELECT event, detail FROM journal WHERE instance = ?", str(vtpm.record.id)
             )
             assert told.fetchall() == [
-                ("restore", f"snapshot before of epoch {taken.epoch}")
-            ] * 2  # fmt: skip
+                ("restore", f"snapshot before of epoch {taken.epoch}: {why}")
+                for why in ("why", "because")
+            ]
 
     run(body)
 
@@ -91,14 +95,16 @@ def test_snapshots_are_named_listed_removed_and_bounded(
             with pytest.raises(Conflict, match="remove one first"):
                 await snapshots.create(vtpm, "one-more")
             await snapshots.remove(vtpm, "s0")
-            for action in (snapshots.remove, snapshots.restore):
-                with pytest.raises(NotFound):
-                    await action(vtpm, "s0")
+            with pytest.raises(NotFound):
+                await snapshots.remove(vtpm, "s0")
+            with pytest.raises(NotFound):
+                await snapshots.restore(vtpm, "s0", "why")
             await snapshots.create(vtpm, "one-more")
             await vtpm.power_on(make_run())
-            for action in (snapshots.create, snapshots.restore):
-                with pytest.raises(Conflict, match="while it is not off"):
-                    await action(vtpm, "s1")
+            with pytest.raises(Conflict, match="while it is not off"):
+                await snapshots.create(vtpm, "s1")
+            with pytest.raises(Conflict, match="while it is not off"):
+                await snapshots.restore(vtpm, "s1", "why")
 
     run(body)
 
@@ -125,15 +131,15 @@ def test_what_is_no_snapshot_of_this_vtpm_is_not_restored(
             newer = around.registry.states.state(one.record.id)
             change("UPDATE snapshots SET sealed = ? WHERE name = 'ones'", newer.sealed)
             with pytest.raises(IntegrityError, match="not the newest"):
-                await snapshots.restore(one, "ones")
+                await snapshots.restore(one, "ones", "why")
             # A neighbour's.
             change("UPDATE snapshots SET sealed = ? WHERE name = 'ones'", older.sealed)
             change("UPDATE snapshots SET instance = ? WHERE name = 'twos'", str(one.record.id))
             with pytest.raises(HoldfastError):
-                await snapshots.restore(one, "twos")
+                await snapshots.restore(one, "twos", "why")
             change("UPDATE snapshots SET instance = ? WHERE name = 'twos'", str(two.record.id))
             assert around.registry.states.state(one.record.id) == newer
-            await snapshots.restore(one, "ones")
+            await snapshots.restore(one, "ones", "why")
 
     run(body)
 
@@ -151,7 +157,7 @@ def test_what_was_destroyed_or_removed_is_not_restored_from_an_older_disk(
             with database.durable() as db:
                 db.execute("INSERT INTO snapshots VALUES (?, ?, ?, ?, ?, ?, ?, ?)", row)
             with pytest.raises(NotFound, match="no such snapshot"):
-                await snapshots.restore(vtpm, "gone")
+                await snapshots.restore(vtpm, "gone", "why")
             with database.durable() as db:
                 db.execute("DELETE FROM snapshots")
             await snapshots.create(vtpm, "there")
@@ -160,7 +166,7 @@ def test_what_was_destroyed_or_removed_is_not_restored_from_an_older_disk(
             assert vtpm.state is State.OFF
             await around.committer.commit(Write(vtpm.record.id, destroyed(leaf), None))
             with pytest.raises(NotFound):
-                await snapshots.restore(vtpm, "there")
+                await snapshots.restore(vtpm, "there", "why")
             leaf = around.committer.leaf(vtpm.record.id)
             assert leaf is not None
             assert leaf.status is Status.DESTROYED

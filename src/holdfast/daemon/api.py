@@ -9,11 +9,10 @@ only that container's own evidence.
 from __future__ import annotations
 
 import asyncio
-import json
 import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import Any, Final
 
@@ -27,7 +26,9 @@ from holdfast.attest.collector import Collector
 from holdfast.daemon import instances
 from holdfast.daemon.doctor import examine, overview
 from holdfast.daemon.host import Host
-from holdfast.daemon.metrics import Metrics
+from holdfast.daemon.metrics import Metrics, store_of
+from holdfast.daemon.requests import BODY_MAX, Caller, body_of, caller, hexed, typed
+from holdfast.daemon.state_calls import StateCalls
 from holdfast.daemon.wanted import wanted, wanted_like
 from holdfast.errors import (
     AppraisalError,
@@ -44,12 +45,9 @@ from holdfast.errors import (
 from holdfast.eventlog.cel import decode_seq, to_json
 from holdfast.instance.bucket import Bucket
 from holdfast.instance.vtpm import VirtualTpm
-from holdfast.linux.channel import peer
 from holdfast.protocol.oci_state import checked_state
 
 AUDIT: Final = structlog.get_logger("audit")
-BODY_MAX: Final = 1 << 20
-BODY_SECONDS: Final = 10.0
 PATH_SHOWN: Final = 128
 WHY_SHOWN: Final = 200
 WHY_KEPT: Final = 1000
@@ -80,40 +78,10 @@ _CREATE: Final[Mapping[str, type]] = {
 _CLONE: Final[Mapping[str, type]] = {"name": str, "owner": int}
 _EVIDENCE: Final[Mapping[str, type]] = {"nonce": str, "audience": str, "user_data": str}
 _HOOK: Final[Mapping[str, type]] = {"vtpm": str, "state": dict}
-_KINDS: Final[Mapping[type, str]] = {
-    str: "text",
-    int: "a whole number",
-    float: "a fraction",
-    list: "a list",
-    bool: "true or false",
-    dict: "an object",
-}
 _REFUSALS: Final = Bucket(rate=10.0, burst=200.0)  # lines in the log
 _UNEXPECTED: Final = Bucket(rate=1.0, burst=20.0)  # tracebacks in the log
 METRICS: Final = web.AppKey("metrics", Metrics)
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
-
-
-@dataclass(frozen=True)
-class Caller:
-    """Who is calling, as the kernel says."""
-
-    pid: int
-    uid: int
-
-    def must_be_root(self, what: str) -> None:
-        if self.uid != 0:
-            raise Forbidden(f"{what} is for root")
-
-    def must_own(self, vtpm: VirtualTpm) -> None:
-        if self.uid not in (0, vtpm.record.owner):
-            raise Forbidden(f"{vtpm.record.name} belongs to user {vtpm.record.owner}")
-
-
-def caller(request: web.Request) -> Caller:
-    assert request.transport is not None
-    who = peer(request.transport.get_extra_info("socket"))
-    return Caller(who.pid, who.uid)
 
 
 def _refusal(error: web.HTTPException, request: web.Request) -> web.Response:
@@ -204,12 +172,12 @@ class Api:
                 web.post("/v1/vtpms/{name}/start", self._start),
                 web.post("/v1/vtpms/{name}/stop", self._stop),
                 web.post("/v1/vtpms/{name}/retry", self._retry),
-                web.post("/v1/vtpms/{name}/snapshots", self._snapshot),
                 web.post("/v1/vtpms/{name}/moves", self._move),
                 web.get("/v1/vtpms/{name}/log", self._log),
                 web.get("/v1/vtpms/{name}/cdi", self._cdi),
                 web.post("/v1/vtpms/{name}/evidence", self._evidence),
                 web.post("/v1/hooks/{stage}", self._hook),
+                *StateCalls(self._host, self._audit).routes(),
             ]
         )
         return app
@@ -242,8 +210,8 @@ class Api:
 
     async def _status(self, request: web.Request) -> web.Response:
         caller(request).must_be_root("status")
-        counts = self._metrics.short()
-        return web.json_response({**await overview(self._host), "counts": counts})
+        more = {"counts": self._metrics.short(), "store": store_of(self._host)}
+        return web.json_response({**await overview(self._host), **more})
 
     async def _doctor(self, request: web.Request) -> web.Response:
         caller(request).must_be_root("doctor")
@@ -259,8 +227,8 @@ class Api:
     async def _create(self, request: web.Request) -> web.Response:
         who = caller(request)
         who.must_be_root("creating a vTPM")
-        body = await _body(request)
-        _typed(body, _CREATE)
+        body = await body_of(request)
+        typed(body, _CREATE)
         vtpm = await self._host.create(wanted(body))
         self._audit(who, "create", vtpm.record.name)
         return web.json_response(self._details(vtpm), status=201)
@@ -270,8 +238,8 @@ class Api:
         who = caller(request)
         who.must_be_root("creating a vTPM")
         there = self._host.find(request.match_info["name"]).record
-        body = await _body(request)
-        _typed(body, _CLONE)
+        body = await body_of(request)
+        typed(body, _CLONE)
         vtpm = await self._host.create(wanted_like(body, there))
         self._audit(who, "clone", vtpm.record.name, settings_of=there.name)
         value = {**self._details(vtpm), "settings_of": there.name, "state_copied": False}
@@ -284,9 +252,9 @@ class Api:
         who = caller(request)
         who.must_be_root("destroying a vTPM")
         name = request.match_info["name"]
-        await self._host.destroy(name)
+        snapshots = await self._host.destroy(name)
         self._audit(who, "destroy", name)
-        return web.json_response({"name": name, "state": "destroyed"})
+        return web.json_response({"name": name, "state": "destroyed", "snapshots": snapshots})
 
     async def _start(self, request: web.Request) -> web.Response:
         vtpm = await self._changed_by_owner(request)
@@ -306,9 +274,6 @@ class Api:
         await self._host.retry(vtpm.record.name)
         self._audit(caller(request), "retry", vtpm.record.name)
         return web.json_response(self._details(vtpm))
-
-    async def _snapshot(self, request: web.Request) -> web.Response:
-        raise self._owned(request).stays_here("no snapshot of it can be taken")
 
     async def _move(self, request: web.Request) -> web.Response:
         raise self._owned(request).stays_here("it cannot move to another host")
@@ -330,11 +295,11 @@ class Api:
         # First of all: to read a body costs the daemon time too.
         if not vtpm.quotes.allow(time.monotonic()):
             raise Conflict(f"{vtpm.record.name} is asked for evidence too often: wait a second")
-        body = await _body(request)
-        _typed(body, _EVIDENCE)
-        nonce = _hex(body, "nonce")
+        body = await body_of(request)
+        typed(body, _EVIDENCE)
+        nonce = hexed(body, "nonce")
         audience = body.get("audience") or DEFAULT_AUDIENCE
-        evidence = await self._collector.collect(vtpm, nonce, audience, _hex(body, "user_data"))
+        evidence = await self._collector.collect(vtpm, nonce, audience, hexed(body, "user_data"))
         return web.Response(body=evidence, content_type="application/json")
 
     # --- hooks ---
@@ -342,8 +307,8 @@ class Api:
     async def _hook(self, request: web.Request) -> web.Response:
         who = caller(request)
         who.must_be_root("a runtime's hook")
-        body = await _body(request)
-        _typed(body, _HOOK)
+        body = await body_of(request)
+        typed(body, _HOOK)
         name = body.get("vtpm") or ""
         state = checked_state(body.get("state"))
         stage = request.match_info["stage"]
@@ -427,35 +392,3 @@ def _log_of(vtpm: VirtualTpm) -> dict[str, Any]:
     except FileNotFoundError:
         records, torn = (), b""
     return {"run": vtpm.record.run, "torn": bool(torn), "events": [to_json(r) for r in records]}
-
-
-async def _body(request: web.Request) -> dict[str, Any]:
-    try:
-        async with asyncio.timeout(BODY_SECONDS):
-            data = await request.read()
-    except TimeoutError:
-        raise InvalidInput(f"the request's body did not arrive in {BODY_SECONDS} s") from None
-    try:
-        value = json.loads(data.decode())  # of bytes, Python would take UTF-16 as well
-    except (ValueError, RecursionError):
-        raise InvalidInput("the request's body is not JSON in UTF-8") from None
-    if not isinstance(value, dict):
-        raise InvalidInput("the request's body is not a JSON object")
-    return value
-
-
-def _typed(body: dict[str, Any], members: Mapping[str, type]) -> None:
-    """InvalidInput for a member that is not known, or not of its type."""
-    for name, value in body.items():
-        kind = members.get(name)
-        if kind is None:
-            raise InvalidInput(f"{name[:64]!a} is not known here")
-        if value is not None and type(value) is not kind:
-            raise InvalidInput(f"{name} is {_KINDS[kind]}, not {_KINDS.get(type(value), 'that')}")
-
-
-def _hex(body: dict[str, Any], name: str) -> bytes:
-    try:
-        return bytes.fromhex(body.get(name) or "")
-    except ValueError:
-        raise InvalidInput(f"{name} is not hexadecimal") from None

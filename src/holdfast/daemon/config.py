@@ -102,7 +102,6 @@ class Store(_Section):
 
     durability: Annotated[Durability, Field(strict=False)] = Durability.FSYNC
     durable_anchors_per_day: Annotated[int, Field(ge=1, le=10_000)] = 50
-    restore: bool = True  # whether a vTPM may be set back to a snapshot at all
 
 
 class Config(_Section):

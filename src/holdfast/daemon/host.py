@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
-from uuid import uuid4
+from uuid import UUID, uuid4
 
 import structlog
 
@@ -68,7 +68,6 @@ from holdfast.protocol import lifecycle as lc
 from holdfast.protocol.oci_state import ContainerState
 from holdfast.store.asleep import Asleep
 from holdfast.store.registry import Instance, Registry
-from holdfast.store.snapshots import Snapshot
 from holdfast.store.states import Write
 from holdfast.tpm2.algorithms import HASHES_BY_NAME, Alg
 
@@ -227,15 +226,19 @@ class Host:
 
         HostError or IntegrityError, and nothing is deleted, while it has one and the map is closed.
         """
-        if self._registry.states.has(vtpm.record.id):
-            await self.committer.ready()
-            await self.snapshots.forget(vtpm)
-            leaf = self.committer.leaf(vtpm.record.id)
-            assert leaf is not None, "a state on disk is in the map"
-            await self.committer.commit(Write(vtpm.record.id, destroyed(leaf), None))
-            reached(Step.DESTROY_COMMITTED)
+        await self.forget_state(vtpm.record.id)
         self._registry.remove(vtpm.record.id)
         reached(Step.DESTROY_DELETED)
+
+    async def forget_state(self, instance: UUID) -> None:
+        """Delete a state with its snapshots, if there are any; the map remembers that."""
+        await self.snapshots.forget(instance)
+        if self._registry.states.has(instance):
+            await self.committer.ready()
+            leaf = self.committer.leaf(instance)
+            assert leaf is not None, "a state on disk is in the map"
+            await self.committer.commit(Write(instance, destroyed(leaf), None))
+            reached(Step.DESTROY_COMMITTED)
 
     async def stop(self) -> None:
         """End in order: every vTPM off and sealed, every mount and CDI file gone."""
@@ -288,7 +291,7 @@ class Host:
         return vtpm
 
     @asynccontextmanager
-    async def _held(self, name: str) -> AsyncIterator[VirtualTpm]:
+    async def held(self, name: str) -> AsyncIterator[VirtualTpm]:
         """The vTPM of that name, locked; NotFound, also if it was destroyed meanwhile."""
         vtpm = self.find(name)
         async with vtpm.lock:
@@ -386,45 +389,28 @@ class Host:
             raise HostError(f"the host's event log has only {', '.join(there)}")
         return banks
 
-    async def destroy(self, name: str) -> None:
-        """Forget a vTPM for good: its state, keys and names."""
-        async with self._held(name) as vtpm:
+    async def destroy(self, name: str) -> int:
+        """Forget a vTPM for good: its state, keys and names; how many snapshots went with it."""
+        async with self.held(name) as vtpm:
             if vtpm.on:
                 raise Conflict(f"{name} is in use by {self._user(vtpm)}: stop it first")
             after(vtpm.state, Event.DESTROYED)
             await self.committer.ready()  # or it would be half gone
             self._drop(vtpm)
             await self._detach(vtpm)
+            snapshots = len(self.snapshots.of(vtpm))
             await self._forget(vtpm)
             del self._vtpms[vtpm.record.name]
             self._refusals.pop(vtpm.record.id, None)
             await self.committer.anchor_durably()
         LOG.info("destroyed", vtpm=name)
-
-    # --- snapshots ---
-
-    async def take_snapshot(self, name: str, snapshot: str) -> Snapshot:
-        """Of a vTPM that is off; Conflict if it is not."""
-        async with self._held(name) as vtpm:
-            return await self.snapshots.create(vtpm, snapshot)
-
-    async def restore_snapshot(self, name: str, snapshot: str) -> VirtualTpm:
-        """Set a vTPM that is off back to one, which every later evidence shows."""
-        if not self.config.store.restore:
-            raise Conflict("store.restore is false in this host's configuration: nothing goes back")
-        async with self._held(name) as vtpm:
-            await self.snapshots.restore(vtpm, snapshot)
-            return vtpm
-
-    async def remove_snapshot(self, name: str, snapshot: str) -> None:
-        async with self._held(name) as vtpm:
-            await self.snapshots.remove(vtpm, snapshot)
+        return snapshots
 
     # --- a run ---
 
     async def start_for(self, name: str, state: ContainerState) -> VirtualTpm:
         """Measure a container and power its vTPM on; whatever fails, nothing starts."""
-        async with self._held(name) as vtpm:
+        async with self.held(name) as vtpm:
             self._may_start(vtpm)
             device = vtpm.record.device
             if device:  # the configuration, and what a device is called, may be another by now
@@ -481,7 +467,7 @@ class Host:
 
     async def start_plain(self, name: str) -> VirtualTpm:
         """Power on a vTPM that is not linked: for whoever on the host may reach its socket."""
-        async with self._held(name) as vtpm:
+        async with self.held(name) as vtpm:
             if vtpm.record.profile != Profile.PLAIN.value or vtpm.record.device:
                 raise Conflict(
                     f"{name} is a container's: it is powered on by starting that container"
@@ -535,7 +521,7 @@ class Host:
 
     async def end(self, name: str, lease: Lease | None = None) -> None:
         """Power off, and make the device anew for the next run."""
-        async with self._held(name) as vtpm:
+        async with self.held(name) as vtpm:
             present = self._leases.get(vtpm.record.id)
             if lease is not None and present is not lease:
                 return
@@ -558,7 +544,7 @@ class Host:
 
     async def retry(self, name: str) -> None:
         """Let a failed vTPM be started again."""
-        async with self._held(name) as vtpm:
+        async with self.held(name) as vtpm:
             vtpm.retry()
             await self._detach(vtpm, keep_cdi=True)
             await self._attach(vtpm)

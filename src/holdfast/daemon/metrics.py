@@ -108,6 +108,15 @@ TABLE: Final = (
         lambda s: int(s.host.committer.anchor_owed),
     ),
     Row(
+        "holdfast_boots_unclean", Kind.GAUGE,
+        "Boots of the host before which not all was put in order",
+        lambda s: s.host.committer.anchor.unclean,
+    ),
+    Row(
+        "holdfast_recoveries", Kind.GAUGE, "Times that an administrator had older states accepted",
+        lambda s: s.host.committer.anchor.recoveries,
+    ),
+    Row(
         "holdfast_sleeps", Kind.COUNTER, "Times that a vTPM went to sleep",
         lambda s: s.host.counts.sleeps, short="sleeps",
     ),
@@ -129,6 +138,20 @@ TABLE: Final = (
         lambda s: s.refusals, "error", "refusals",
     ),
 )  # fmt: skip
+
+
+def store_of(host: Host) -> dict[str, Any]:
+    """What `status` shows of the store."""
+    committer = host.committer
+    used, allowed = committer.durable_writes()
+    return {
+        "durability": host.config.store.durability.value,
+        "commits": committer.commits,
+        "groups": committer.groups,
+        "syncs": host.registry.database.syncs,
+        "unanchored": committer.unanchored,
+        "durable_anchors": {"used": used, "left": max(0, allowed - used)},
+    }
 
 
 class Metrics:

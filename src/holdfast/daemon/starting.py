@@ -62,7 +62,7 @@ print(next(m.split(None, 5)[5].strip() for m in open("/proc/self/maps") if "/lib
 """
 _FIND_SECONDS: Final = 10.0
 _BOOT_ID: Final = Path("/proc/sys/kernel/random/boot_id")
-_POLICY_KEYS: Final = frozenset({"any", "config", "layers", "hooks"})
+_POLICY_KEYS: Final = frozenset({"any", "config", "layers", "hooks", "restore"})
 
 
 class HostLog:
@@ -204,8 +204,9 @@ def check_policy(policy: Mapping[str, Any]) -> None:
         value = policy.get(key, [])
         if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
             raise InvalidInput(f"the start policy's {key} is a list of texts")
-    if not isinstance(policy.get("any", False), bool):
-        raise InvalidInput("the start policy's any is true or false")
+    for key in ("any", "restore"):
+        if not isinstance(policy.get(key, False), bool):
+            raise InvalidInput(f"the start policy's {key} is true or false")
     if not policy.get("any") and not policy.get("config") and not policy.get("layers"):
         raise InvalidInput('a start policy names configurations or layers, or says {"any": true}')
 

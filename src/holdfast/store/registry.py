@@ -140,9 +140,19 @@ class Registry:
             try:
                 instances.append(_decode(*(bytes(value).decode() for value in row)))
             except (HoldfastError, ValueError, TypeError, KeyError) as error:
-                name = row[1].decode(errors="replace")[:NAME_SHOWN]
-                wrong.append((name, f"{type(error).__name__}: {error}"))
+                wrong.append((_shown(row[1]), f"{type(error).__name__}: {error}"))
         return instances, wrong
+
+    def rows_shown_as(self, shown: str) -> list[bytes]:
+        """The ids of rows that `all` would name so, whatever those are."""
+        rows = self.database.read("SELECT CAST(id AS BLOB), CAST(name AS BLOB) FROM instances")
+        return [own or b"" for own, name in rows if _shown(name or b"") == shown]
+
+    def remove_row(self, own: bytes) -> None:
+        """Delete a row that is no instance, and has no state any more."""
+        with self.database.transaction() as db:
+            db.execute("DELETE FROM instances WHERE CAST(id AS BLOB) = ?", (own,))
+        self.database.empty_log()
 
     def remove(self, instance: InstanceId) -> None:
         """Delete an instance with its state and keys; freed pages are overwritten.
@@ -175,6 +185,10 @@ class Registry:
             raise NotFound(f"there are no keys of {instance}")
         chain = tuple(bytes.fromhex(text) for text in json.loads(row[7]))
         return KeySet(row[1], row[2], row[3], row[4], row[5], row[6], chain)
+
+
+def _shown(name: bytes) -> str:
+    return name.decode(errors="replace")[:NAME_SHOWN]
 
 
 def _update(db: sqlite3.Connection, instance: Instance) -> None:

@@ -42,7 +42,10 @@ class SealedState:
 
 @dataclass(frozen=True)
 class Write:
-    """A vTPM's or a snapshot's newest leaf, and what it speaks of; nothing once it is destroyed."""
+    """A vTPM's or a snapshot's newest leaf, and what it speaks of.
+
+    Nothing once it is destroyed, and of a snapshot that is kept elsewhere.
+    """
 
     instance: UUID
     leaf: Leaf
@@ -181,6 +184,14 @@ class States:
         """Ids that the durable chain remembers, and of which there is no state."""
         rows = self._database.read(
             "SELECT id FROM anchored WHERE id NOT IN (SELECT id FROM newest)"
+        )
+        return [row[0] for row in rows]
+
+    def orphans(self) -> list[str]:
+        """Ids of states and of vTPMs with snapshots, of which there is no row."""
+        rows = self._database.read(
+            "SELECT id FROM states WHERE id NOT IN (SELECT id FROM instances) "
+            "UNION SELECT instance FROM snapshots WHERE instance NOT IN (SELECT id FROM instances)"
         )
         return [row[0] for row in rows]
 
