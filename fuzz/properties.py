@@ -26,7 +26,7 @@ from holdfast.protocol import (
 from holdfast.protocol.frames import FrameBuffer
 from holdfast.protocol.oci_state import parse_state
 from holdfast.tpm2.constants import BUFFER_MAX, HEADER_SIZE
-from holdfast.tpm2.structures import Attest, NvPublic, Public, Signature
+from holdfast.tpm2.structures import Attest, NvAttest, NvPublic, Public, Signature
 
 Property = Callable[[bytes], bool]
 _RESPONSE: Final = 4  # bytes in a control channel's refusal
@@ -67,6 +67,10 @@ def _map_leaf(data: bytes) -> None:
 
 def _link(data: bytes) -> None:
     assert freshness.Link.decode(data).encode() == data
+
+
+def _map_path(data: bytes) -> None:
+    assert freshness.MapPath.decode(data).encode() == data
 
 
 def _proof(data: bytes) -> None:
@@ -112,6 +116,10 @@ def _nv_public(data: bytes) -> None:
 
 def _attest(data: bytes) -> None:
     Attest.decode(data)
+
+
+def _nv_attest(data: bytes) -> None:
+    NvAttest.decode(data)
 
 
 def _signature(data: bytes) -> None:
@@ -169,6 +177,7 @@ PROPERTIES: Final[Mapping[str, Property]] = {
         "leaf": _leaf,
         "map_leaf": _map_leaf,
         "link": _link,
+        "map_path": _map_path,
         "proof": _proof,
         "pcrs": _pcrs,
         "tcg2": _tcg2,
@@ -178,6 +187,7 @@ PROPERTIES: Final[Mapping[str, Property]] = {
         "public": _public,
         "nv_public": _nv_public,
         "attest": _attest,
+        "nv_attest": _nv_attest,
         "signature": _signature,
         "frames": _frames,
         "filter": _filter,

@@ -22,14 +22,14 @@ from holdfast.hwtpm.anchor import (
     ChainValues,
 )
 from holdfast.hwtpm.context import Context
-from holdfast.hwtpm.host import HostTpm, fresh_auth
+from holdfast.hwtpm.host import Blob, HostTpm, fresh_auth
 from holdfast.hwtpm.nvindex import NvIndex, SignedIndex
 from holdfast.hwtpm.policy import RecoverySigner
 from holdfast.hwtpm.transport import Transport
 from holdfast.tpm2.commands import Cc
 from holdfast.tpm2.constants import HEADER_SIZE, NvAttr
 from holdfast.tpm2.keys import verify
-from holdfast.tpm2.structures import NvPublic, Public, Signature
+from holdfast.tpm2.structures import Attest, NvAttest, NvPublic, Public, Signature
 
 from .approving import AUTH, UNIQUE, approve_now
 from .interposer import Interposer, flipped
@@ -85,6 +85,14 @@ class Anchored:
             tpm.anchor.open(*self.names, self.secret)
             yield tpm.anchor
 
+    @contextmanager
+    def attesting(self, blob: Blob) -> Iterator[HostTpm]:
+        """Open, with its AK."""
+        with self.host() as tpm:
+            tpm.anchor.open(*self.names, self.secret)
+            tpm.use_ak(blob)
+            yield tpm
+
     def read(self) -> ChainValues:
         with self.opened() as anchor:
             return anchor.read()
@@ -131,9 +139,8 @@ def test_anybody_reads_the_same_values_with_tpm2_tools(anchored: Anchored) -> No
 
 def test_the_host_ak_certifies_a_value(anchored: Anchored) -> None:
     with anchored.host() as tpm:
-        tpm.anchor.open(*anchored.names, anchored.secret)
         blob = tpm.create_ak()
-        tpm.use_ak(blob)
+    with anchored.attesting(blob) as tpm:
         with pytest.raises(TpmError) as refused:
             tpm.anchor.certify(Chain.HYBRID, b"q" * 32)
         assert refused.value.rc == 0x14A  # TPM_RC_NV_UNINITIALIZED
@@ -380,12 +387,20 @@ def test_a_reset_while_a_context_is_open_is_an_error(anchored: Anchored) -> None
     assert anchored.read() == ChainValues(None, None)
 
 
-def test_a_suspended_host_keeps_both(swtpm: Swtpm) -> None:
+def test_a_suspended_host_keeps_both_in_the_same_reset(swtpm: Swtpm) -> None:
     anchored = Anchored(swtpm)
     for chain in Chain:
         anchored.extend(chain, digest(1))
+    with anchored.host() as tpm:
+        blob = tpm.create_ak()
+    with anchored.attesting(blob) as tpm:
+        before = tpm.anchor.boot()
     swtpm.suspend()
     swtpm.resume()
+    with anchored.attesting(blob) as tpm:
+        after = tpm.anchor.boot()
+    assert after >> 32 == before >> 32
+    assert 0 < (after - before) % (1 << 32) < 1 << 31  # restarts, as the verifier counts them
     assert anchored.read() == ChainValues(chained(digest(1)), chained(digest(1)))
     anchored.extend(Chain.HYBRID, digest(2))
     assert anchored.read().hybrid == chained(digest(1), digest(2))
@@ -396,12 +411,21 @@ def test_the_boot_is_another_after_each_reset_and_no_sooner(
     anchored: Anchored, *, orderly: bool
 ) -> None:
     seen = set()
+    anchored.extend(Chain.DURABLE, digest(1))
+    with anchored.host() as tpm:
+        blob = tpm.create_ak()
     for _ in range(3):
-        with anchored.opened() as anchor:
-            boot = anchor.boot()
-            anchor.extend(Chain.HYBRID, digest(1))
-        with anchored.opened() as anchor:
-            assert anchor.boot() == boot
+        with anchored.attesting(blob) as tpm:
+            boot = tpm.anchor.boot()
+            tpm.anchor.extend(Chain.HYBRID, digest(1))
+        with anchored.attesting(blob) as tpm:
+            assert tpm.anchor.boot() == boot
+            for attest in (
+                Attest.decode(tpm.quote(b"q" * 32)[0]),
+                NvAttest.decode(tpm.anchor.certify(Chain.HYBRID, b"q" * 32)[0]),
+            ):
+                clock = attest.clock_info
+                assert clock.reset_count << 32 | clock.restart_count == boot
         assert boot not in seen
         seen.add(boot)
         if orderly:
@@ -545,6 +569,8 @@ def test_a_chain_that_is_said_to_be_unwritten_is_recognised(swtpm: Swtpm) -> Non
     def deny(response: bytes) -> bytes:
         changed = bytearray(response)
         attributes = HEADER_SIZE + 2 + 4 + 2  # size, nvIndex, nameAlg
+        if len(changed) == HEADER_SIZE:  # an error: the TPM has noticed
+            return response
         changed[attributes + 3 - written // 8] &= ~(1 << written % 8)
         return bytes(changed)
 

@@ -15,6 +15,7 @@ from uuid import UUID, uuid4
 
 import pyrage
 
+from holdfast.evidence.freshness import Link
 from holdfast.hwtpm.transport import Transport
 from holdfast.keeper import vault
 from holdfast.keeper.custody import Custody
@@ -46,6 +47,7 @@ class Box:
     identity: Any = field(default_factory=pyrage.x25519.Identity.generate)
     process: subprocess.Popen[bytes] | None = None
     summary: dict[str, Any] = field(default_factory=dict)
+    hybrid: bytes = b""  # the last link of `commit`
 
     @property
     def keeper(self) -> Path:
@@ -129,6 +131,16 @@ class Box:
 
     def connect(self) -> Client:
         return Client(channel.connect(self.socket))
+
+    def commit(self, client: Client) -> Link:
+        """Show the keeper that there is no vTPM, and commit that; the link that is anchored."""
+        client.ask(ipc.MapLeaves(True, ()), ipc.Done)
+        opened = client.ask(ipc.OpenMap(self.hybrid, b"", b"", b""), ipc.MapOpened)
+        before = Link.decode(opened.value + opened.anchor)
+        link = Link(before.before, before.anchor.after(before.anchor.root))
+        client.ask(ipc.Advance((), link.anchor.digest), ipc.Done)
+        self.hybrid = link.encode()
+        return link
 
 
 class Client:

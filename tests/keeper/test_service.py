@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import random
 import signal
@@ -14,10 +15,22 @@ from uuid import UUID, uuid4
 
 import pytest
 
+from holdfast.errors import HostError
+from holdfast.evidence.round import round_extra_data
+from holdfast.hwtpm.anchor import Chain
 from holdfast.hwtpm.transport import PATIENCE
 from holdfast.keeper.service import PEERS_MAX
 from holdfast.linux import channel
 from holdfast.protocol import ipc
+from holdfast.tpm2.keys import verify
+from holdfast.tpm2.structures import (
+    Attest,
+    NvAttest,
+    NvCertified,
+    NvPublic,
+    Public,
+    Signature,
+)
 from tests.asking import until
 
 from .box import NOBODY, Box, Client, Guest, Worker
@@ -232,9 +245,42 @@ def test_identity_pcrs_and_quotes_are_answered(keeper: Box) -> None:
         assert identity.root_certificate
         pcrs = client.ask(ipc.HostPcrs(), ipc.HostPcrValues).pcrs
         assert len([value for value in pcrs if value.alg == 0x0B]) == 24
+        refused = client.ask(ipc.RoundQuote(1, bytes(32)), ipc.Refused)
+        assert (refused.error, "no daemon has shown" in refused.why) == ("Conflict", True)
+        keeper.commit(client)
         client.ask(ipc.RoundQuote(1, bytes(32)), ipc.HostQuote)
         for bad in (ipc.RoundQuote(0, bytes(32)), ipc.RoundQuote(1, bytes(31))):
             assert client.ask(bad, ipc.Refused).error == "InvalidInput"
+
+
+def test_a_round_s_quote_and_the_value_of_the_chain_are_signed_for_it_by_one_ak(
+    keeper: Box,
+) -> None:
+    with keeper.connect() as client:
+        ak = Public.decode(client.ask(ipc.HostIdentityRequest(), ipc.HostIdentity).ak_public)
+        for _ in range(2):
+            link = keeper.commit(client)
+            said = client.ask(ipc.RoundQuote(3, bytes(32)), ipc.HostQuote)
+            quote, certified = Attest.decode(said.attest), NvAttest.decode(said.anchor_attest)
+            verify(ak, Signature.decode(said.signature), said.attest)
+            verify(ak, Signature.decode(said.anchor_signature), said.anchor_attest)
+            assert quote.extra_data == certified.extra_data == round_extra_data(3, bytes(32))
+            index = NvPublic.decode(said.anchor_public)
+            assert certified.attested == NvCertified(index.name, 0, link.value)
+            boot = quote.clock_info.reset_count << 32 | quote.clock_info.restart_count
+            assert boot == link.anchor.boot
+
+
+def test_a_chain_that_holds_something_else_is_not_certified(box: Box) -> None:
+    custody = box.custody()
+    try:
+        custody.chains.extend(Chain.HYBRID, bytes(32))
+        value = hashlib.sha256(bytes(64)).digest()
+        assert custody.quote_round(1, bytes(32), value).anchor_attest.endswith(value)
+        with pytest.raises(HostError, match="does not hold"):
+            custody.quote_round(1, bytes(32), bytes(32))
+    finally:
+        custody.close()
 
 
 def test_keeper_without_its_tpm_serves_the_reason_and_opens_when_it_is_back(box: Box) -> None:
@@ -257,19 +303,23 @@ def test_tpm_that_is_reset_midway_costs_one_answer(keeper: Box) -> None:
         assert client.ask(ipc.HostPcrs(), ipc.Refused).error == "HostError"
         keeper.swtpm.start()
         until("the keeper is open", lambda: is_open(client))
+        keeper.commit(client)
         client.ask(ipc.RoundQuote(1, bytes(32)), ipc.HostQuote)
         keeper.swtpm.stop()
         keeper.swtpm.start()  # reset, unseen: what was loaded is gone
         assert client.ask(ipc.RoundQuote(1, bytes(32)), ipc.Refused).error == "HostError"
+        keeper.commit(client)
         client.ask(ipc.RoundQuote(1, bytes(32)), ipc.HostQuote)
         with Worker() as worker:
-            worker.lease(client, INSTANCE, ipc.Done)
+            ends = (worker.keepers.fileno(), worker.pidfd)
+            client.ask(ipc.Lease(INSTANCE), ipc.Done, ends)
             assert worker.key(first.wrapped, ipc.KeyGrant) == first
 
 
 def test_tpm_that_does_not_answer_is_refused_in_time(keeper: Box) -> None:
     with keeper.connect() as client:
         assert is_open(client)
+        keeper.commit(client)
         assert keeper.swtpm.process is not None
         keeper.swtpm.process.send_signal(signal.SIGSTOP)
         started = time.monotonic()

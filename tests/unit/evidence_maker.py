@@ -23,7 +23,8 @@ from cryptography.hazmat.primitives.asymmetric import ec, rsa, utils
 from holdfast.appraise.policy import Policy, parse_policy
 from holdfast.eventlog import cel, ima, replay, tcg2
 from holdfast.eventlog.records import CONFIG, IDENTITY, IMAGE, PROVIDER, Record, make_record
-from holdfast.evidence.bundle import Companions, Evidence, Quote, Statement
+from holdfast.evidence import freshness
+from holdfast.evidence.bundle import Anchored, Companions, Evidence, Quote, Statement
 from holdfast.evidence.oids import EKU_EK
 from holdfast.evidence.pcrs import encode_pcrs, ledger_digest
 from holdfast.evidence.round import (
@@ -38,9 +39,9 @@ from holdfast.evidence.round import (
 from holdfast.ids import InstanceId
 from holdfast.keeper import certificates
 from holdfast.tpm2.algorithms import Alg
-from holdfast.tpm2.constants import GENERATED_VALUE, ST_ATTEST_QUOTE, Rh
+from holdfast.tpm2.constants import GENERATED_VALUE, ST_ATTEST_NV, ST_ATTEST_QUOTE, NvAttr, Rh
 from holdfast.tpm2.keys import one_form
-from holdfast.tpm2.structures import PcrSelection, Public, Signature, pcr_composite
+from holdfast.tpm2.structures import NvPublic, PcrSelection, Public, Signature, pcr_composite
 from holdfast.tpm2.templates import AK_P256, EK_P256, EK_RSA2048
 from holdfast.tpm2.wire import sized, u8, u16, u32, u64
 
@@ -114,14 +115,24 @@ class Signer:
     def quote(self, extra: bytes, values: replay.PcrValues) -> Quote:
         """A quote over all of `values`, as TPM2_Quote makes it."""
         selection = PcrSelection(tuple((alg, tuple(values[alg])) for alg in sorted(values)))
+        composite = sized(pcr_composite(Alg.SHA256, selection, values))
+        attest = self._attest(self.tag, extra) + selection.encode() + composite
+        return Quote(attest, self.sign(attest), encode_pcrs(values))
+
+    def certify(
+        self, extra: bytes, name: bytes, contents: bytes, offset: int = 0, tag: int = ST_ATTEST_NV
+    ) -> tuple[bytes, bytes]:
+        """What an index of this Name holds, as TPM2_NV_Certify says it; and the signature."""
+        attest = self._attest(tag, extra) + sized(name) + u16(offset) + sized(contents)
+        return attest, self.sign(attest)
+
+    def _attest(self, tag: int, extra: bytes) -> bytes:
         name = self.public.name
         qualified = name[:2] + hashlib.sha256(u32(self.hierarchy) + name).digest()
-        attest = (
-            u32(self.magic) + u16(self.tag) + sized(qualified) + sized(extra)
+        return (
+            u32(self.magic) + u16(tag) + sized(qualified) + sized(extra)
             + u64(self.clock) + u32(self.resets) + u32(self.restarts) + u8(self.safe) + u64(9)
-            + selection.encode() + sized(pcr_composite(Alg.SHA256, selection, values))
         )  # fmt: skip
-        return Quote(attest, self.sign(attest), encode_pcrs(values))
 
     def sign(self, message: bytes) -> bytes:
         r, s = utils.decode_dss_signature(self.key.sign(message, ec.ECDSA(hashes.SHA256())))
@@ -146,6 +157,16 @@ class Site:
     @property
     def fingerprint(self) -> str:
         return f"sha256:{hashlib.sha256(self.root).hexdigest()}"
+
+
+# The hybrid chain's index as `hwtpm.anchor` makes it; the policy is any.
+INDEX = NvPublic(
+    0x01804849,
+    NvAttr.EXTEND | NvAttr.POLICYWRITE | NvAttr.AUTHREAD | NvAttr.NO_DA | NvAttr.ORDERLY
+    | NvAttr.CLEAR_STCLEAR | NvAttr.WRITTEN,
+    hashlib.sha256(b"policy").digest(),
+    32,
+)  # fmt: skip
 
 
 @dataclass
@@ -299,6 +320,11 @@ class Given:
     extra: bytes | None = None  # the vTPM quote's qualifying data
     host_extra: bytes | None = None
     leaf: Mapping[str, Any] = field(default_factory=dict)
+    newest: Mapping[str, Any] = field(default_factory=dict)  # of its leaf in the host's map
+    anchor: Mapping[str, Any] = field(default_factory=dict)  # of what the host counts
+    certified: Mapping[str, Any] = field(default_factory=dict)  # of what the host AK certifies
+    index: NvPublic = INDEX
+    certifier: Signer | None = None  # who certifies, if not the host's AK
     companions: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     neighbours: int = 4
@@ -322,7 +348,7 @@ def make(given: Given) -> Evidence:
         quoted = {a: {p: pcrs[a][p] for p in QUOTED} for a in given.quoted_banks}
     quote = vtpm.ak.quote(extra, quoted)
     companions = companions_of(given, host, records)
-    leaf = Leaf(**{
+    said = Leaf(**{
         "nonce": given.nonce,
         "audience": given.audience,
         "user_data": hashlib.sha256(given.user_data).digest(),
@@ -339,7 +365,8 @@ def make(given: Given) -> Evidence:
         "salt": bytes(32),
         "members": companions.digests(),
         **given.leaf,
-    }).encode()  # fmt: skip
+    })  # fmt: skip
+    leaf = said.encode()
     hashed = [hashlib.sha256(bytes((n,))).digest() for n in range(given.neighbours)]
     hashed.insert(min(given.place, len(hashed)), leaf_hash(leaf))
     proof = inclusion_proofs(hashed)[hashed.index(leaf_hash(leaf))]
@@ -347,7 +374,26 @@ def make(given: Given) -> Evidence:
     if host_extra is None:
         host_extra = round_extra_data(len(hashed), tree_root(hashed))
     host_quote = host.ak.quote(host_extra, given.host_pcrs or host.pcrs)
-    return Evidence(quote, leaf, proof, host_quote, companions)
+    anchored = anchored_of(given, host.ak, said, host_extra)
+    return Evidence(quote, leaf, proof, host_quote, anchored, companions)
+
+
+def anchored_of(given: Given, ak: Signer, said: Leaf, host_extra: bytes) -> Anchored:
+    """A map with this vTPM's leaf among others', and what the host's TPM says of it."""
+    known = {"epoch": said.epoch, "run": said.run, "lineage": said.lineage, **given.newest}
+    digest = hashlib.sha256(b"a sealed state").digest()
+    newest = freshness.Leaf(**{"status": freshness.Status.LIVE, "digest": digest, **known})
+    leaves = {UUID(int=n): replace(newest, epoch=n) for n in range(1, 30)}
+    newest_map = freshness.FreshnessMap().with_leaves({**leaves, given.vtpm.id: newest})
+    boot = ak.resets << 32 | ak.restarts
+    anchor = {"sequence": 40, "root": newest_map.root, "boot": boot, **given.anchor}
+    link = freshness.Link(hashlib.sha256(b"before").digest(), freshness.Anchor(**anchor))
+    certified = {
+        "extra": host_extra, "name": given.index.name, "contents": link.value, **given.certified,
+    }  # fmt: skip
+    attest, signature = (given.certifier or ak).certify(**certified)
+    path = newest_map.proof(given.vtpm.id)
+    return Anchored(attest, signature, given.index.encode(), link, path)
 
 
 def vtpm_pcrs(

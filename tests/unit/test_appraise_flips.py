@@ -7,7 +7,7 @@ protects it.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
 import pytest
@@ -15,7 +15,8 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 from holdfast.appraise.verifier import STEPS, appraise
 from holdfast.errors import AppraisalError
-from holdfast.evidence.bundle import MEMBERS, Evidence
+from holdfast.evidence import dcbor
+from holdfast.evidence.bundle import MEMBERS
 from holdfast.tpm2.algorithms import Alg
 from holdfast.tpm2.keys import verify
 from holdfast.tpm2.structures import Signature
@@ -51,26 +52,27 @@ def judged(data: bytes) -> str:
 
 
 ORDER = ec.SECP256R1().group_order
-R, S = (
-    int.from_bytes(part, "big")
-    for part in Signature.decode(Evidence.decode(EVIDENCE.encode_json()).host.signature).values
-)
 
 
 @pytest.mark.parametrize(
-    ("r", "s"),
+    "form",
     [
-        (R.to_bytes(32, "big"), (ORDER - S).to_bytes(32, "big")),
-        (bytes(1) + R.to_bytes(32, "big"), S.to_bytes(32, "big")),
-        (R.to_bytes(32, "big"), bytes(400) + S.to_bytes(32, "big")),
+        lambda r, s: (r, (ORDER - int.from_bytes(s, "big")).to_bytes(32, "big")),
+        lambda r, s: (bytes(1) + r, s),
+        lambda r, s: (r, bytes(400) + s),
     ],
     ids=["the other s", "a zero before r", "zeros before s"],
 )
-def test_another_form_of_the_host_s_signature_is_refused(r: bytes, s: bytes) -> None:
+@pytest.mark.parametrize(("of", "step"), [("host", "host quote"), ("anchored", "freshness")])
+def test_another_form_of_the_host_s_signatures_is_refused(
+    form: Callable[[bytes, bytes], tuple[bytes, bytes]], of: str, step: str
+) -> None:
+    signed = getattr(EVIDENCE, of)
+    r, s = form(*Signature.decode(signed.signature).values)
     signature = u16(Alg.ECDSA) + u16(Alg.SHA256) + sized(r) + sized(s)
-    verify(HOST.ak.public, Signature.decode(signature), EVIDENCE.host.attest)
-    changed = replace(EVIDENCE, host=replace(EVIDENCE.host, signature=signature))
-    assert judged(changed.encode_json()) == "host quote"
+    verify(HOST.ak.public, Signature.decode(signature), signed.attest)
+    changed = replace(EVIDENCE, **{of: replace(signed, signature=signature)})
+    assert judged(changed.encode_json()) == step
 
 
 def survivors(data: bytes, places: Iterable[int], masks: Sequence[int]) -> list[int]:
@@ -109,7 +111,7 @@ def test_every_byte_of_the_json_form_counts() -> None:
 @pytest.mark.parametrize("label", [m.label for m in MEMBERS if not m.in_leaf])
 def test_every_bit_of_what_a_tpm_protects_counts(label: str) -> None:
     data, member = EVIDENCE.encode_cbor(), EVIDENCE.members()[label]
-    start = data.index(member, data.index(label.encode()))
+    start = data.index(member, data.index(dcbor.encode(label)))
     for bit in range(8):
         places = range(start, start + min(len(member), 200))
         assert survivors(data, places, (1 << bit,)) == []
@@ -126,8 +128,9 @@ def test_flips_end_at_the_step_that_is_there_for_them() -> None:
     data = EVIDENCE.encode_cbor()
     steps: Counter[str] = Counter()
     for label, member in EVIDENCE.members().items():
-        place = data.index(member, data.index(label.encode())) + len(member) // 2
+        place = data.index(member, data.index(dcbor.encode(label))) + len(member) // 2
         steps[judged(data[:place] + bytes((data[place] ^ 1,)) + data[place + 1 :])] += 1
     assert set(steps) <= {name for name, _ in STEPS}
     assert steps["members"] >= 10
     assert steps["host quote"] >= 2
+    assert steps["freshness"] >= 4

@@ -21,7 +21,7 @@ def test_a_policy_is_read_to_frozen_values() -> None:
     assert policy.host is not None
     assert set(policy.host.pcrs) == {0, 4, 7, 8, 9}
     assert policy.audience == "verifier.example"
-    assert policy.max_clears == 0
+    assert (policy.max_clears, policy.max_unclean, policy.max_recoveries) == (0, None, None)
     assert policy.banks == {Alg.SHA256}
     assert not policy.unsafe_unlinked
     assert policy.digest != parse_policy(TEXT + "\n# a comment\n").digest
@@ -82,6 +82,8 @@ def test_an_unknown_key_is_named_with_the_known_ones(section: str) -> None:
         ("version = 1", "version = 1\nelse = 1", "else"),
         ("[limits]", "[limits]\nmax_clear = 1", "max_clears"),
         ("[limits]", "[limits]\nmax_clears = -1", "max_clears"),
+        ("[limits]", "[limits]\nmax_unclean = true", "max_unclean"),
+        ("[limits]", "[limits]\nmax_recoveries = -1", "max_recoveries"),
         ("[limits]", "[limits]\nunsafe_unlinked = 1", "true or false"),
         ("[limits]", '[limits]\nbanks = ["sha1"]', "sha1"),
         ("verifier.example", "", "audience"),

@@ -17,6 +17,7 @@ from holdfast.errors import InvalidInput
 from holdfast.ids import InstanceName
 from tests.unit.evidence_maker import (
     AUDIENCE,
+    INDEX,
     MANIFEST,
     NONCE,
     NOW,
@@ -87,6 +88,14 @@ def test_a_stand_in_and_unmeasured_execution_are_warnings() -> None:
     assert claims["submods"]["container"]["ear_trustworthiness_vector"]["executables"] == 32
     limits = claims["submods"]["host"]["ear_verifier_claims"]["limits"]
     assert "user space of the host: not measured" in limits
+
+
+def test_what_the_host_counts_of_its_map_is_claimed() -> None:
+    good = attested(anchor={"sequence": 9, "unclean": 2, "recoveries": 1})
+    claims = ear_claims(good, "test 1")["submods"]["host"]["ear_verifier_claims"]
+    assert (claims["unclean_boots"], claims["recoveries"], claims["anchor_sequence"]) == (2, 1, 9)
+    assert claims["anchor_name"] == INDEX.name.hex()
+    assert any("older state" in limit for limit in claims["limits"])
 
 
 def test_an_unlinked_vtpm_is_a_warning_in_both() -> None:

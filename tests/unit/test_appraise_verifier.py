@@ -15,9 +15,10 @@ from holdfast.appraise.result import HARDWARE, SOFTWARE, Progress
 from holdfast.appraise.verifier import STEPS, appraise
 from holdfast.errors import AppraisalError, InvalidInput
 from holdfast.eventlog import replay, tcg2
+from holdfast.evidence.freshness import Status
 from holdfast.ids import InstanceId
 from holdfast.tpm2.algorithms import Alg
-from holdfast.tpm2.constants import ObjectAttr, Rh
+from holdfast.tpm2.constants import NvAttr, ObjectAttr, Rh
 from holdfast.tpm2.structures import Public
 from holdfast.tpm2.templates import AK_P256, EK_P256
 from tests.unit.evidence_judge import (
@@ -34,6 +35,7 @@ from tests.unit.evidence_judge import (
 )
 from tests.unit.evidence_maker import (
     AUDIENCE,
+    INDEX,
     INSTANCE,
     LAYERS,
     NONCE,
@@ -383,6 +385,123 @@ def test_a_clock_that_may_have_gone_back_is_refused_where_the_policy_says_so() -
     refused("vTPM quote", "clock", Given(vtpm), policy)
 
 
+# --- freshness of the state ---------------------------------------------------------------------
+
+
+def test_the_state_is_the_newest_in_the_map_that_the_host_tpm_remembers() -> None:
+    host = judge(Given(WEB, anchor={"sequence": 7, "unclean": 2, "recoveries": 1})).host
+    assert (host.sequence, host.unclean, host.recoveries) == (7, 2, 1)
+    assert host.index_name == INDEX.name
+
+
+@pytest.mark.parametrize("field", ["epoch", "run", "lineage"])
+def test_what_is_said_of_a_state_is_what_the_map_has_of_it(field: str) -> None:
+    """Older state, put back: its host may say so as well, or not; the map is what counts."""
+    refused("freshness", f"its {field} is", Given(WEB, newest={field: 12}))
+
+
+def test_a_vtpm_that_was_destroyed_is_refused() -> None:
+    refused("freshness", "destroyed", Given(WEB, newest={"status": Status.DESTROYED}))
+
+
+@pytest.mark.parametrize(
+    ("certified", "why"),
+    [
+        ({"extra": bytes(32)}, "in another round"),
+        ({"contents": bytes(32)}, "not the one that the host TPM remembers"),
+        ({"contents": b""}, "not the one that the host TPM remembers"),
+        ({"offset": 1}, "not the one that the host TPM remembers"),
+        ({"name": HOST.ak.public.name}, "not the one whose value was certified"),
+        ({"tag": 0x8018}, "not of an NV index"),
+    ],
+)
+def test_a_value_that_was_certified_otherwise_is_refused(
+    certified: dict[str, Any], why: str
+) -> None:
+    refused("freshness", why, Given(WEB, certified=certified))
+
+
+def test_an_anchor_of_an_earlier_round_or_of_another_host_is_refused() -> None:
+    old, new = make(Given(WEB, nonce=bytes(32))), make(Given(WEB))
+    refused("freshness", "another round", replace(new, anchored=old.anchored))
+    refused("freshness", "does not verify", Given(WEB, certifier=OTHER_HOST.ak))
+    key = Signer(magic=0, key=HOST.ak.key)
+    refused("freshness", "TPM_GENERATED_VALUE", Given(WEB, certifier=key))
+
+
+@pytest.mark.parametrize("count", ["resets", "restarts"])
+def test_a_value_that_was_certified_in_another_boot_is_refused(count: str) -> None:
+    ak = replace(HOST.ak, **{count: getattr(HOST.ak, count) + 1})
+    refused("freshness", "certified in another boot", Given(WEB, certifier=ak))
+
+
+@pytest.mark.parametrize(
+    ("added", "taken", "why"),
+    [
+        (0, NvAttr.CLEAR_STCLEAR, "lost with each reset"),
+        (0, NvAttr.ORDERLY, "lost with each reset"),
+        (0, NvAttr.POLICYWRITE, "lost with each reset"),
+        (0, NvAttr.WRITTEN, "lost with each reset"),
+        (0, NvAttr.EXTEND, "lost with each reset"),
+        (1 << 4, 0, "lost with each reset"),
+        (NvAttr.AUTHWRITE, 0, "others"),
+        (NvAttr.OWNERWRITE, 0, "others"),
+        (NvAttr.PPWRITE, 0, "others"),
+    ],
+)
+def test_an_index_that_others_may_set_makes_nothing_fresh(added: int, taken: int, why: str) -> None:
+    index = replace(INDEX, attributes=NvAttr((INDEX.attributes | added) & ~taken))
+    refused("freshness", why, Given(WEB, index=index))
+
+
+def test_an_index_of_another_size_or_with_a_weaker_name_is_refused() -> None:
+    refused("freshness", "others", Given(WEB, index=replace(INDEX, size=20)))
+    refused("freshness", "the index given", Given(WEB, index=replace(INDEX, name_alg=Alg.SHA1)))
+
+
+def test_an_anchor_of_another_boot_is_refused_and_a_suspended_host_is_not() -> None:
+    resets, restarts = HOST.ak.resets, HOST.ak.restarts
+    for boot in ((resets - 1, restarts), (resets + 1, 0), (resets, restarts + 1)):
+        refused("freshness", "another boot", Given(WEB, anchor={"boot": boot[0] << 32 | boot[1]}))
+    assert judge(Given(WEB, anchor={"boot": resets << 32 | restarts - 1}))
+    # The counts have a number added, and so begin anew anywhere.
+    host = Host(SITE, ak=Signer(resets=0, restarts=1))
+    given = Given(Vtpm(host), anchor={"boot": 2**32 - 1})
+    assert judge(given, policy_for(host))
+
+
+def test_another_map_or_another_place_in_it_is_refused() -> None:
+    refused("freshness", "not in the map", Given(WEB, anchor={"root": bytes(32)}))
+    web, db = make(Given(WEB)), make(Given(DB))
+    refused("freshness", "not in the map", replace(web, anchored=replace(
+        web.anchored, path=db.anchored.path
+    )))  # fmt: skip
+    path = web.anchored.path
+    for hashes in (path.hashes[1:], (*path.hashes, bytes(32)), path.hashes[::-1]):
+        changed = replace(web.anchored, path=replace(path, hashes=hashes))
+        refused("freshness", "not in the map", replace(web, anchored=changed))
+
+
+def test_a_host_that_was_not_put_in_order_shows_and_the_policy_may_refuse_it() -> None:
+    given = Given(WEB, anchor={"unclean": 2, "recoveries": 1}, leaf={"lineage": 3})
+    limits = "\n".join(judge(given).limits)
+    assert "2 times not put in order before a boot" in limits
+    assert "administrator had older state accepted once" in limits
+    assert "the vTPM itself was set back 3 times" in limits
+    assert "order before a boot" not in "\n".join(judge(Given(WEB)).limits)
+    for key, count in (("max_unclean", 2), ("max_recoveries", 1)):
+        assert judge(given, parse_policy(policy_text(HOST) + f"{key} = {count}\n"))
+        policy = parse_policy(policy_text(HOST) + f"{key} = {count - 1}\n")
+        refused("reference values", f"the policy's {key} is {count - 1}", given, policy)
+
+
+def test_a_learned_policy_has_no_recovery_after_it() -> None:
+    policy = parse_policy(learned(WEB, anchor={"unclean": 1, "recoveries": 1}))
+    assert (policy.max_unclean, policy.max_recoveries) == (None, 1)
+    assert judge(Given(WEB, anchor={"unclean": 3, "recoveries": 1}), policy)
+    refused("reference values", "max_recoveries", Given(WEB, anchor={"recoveries": 2}), policy)
+
+
 # --- progress ----------------------------------------------------------------------------------
 
 
@@ -425,5 +544,27 @@ def test_another_hosts_clock_is_not_compared() -> None:
     assert judge(Given(WEB), earlier=moved)
 
 
+@pytest.mark.parametrize("count", ["sequence", "unclean", "recoveries"])
+def test_what_a_host_has_counted_does_not_go_back(count: str) -> None:
+    before = judge(Given(WEB, anchor={count: 50})).progress
+    assert judge(Given(WEB, anchor={count: 50}), earlier=before)
+    refused("progress", "from 50 back to 49", Given(WEB, anchor={count: 49}), earlier=before)
+    elsewhere = replace(before, host_ak_name=OTHER_HOST.ak.public.name)
+    assert judge(Given(WEB, anchor={count: 49}), earlier=elsewhere)
+
+
+def test_a_recovery_may_take_the_groups_of_commits_back_and_shows() -> None:
+    before = judge(Given(WEB, anchor={"sequence": 50})).progress
+    again = judge(Given(WEB, anchor={"sequence": 49, "recoveries": 1}), earlier=before)
+    assert again.host.recoveries == 1
+
+
+def test_a_map_that_is_anchored_in_another_index_is_refused_and_a_first_one_is_not() -> None:
+    before = judge(Given(WEB)).progress
+    other = Given(WEB, index=replace(INDEX, policy=bytes(32)))
+    refused("progress", "another index", other, earlier=before)
+    assert judge(other, earlier=replace(before, index_name=b""))
+
+
 def test_every_error_is_of_a_step_that_is_documented() -> None:
-    assert len({name for name, _ in STEPS}) == len(STEPS) == 12
+    assert len({name for name, _ in STEPS}) == len(STEPS) == 13

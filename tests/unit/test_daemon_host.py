@@ -167,7 +167,7 @@ def test_evidence_of_a_run_that_ended_meanwhile_is_not_given(
         async def companions(vtpm: VirtualTpm, run: object) -> None:
             vtpm.run = plain_run()
 
-        collector = Collector(Says(tmp_path))
+        collector = Collector(Says(tmp_path), vtpm._around.committer)
         monkeypatch.setattr(vtpm, "quote", quote)
         monkeypatch.setattr("holdfast.attest.collector._check_against_ledger", lambda *_: None)
         monkeypatch.setattr(collector, "_companions", companions)

@@ -63,6 +63,8 @@ def examples() -> dict[str, tuple[bytes, ...]]:
         "public": tuple(template.encode() for template in (AK_P256, EK_P256, EK_RSA2048)),
         "nv_public": (NvPublic(0x01804848, NvAttr.EXTEND, bytes(32), 32).encode(),),
         "attest": (evidence.vtpm.attest,),
+        "nv_attest": (evidence.anchored.attest,),
+        "map_path": (evidence.anchored.path.encode(),),
         "signature": (evidence.vtpm.signature,),
         "frames": (rq.get_random(8) * 3, rq.startup() + rq.get_random(4)[:7]),
         "filter": (

@@ -172,6 +172,12 @@ def _identity(found: Structure) -> list[str]:
 def _limits(found: Structure, audience: str) -> list[str]:
     lines = ["[limits]", f"audience = {_text(audience)}"]
     lines.append(f"max_clears = {found.leaf.clear_count}  # TPM2_Clear by the container in a run")
+    anchor = found.freshness.anchor
+    lines += [
+        f"# max_unclean = {anchor.unclean}  # boots before which the host was not put in order",
+        f"max_recoveries = {anchor.recoveries}  # times that its administrator had older state "
+        "accepted",
+    ]
     banks = ", ".join(_text(alg.name.lower()) for alg in found.vtpm.pcrs if alg is not Alg.SHA1)
     lines.append(f"banks = [{banks}]  # that the vTPM has to quote")
     if found.log is None:

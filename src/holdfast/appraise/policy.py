@@ -121,6 +121,8 @@ class Policy:
     audience: str | None = None
     banks: frozenset[Alg] = frozenset({Alg.SHA256})
     max_clears: int = 0
+    max_unclean: int | None = None
+    max_recoveries: int | None = None
     unsafe_unlinked: bool = False
     safe_clock: bool = False
     digest: bytes = field(default=b"", compare=False)
@@ -155,7 +157,9 @@ def parse_policy(text: str, files: Mapping[str, bytes] | None = None) -> Policy:
         identity=_identity(sections["identity"]),
         audience=_audience(limits),
         banks=_banks(limits),
-        max_clears=limits.number("max_clears", 0),
+        max_clears=limits.number("max_clears") or 0,
+        max_unclean=limits.number("max_unclean"),
+        max_recoveries=limits.number("max_recoveries"),
         unsafe_unlinked=limits.flag("unsafe_unlinked"),
         safe_clock=limits.flag("safe_clock"),
         digest=hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest(),
@@ -209,11 +213,14 @@ class _Section:
     def flag(self, key: str) -> bool:
         return bool(self.take(key, bool)) if self.has(key) else False
 
-    def number(self, key: str, default: int) -> int:
-        value = self.take(key, int) if self.has(key) else default
+    def number(self, key: str) -> int | None:
+        """A number that may be left out."""
+        if not self.has(key):
+            return None
+        value = int(self.take(key, int))
         if not 0 <= value < 1 << 63:
             raise InvalidInput(f"{key} of {self.where} is not a number from 0 on")
-        return int(value)
+        return value
 
     def texts(self, key: str, pattern: re.Pattern[str] | None = None) -> tuple[str, ...]:
         """A list of texts that may be left out; with a pattern, each must match it."""

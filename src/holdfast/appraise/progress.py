@@ -14,7 +14,7 @@ from holdfast.ids import instance_id
 from holdfast.tpm2.structures import ClockInfo
 
 _WHAT: Final = "progress"
-_VERSION: Final = 1
+_VERSION: Final = 2
 _CLOCK: Final = {"clock": int, "reset_count": int, "restart_count": int, "safe": bool}
 _MEMBERS: Final = {
     "version": int,
@@ -28,6 +28,7 @@ _MEMBERS: Final = {
     "log_events": int,
     "log_head": str,
 }
+_MAP_MEMBERS: Final = {"index_name": str, "sequence": int, "unclean": int, "recoveries": int}
 
 
 def encode(progress: Progress) -> str:
@@ -43,28 +44,39 @@ def encode(progress: Progress) -> str:
         "host_clock": _from_clock(progress.host_clock),
         "log_events": progress.log_events,
         "log_head": progress.log_head.hex(),
+        "index_name": progress.index_name.hex(),
+        "sequence": progress.sequence,
+        "unclean": progress.unclean,
+        "recoveries": progress.recoveries,
     }
     return json.dumps(value, indent=2) + "\n"
 
 
 def decode(text: str) -> Progress:
-    """The progress that `encode` wrote; DecodeError for anything else."""
+    """The progress that `encode` wrote, or its first version; DecodeError for anything else."""
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise DecodeError(_WHAT, f"is not JSON: {error}") from None
-    _check(value, _MEMBERS, "it")
+    if isinstance(value, dict) and value.get("version") == 1:  # knew nothing of the host's map
+        _check(value, _MEMBERS, "it")
+        value |= {"version": _VERSION, "index_name": "", "sequence": 0, "unclean": 0}
+        value["recoveries"] = 0
+    _check(value, _MEMBERS | _MAP_MEMBERS, "it")
     if value["version"] != _VERSION:
         raise DecodeError(_WHAT, f"has version {value['version']}, not {_VERSION}")
     try:
         instance = instance_id(value["instance"])
-        name, head = bytes.fromhex(value["host_ak_name"]), bytes.fromhex(value["log_head"])
+        ak, head, index = (
+            bytes.fromhex(value[name]) for name in ("host_ak_name", "log_head", "index_name")
+        )
     except (InvalidInput, ValueError) as error:
         raise DecodeError(_WHAT, str(error)) from None
     return Progress(
         instance, value["lineage"], value["epoch"], value["run"],
-        _to_clock(value["vtpm_clock"]), name, _to_clock(value["host_clock"]),
+        _to_clock(value["vtpm_clock"]), ak, _to_clock(value["host_clock"]),
         value["log_events"], head,
+        index, value["sequence"], value["unclean"], value["recoveries"],
     )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""Step 11: what was measured against what the policy wants. Errors name the event.
+"""Step 12: what was measured against what the policy wants. Errors name the event.
 
 Everything read here has been established before: it is what TPMs have signed. Not here: parsing a
 policy (`policy`), or believing a log (`logs`).
@@ -21,12 +21,13 @@ from holdfast.appraise.policy import (
 from holdfast.errors import IntegrityError
 from holdfast.eventlog.replay import PcrValues
 from holdfast.eventlog.tcg2 import Tcg2Event, Tcg2Log
+from holdfast.evidence.freshness import Anchor
 from holdfast.evidence.round import Leaf
 from holdfast.tpm2.algorithms import Alg
 
 
 def check_reference(
-    policy: Policy, host_pcrs: PcrValues, log: Tcg2Log | None, contents: Contents, leaf: Leaf
+    policy: Policy, host_pcrs: PcrValues, log: Tcg2Log | None, contents: Contents
 ) -> None:
     """IntegrityError names the first measured thing that the policy does not want."""
     if policy.host is not None:
@@ -47,11 +48,19 @@ def check_reference(
         _check_exec(policy.exec, contents)
     if policy.identity is not None:
         _check_identity(policy.identity, contents)
-    if leaf.clear_count > policy.max_clears:
-        raise IntegrityError(
-            f"the vTPM was cleared {leaf.clear_count} times since power-on, the policy's "
-            f"max_clears is {policy.max_clears}"
-        )
+
+
+def check_limits(policy: Policy, leaf: Leaf, anchor: Anchor) -> None:
+    """IntegrityError names the first thing that happened more often than the policy wants."""
+    cleared, unclean, recovered = leaf.clear_count, anchor.unclean, anchor.recoveries
+    for count, key, what in (
+        (cleared, "max_clears", f"the vTPM was cleared {cleared} times since power-on"),
+        (unclean, "max_unclean", f"the host was {unclean} times not put in order before a boot"),
+        (recovered, "max_recoveries", f"the host had older state accepted {recovered} times"),
+    ):
+        limit = getattr(policy, key)
+        if limit is not None and count > limit:
+            raise IntegrityError(f"{what}, the policy's {key} is {limit}")
 
 
 def _check_host(rule: HostRule, values: PcrValues, log: Tcg2Log | None) -> None:

@@ -43,8 +43,9 @@ _VERIFIER: Final = object()  # held by `verifier` alone
 class Progress:
     """Where a vTPM and its host have got to: keep it, and give it to the next appraisal.
 
-    `lineage` changes when an instance becomes another of the same name; the counters of TPMs are
-    those of their quotes; `log_head` is over the run's first `log_events` events (`logs.head`).
+    `lineage` counts how often its state was set back; the counters of TPMs are those of their
+    quotes; `log_head` is over the run's first `log_events` events (`logs.head`). `index_name` and
+    what follows speak of the host's map; the name is empty if nothing is known of it.
     """
 
     instance: InstanceId
@@ -56,6 +57,10 @@ class Progress:
     host_clock: ClockInfo
     log_events: int
     log_head: bytes
+    index_name: bytes = b""
+    sequence: int = 0
+    unclean: int = 0
+    recoveries: int = 0
 
 
 @dataclass(frozen=True)
@@ -71,6 +76,10 @@ class HostFacts:
     pcrs: Mapping[int, bytes]  # SHA-256 bank
     events: int
     clock: ClockInfo
+    index_name: bytes  # of the index in which its map is anchored
+    sequence: int  # groups of commits
+    unclean: int  # boots before which it was not put in order
+    recoveries: int  # times that its administrator had older state accepted
 
 
 @dataclass(frozen=True)
@@ -107,10 +116,11 @@ class AttestedContainer:
     @property
     def progress(self) -> Progress:
         """What the next appraisal of this instance should not fall behind."""
-        leaf = self.leaf
+        leaf, host = self.leaf, self.host
         return Progress(
             self.instance, leaf.lineage, leaf.epoch, leaf.run, self.clock,
-            self.host.ak_name, self.host.clock, self.log_events, self.log_head,
+            host.ak_name, host.clock, self.log_events, self.log_head,
+            host.index_name, host.sequence, host.unclean, host.recoveries,
         )  # fmt: skip
 
     def summary(self) -> tuple[str, ...]:
@@ -197,6 +207,10 @@ def _host_claims(attested: AttestedContainer) -> dict[str, Any]:
             "site_root": f"sha256:{host.site_root.hex()}",
             "ak_name": host.ak_name.hex(),
             "linked": host.linked,
+            "anchor_name": host.index_name.hex(),
+            "anchor_sequence": host.sequence,
+            "unclean_boots": host.unclean,
+            "recoveries": host.recoveries,
             "pcrs": {"sha256": {str(pcr): value.hex() for pcr, value in host.pcrs.items()}},
             "limits": list(attested.limits),
         }

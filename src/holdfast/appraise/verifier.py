@@ -24,8 +24,9 @@ from holdfast.appraise.certificates import (
     check_identity,
 )
 from holdfast.appraise.contents import ContainerIdentity, Contents, read_contents
+from holdfast.appraise.freshness import Freshness, check_freshness, check_host_map
 from holdfast.appraise.policy import Policy, Trust
-from holdfast.appraise.reference import check_reference
+from holdfast.appraise.reference import check_limits, check_reference
 from holdfast.appraise.result import (
     _VERIFIER,
     HARDWARE,
@@ -58,13 +59,14 @@ from holdfast.tpm2.wire import u16, u32
 
 # Name and claim of every step; the documentation has the same list.
 STEPS: Final[tuple[tuple[str, str], ...]] = (
-    ("form", "The evidence is one collection of version 1, in its one encoding."),
+    ("form", "The evidence is one collection of version 2, in its one encoding."),
     ("members", "Every member that no TPM signs has the digest that the leaf gives."),
     ("identity", "The certificates lead from a pinned site root to the host AK and the vTPM."),
     ("host TPM", "The host TPM is hardware by its EK certificate, or a stand-in named by policy."),
     ("host quote", "The host AK has quoted the host's PCRs, and those are the values given."),
     ("inclusion", "The leaf is in the tree over whose root the host AK has quoted."),
     ("leaf", "The leaf is about this challenge, this vTPM's keys and this quote."),
+    ("freshness", "The state of the vTPM is the newest that the host TPM remembers in this boot."),
     ("vTPM quote", "The vTPM's AK has quoted PCRs 0-15 for this challenge."),
     ("host log", "The host's log leads to the host's quoted PCRs, and the vTPM is abreast of it."),
     ("container log", "The host's and the container's logs lead to the vTPM's quoted PCRs."),
@@ -100,6 +102,7 @@ class Structure:
     tpm: str
     ek_issuer: str
     host: Quoted
+    freshness: Freshness
     vtpm: Quoted
     log: Tcg2Log | None
     records: tuple[Record, ...]
@@ -127,7 +130,8 @@ def appraise(
     challenge = Challenge(nonce, audience, user_data)
     found = check_structure(evidence, policy, challenge, now)
     with _step("reference values"):
-        check_reference(policy, found.host.pcrs, found.log, found.contents, found.leaf)
+        check_reference(policy, found.host.pcrs, found.log, found.contents)
+        check_limits(policy, found.leaf, found.freshness.anchor)
     with _step("progress"):
         if earlier is not None:
             _check_progress(found, earlier)
@@ -137,7 +141,7 @@ def appraise(
 def check_structure(
     data: bytes, policy: Policy, challenge: Challenge, now: datetime.datetime
 ) -> Structure:
-    """Steps 1 to 10: everything that needs no reference values. Errors as of `appraise`.
+    """Steps 1 to 11: everything that needs no reference values. Errors as of `appraise`.
 
     Of `policy` only whom it trusts and its limits count.
     """
@@ -163,6 +167,8 @@ def check_structure(
         _check_inclusion(evidence, host.attest)
     with _step("leaf"):
         _check_leaf(leaf, evidence, identity, challenge)
+    with _step("freshness"):
+        fresh = check_freshness(evidence.anchored, identity.host_ak, host.attest, leaf)
     with _step("vTPM quote"):
         vtpm = _quoted(evidence.vtpm, identity.ak)
         _check_vtpm_quote(vtpm, identity.ak, policy, challenge)
@@ -172,7 +178,7 @@ def check_structure(
         records, contents, pcrs = _container_log(evidence, log, vtpm.pcrs, leaf)
         _check_said(contents.identity, leaf, identity)
     return Structure(
-        evidence, leaf, identity, tpm, issuer, host, vtpm, log, records, contents, pcrs
+        evidence, leaf, identity, tpm, issuer, host, fresh, vtpm, log, records, contents, pcrs
     )
 
 
@@ -347,6 +353,7 @@ def _check_progress(found: Structure, earlier: Progress) -> None:
     _check_clock("the vTPM's", found.vtpm.attest.clock_info, earlier.vtpm_clock)
     if found.identity.host_ak.name == earlier.host_ak_name:
         _check_clock("the host TPM's", found.host.attest.clock_info, earlier.host_clock)
+        check_host_map(found.freshness, earlier)
 
 
 def _check_growth(records: tuple[Record, ...], earlier: Progress) -> None:
@@ -383,6 +390,10 @@ def _attested(found: Structure, policy: Policy, now: datetime.datetime) -> Attes
         frozen(found.host.pcrs[Alg.SHA256]),
         leaf.host_log_index,
         found.host.attest.clock_info,
+        found.freshness.index_name,
+        found.freshness.anchor.sequence,
+        found.freshness.anchor.unclean,
+        found.freshness.anchor.recoveries,
     )
     return AttestedContainer(
         instance=leaf.instance,
@@ -419,6 +430,7 @@ def _established(found: Structure, policy: Policy) -> tuple[str, ...]:
         lines.append("host TPM: software stand-in, named by the policy")
     if found.log is not None:
         lines.append(f"host boot: {found.leaf.host_log_index} events, as quoted by the host TPM")
+    lines.append("state: the newest that the host TPM remembers")
     if policy.host is not None:
         lines.append("host boot: as the policy wants it")
         if policy.host.verity_root_in:
@@ -441,6 +453,18 @@ def _established(found: Structure, policy: Policy) -> tuple[str, ...]:
 def _limits(found: Structure, policy: Policy) -> tuple[str, ...]:
     """What does not follow, a sentence each."""
     lines = []
+    anchor = found.freshness.anchor
+    if anchor.unclean:
+        lines.append(
+            f"the host was {_times(anchor.unclean)} not put in order before a boot: within what "
+            "that boot had written, older state could have been accepted"
+        )
+    if anchor.recoveries:
+        lines.append(
+            "the host's administrator had older state accepted " + _times(anchor.recoveries)
+        )
+    if found.leaf.lineage:
+        lines.append(f"the vTPM itself was set back {_times(found.leaf.lineage)}")
     if found.tpm == SOFTWARE:
         lines.append("host TPM: software stand-in; whoever runs the host can have made all of this")
     if found.log is None:
@@ -455,3 +479,7 @@ def _limits(found: Structure, policy: Policy) -> tuple[str, ...]:
     if not found.vtpm.attest.clock_info.safe:
         lines.append("the vTPM was not shut down in order before this run")
     return tuple(lines)
+
+
+def _times(count: int) -> str:
+    return "once" if count == 1 else f"{count} times"

@@ -1,7 +1,9 @@
 """One deep-quote round after another: who asks during a round is in the next.
 
 For each vTPM: its own quote by the registered AK, checked against the ledger; a leaf; then one
-quote of the host TPM over the tree of all leaves. A round of one is a round.
+quote of the host TPM over the tree of all leaves, and its word for the map of newest states. While
+it gives these, no state is committed: what the leaves say of states is what that map has of them,
+also of a vTPM that has committed since its own quote. A round of one is a round.
 
 Not here: formats (`evidence`), and judging (`appraise`).
 """
@@ -14,10 +16,12 @@ import hashlib
 import os
 from dataclasses import dataclass, replace
 
-from holdfast.errors import Conflict, IntegrityError
+from holdfast.errors import Conflict, HoldfastError, IntegrityError
 from holdfast.eventlog.cel import encode_json
 from holdfast.eventlog.replay import PcrValues
-from holdfast.evidence.bundle import Companions, Evidence, Quote, Statement
+from holdfast.evidence.bundle import Anchored, Companions, Evidence, Quote, Statement
+from holdfast.evidence.freshness import Leaf as MapLeaf
+from holdfast.evidence.freshness import Status
 from holdfast.evidence.pcrs import encode_pcrs, ledger_digest
 from holdfast.evidence.round import (
     SALT_SIZE,
@@ -30,6 +34,7 @@ from holdfast.evidence.round import (
     tree_root,
 )
 from holdfast.instance.background import background
+from holdfast.instance.committer import Committer
 from holdfast.instance.links import Peer
 from holdfast.instance.vtpm import Run, VirtualTpm
 from holdfast.protocol import ipc
@@ -38,6 +43,7 @@ from holdfast.tpm2.constants import MEASURED_PCRS
 from holdfast.tpm2.keys import one_form
 from holdfast.tpm2.structures import (
     Attest,
+    NvAttest,
     PcrSelection,
     Public,
     QuoteInfo,
@@ -45,22 +51,58 @@ from holdfast.tpm2.structures import (
     pcr_composite,
 )
 
-_Answer = tuple[InclusionProof, Quote]
-
 
 @dataclass(frozen=True)
-class _Waiting:
-    """A leaf that waits for its round."""
+class _Answer:
+    """What a round gives to each that was in it."""
 
     leaf: bytes
-    answer: asyncio.Future[_Answer]
+    proof: InclusionProof
+    host: Quote
+    anchored: Anchored
+
+
+class _Waiting:
+    """Who waits for a round: what is said of its vTPM depends on the map."""
+
+    def __init__(self, vtpm: VirtualTpm, run: Run, said: Leaf) -> None:
+        self.instance = vtpm.record.id
+        self.answer: asyncio.Future[_Answer] = asyncio.get_running_loop().create_future()
+        self._vtpm = vtpm
+        self._run = run
+        self._said = said
+        self._made: tuple[MapLeaf, bytes] | None = None
+
+    def leaf(self, newest: MapLeaf | None) -> bytes:
+        """The encoded leaf. Conflict if its run has ended, or has no state that is the newest."""
+        name = self._vtpm.record.name
+        _check_run(self._vtpm, self._run)
+        if newest is None or newest.status is not Status.LIVE:
+            raise Conflict(f"{name} has no state that is the newest")
+        if newest.run != self._said.run:
+            raise IntegrityError(
+                f"{name} is in run {self._said.run}, and its newest state is of run {newest.run}"
+            )
+        if self._made is None or self._made[0] != newest:
+            said = replace(self._said, epoch=newest.epoch, lineage=newest.lineage)
+            self._made = newest, said.encode()
+        return self._made[1]
+
+    def fail(self, error: Exception) -> None:
+        with contextlib.suppress(asyncio.InvalidStateError):
+            self.answer.set_exception(error)
+
+    def give(self, answer: _Answer) -> None:
+        with contextlib.suppress(asyncio.InvalidStateError):
+            self.answer.set_result(answer)
 
 
 class Collector:
-    """Collects evidence; the keeper quotes the host TPM."""
+    """Collects evidence; the keeper quotes the host TPM, the committer has the map."""
 
-    def __init__(self, keeper: Peer) -> None:
+    def __init__(self, keeper: Peer, committer: Committer) -> None:
         self._keeper = keeper
+        self._committer = committer
         self._waiting: list[_Waiting] = []
         self._rounds: asyncio.Task[None] | None = None
 
@@ -69,20 +111,21 @@ class Collector:
     ) -> bytes:
         """Evidence as application/cmw+json.
 
-        Conflict if the vTPM is off, InvalidInput if the challenge is out of bounds.
+        Conflict if the vTPM is off, InvalidInput if the challenge is out of bounds; HostError or
+        IntegrityError while it is not known which states are the newest.
         """
         qualifying = qualifying_data(nonce, audience, user_data)
         run = vtpm.run
         if run is None:
             raise Conflict(f"{vtpm.record.name} is {vtpm.state.value}: only a running vTPM attests")
+        await self._committer.ready()
         ledger = vtpm.ledger
         quoted = await vtpm.quote(qualifying, MEASURED_PCRS)
         _check_against_ledger(quoted.attest, ledger)
         companions = await self._companions(vtpm, run)
-        if vtpm.run is not run:
-            raise Conflict(f"the run of {vtpm.record.name} ended while it was quoted")
+        _check_run(vtpm, run)
         keys = vtpm.keys()
-        leaf = Leaf(
+        said = Leaf(
             nonce=nonce,
             audience=audience,
             user_data=hashlib.sha256(user_data).digest(),
@@ -92,18 +135,22 @@ class Collector:
             quote=quote_digest(quoted.attest, quoted.signature),
             ledger=ledger_digest(ledger),
             host_log_index=run.host_events,
-            epoch=vtpm.epoch(),
+            epoch=0,  # as the map has it, and the lineage
             run=vtpm.record.run,
             clear_count=quoted.clears,
-            lineage=vtpm.record.lineage,
+            lineage=0,
             salt=os.urandom(SALT_SIZE),
             members=companions.digests(),
-        ).encode()
-        proof, host = await self._in_a_round(leaf)
-        host_ak = Public.decode(companions.host_ak)
-        host = replace(host, signature=one_form(host_ak, Signature.decode(host.signature)))
+        )
+        given = await self._in_a_round(_Waiting(vtpm, run, said))
+        ak = Public.decode(companions.host_ak)
         own = Quote(quoted.attest, quoted.signature, encode_pcrs(ledger_part(ledger)))
-        return Evidence(own, leaf, proof, host, companions).encode_json()
+        return Evidence(
+            own, given.leaf, given.proof,
+            replace(given.host, signature=_one_form(ak, given.host.signature)),
+            replace(given.anchored, signature=_one_form(ak, given.anchored.signature)),
+            companions,
+        ).encode_json()  # fmt: skip
 
     async def _companions(self, vtpm: VirtualTpm, run: Run) -> Companions:
         """What travels beside the quotes: certificates, public areas, logs."""
@@ -133,31 +180,61 @@ class Collector:
             statement=Statement(vtpm.record.unlinked, tuple(notes)),
         )
 
-    async def _in_a_round(self, leaf: bytes) -> _Answer:
-        loop = asyncio.get_running_loop()
-        waiting = _Waiting(leaf, loop.create_future())
+    async def _in_a_round(self, waiting: _Waiting) -> _Answer:
+        waiting.leaf(self._committer.leaf(waiting.instance))  # what is made now holds up no commit
         self._waiting.append(waiting)
         if self._rounds is None or self._rounds.done():
             self._rounds = background(self._run_rounds())
         return await waiting.answer
 
     async def _run_rounds(self) -> None:
-        """While leaves wait: one host quote for all that wait now."""
+        """While somebody waits: one host quote for all that wait now."""
         while self._waiting:
             batch, self._waiting = self._waiting, []
             try:
-                hashes = [leaf_hash(waiting.leaf) for waiting in batch]
-                message = ipc.RoundQuote(len(batch), tree_root(hashes))
-                answer, _ = await self._keeper.ask(message, ipc.HostQuote)
-                quote = Quote(answer.attest, answer.signature, encode_pcrs(_values(answer.pcrs)))
+                try:
+                    await self._round(batch)
+                except Conflict:
+                    # The keeper has opened its TPM anew since, and knows nothing of states.
+                    self._committer.suspect()
+                    await self._round(batch)
             except Exception as error:  # noqa: BLE001 - the edge of a task: those who wait are told
+                self._committer.suspect()
                 for waiting in batch:
-                    with contextlib.suppress(asyncio.InvalidStateError):
-                        waiting.answer.set_exception(error)
-                continue
-            for waiting, proof in zip(batch, inclusion_proofs(hashes), strict=True):
-                with contextlib.suppress(asyncio.InvalidStateError):
-                    waiting.answer.set_result((proof, quote))
+                    waiting.fail(error)
+
+    async def _round(self, batch: list[_Waiting]) -> None:
+        """One round; who has no leaf in it is told why."""
+        async with self._committer.steady() as (newest, link):
+            leaves: dict[_Waiting, bytes] = {}
+            for waiting in batch:
+                try:
+                    leaves[waiting] = waiting.leaf(newest.get(waiting.instance))
+                except HoldfastError as error:
+                    waiting.fail(error)
+            if not leaves:
+                return
+            hashes = [leaf_hash(leaf) for leaf in leaves.values()]
+            message = ipc.RoundQuote(len(hashes), tree_root(hashes))
+            said, _ = await self._keeper.ask(message, ipc.HostQuote)
+        if NvAttest.decode(said.anchor_attest).attested.contents != link.value:
+            raise IntegrityError("the host TPM has certified another map than the newest")
+        quote = Quote(said.attest, said.signature, encode_pcrs(_values(said.pcrs)))
+        for (waiting, leaf), proof in zip(leaves.items(), inclusion_proofs(hashes), strict=True):
+            anchored = Anchored(
+                said.anchor_attest, said.anchor_signature, said.anchor_public, link,
+                newest.proof(waiting.instance),
+            )  # fmt: skip
+            waiting.give(_Answer(leaf, proof, quote, anchored))
+
+
+def _check_run(vtpm: VirtualTpm, run: Run) -> None:
+    if vtpm.run is not run:
+        raise Conflict(f"the run of {vtpm.record.name} ended while it was quoted")
+
+
+def _one_form(ak: Public, signature: bytes) -> bytes:
+    return one_form(ak, Signature.decode(signature))
 
 
 def ledger_part(ledger: PcrValues) -> PcrValues:

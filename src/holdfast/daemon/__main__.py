@@ -70,7 +70,7 @@ async def serve(settings: config.Config, ready_fd: int | None) -> None:
         opened=lambda vtpm, ends: background(open_evidence(vtpm, ends.evidence.dup())),
         closed=lambda vtpm: background(close_evidence(vtpm)),
     )
-    api = Api(host, Collector(host.keeper))
+    api = Api(host, Collector(host.keeper, host.committer))
     await host.start()
     runner = _runner(api.application(), API_SECONDS)
     await runner.setup()

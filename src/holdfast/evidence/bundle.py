@@ -26,9 +26,11 @@ from holdfast.errors import DecodeError, InvalidInput
 from holdfast.eventlog.cel import load_json
 from holdfast.eventlog.tcg2 import LOG_MAX
 from holdfast.evidence import dcbor, pcrs
+from holdfast.evidence.freshness import Link, MapPath
 from holdfast.evidence.round import LEAF_MAX, InclusionProof
 
-COLLECTION_TYPE: Final = "tag:holdfast.dev,2026:evidence/1"
+COLLECTION_TYPE: Final = "tag:holdfast.dev,2026:evidence/2"
+_FIRST_TYPE: Final = "tag:holdfast.dev,2026:evidence/1"  # without an anchor
 MEDIA_TYPE_JSON: Final = f'application/cmw+json; cmwc_t="{COLLECTION_TYPE}"'
 MEDIA_TYPE_CBOR: Final = f'application/cmw+cbor; cmwc_t="{COLLECTION_TYPE}"'
 EVIDENCE_MAX: Final = 24 << 20  # bytes of one encoded collection
@@ -37,6 +39,8 @@ SIGNATURE_MAX: Final = 1100  # RSA-4096, and ECDSA with any curve
 CERTIFICATE_MAX: Final = 8192
 PUBLIC_MAX: Final = 1024
 PROOF_MAX: Final = 1024
+ANCHOR_MAX: Final = 128
+MAP_PATH_MAX: Final = 10240  # a leaf, and KEY_BITS hashes
 STATEMENT_MAX: Final = 16384
 CONTAINER_LOG_MAX: Final = 8 << 20
 NOTES_MAX: Final = 16
@@ -51,6 +55,9 @@ _LEAF_TYPE: Final = "application/vnd.holdfast.leaf+cbor"
 _PROOF_TYPE: Final = "application/vnd.holdfast.inclusion-proof+cbor"
 _PCRS_TYPE: Final = "application/vnd.holdfast.pcr-values"
 _CERTIFICATE_TYPE: Final = "application/pkix-cert"
+_NV_PUBLIC_TYPE: Final = "application/vnd.holdfast.tpms-nv-public"
+_ANCHOR_TYPE: Final = "application/vnd.holdfast.anchor"
+_MAP_PATH_TYPE: Final = "application/vnd.holdfast.map-path+cbor"
 _PUBLIC_TYPE: Final = "application/vnd.holdfast.tpmt-public"
 _BASE64URL: Final = re.compile(r"[A-Za-z0-9_-]*")
 
@@ -92,6 +99,11 @@ MEMBERS: Final[tuple[Member, ...]] = (
     Member("host-attest", _ATTEST_TYPE, ATTEST_MAX, in_leaf=False),  # the host AK's signature
     Member("host-signature", _SIGNATURE_TYPE, SIGNATURE_MAX, in_leaf=False),  # it is over all else
     Member("host-pcrs", _PCRS_TYPE, pcrs.ENCODED_MAX, in_leaf=False),  # the PCR digest in the quote
+    Member("anchor-attest", _ATTEST_TYPE, ATTEST_MAX, in_leaf=False),  # the host AK's signature
+    Member("anchor-signature", _SIGNATURE_TYPE, SIGNATURE_MAX, in_leaf=False),  # it is over a value
+    Member("anchor-public", _NV_PUBLIC_TYPE, PUBLIC_MAX, in_leaf=False),  # the Name in the attest
+    Member("anchor", _ANCHOR_TYPE, ANCHOR_MAX, in_leaf=False),  # the value in the attest
+    Member("map-path", _MAP_PATH_TYPE, MAP_PATH_MAX, in_leaf=False),  # the root in the anchor
     _certificate("ek-rsa-certificate"),
     _certificate("ek-ecc-certificate"),
     _certificate("ak-certificate"),
@@ -108,8 +120,6 @@ MEMBERS: Final[tuple[Member, ...]] = (
     Member("container-log", "application/vnd.holdfast.cel+json", CONTAINER_LOG_MAX),
     Member("statement", "application/vnd.holdfast.statement+cbor", STATEMENT_MAX),
 )
-# For an anchor of freshness and its map: names that a later version gives a meaning.
-RESERVED: Final = frozenset({"anchor-attest", "anchor-signature", "anchor-public", "map-path"})
 _TABLE: Final[Mapping[str, Member]] = {member.label: member for member in MEMBERS}
 
 
@@ -120,6 +130,21 @@ class Quote:
     attest: bytes
     signature: bytes
     pcrs: bytes
+
+
+@dataclass(frozen=True)
+class Anchored:
+    """What the host TPM says that the newest state is (`freshness`).
+
+    TPMS_ATTEST and TPMT_SIGNATURE of the hybrid chain's index, its TPMS_NV_PUBLIC; the link that
+    it took in last, and the way from that link's root to this vTPM's leaf.
+    """
+
+    attest: bytes
+    signature: bytes
+    public: bytes
+    link: Link
+    path: MapPath
 
 
 @dataclass(frozen=True)
@@ -200,6 +225,7 @@ class Evidence:
     leaf: bytes
     proof: InclusionProof
     host: Quote
+    anchored: Anchored
     companions: Companions
 
     def members(self) -> Mapping[str, bytes]:
@@ -213,6 +239,11 @@ class Evidence:
             "host-attest": self.host.attest,
             "host-signature": self.host.signature,
             "host-pcrs": self.host.pcrs,
+            "anchor-attest": self.anchored.attest,
+            "anchor-signature": self.anchored.signature,
+            "anchor-public": self.anchored.public,
+            "anchor": self.anchored.link.encode(),
+            "map-path": self.anchored.path.encode(),
             **self.companions.members(),
         }
         try:
@@ -251,6 +282,13 @@ class Evidence:
             values["leaf"],
             InclusionProof.decode(values["inclusion-proof"]),
             Quote(values["host-attest"], values["host-signature"], values["host-pcrs"]),
+            Anchored(
+                values["anchor-attest"],
+                values["anchor-signature"],
+                values["anchor-public"],
+                Link.decode(values["anchor"]),
+                MapPath.decode(values["map-path"]),
+            ),
             Companions(**direct, statement=Statement.decode(values["statement"])),
         )
 
@@ -304,14 +342,17 @@ def _from_cbor(data: bytes) -> dict[str, bytes]:
 
 def _records(collection: object, kind: type) -> dict[str, Any]:
     """The values of a collection's records, whose types and indicators are the table's."""
+    if isinstance(collection, dict) and collection.get(_TYPE_KEY) == _FIRST_TYPE:
+        raise DecodeError(
+            _WHAT, "is of version 1, which does not say that the vTPM's state is the newest: its "
+            "host has an older Holdfast; have it made again by one of this version"
+        )  # fmt: skip
     if not isinstance(collection, dict) or collection.get(_TYPE_KEY) != COLLECTION_TYPE:
         raise DecodeError(_WHAT, f"is not a CMW collection of type {COLLECTION_TYPE}")
     values = {}
     for label, record in collection.items():
         if label == _TYPE_KEY:
             continue
-        if label in RESERVED:
-            raise DecodeError(_WHAT, f"{label} is not carried by version 1")
         member = _TABLE.get(label)
         if member is None:
             raise DecodeError(_WHAT, f"unknown member {str(label)[:64]!a}")

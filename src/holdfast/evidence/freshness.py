@@ -240,6 +240,12 @@ class FreshnessMap:
             raise KeyError(instance)
         return tuple(path)
 
+    def proof(self, instance: UUID) -> MapPath:
+        """A vTPM's leaf, and its path. KeyError."""
+        path, leaf = self.path(instance), self.get(instance)
+        assert leaf is not None, "it has a path"
+        return MapPath(leaf, path)
+
 
 def root_of(instance: UUID, leaf: Leaf, path: tuple[bytes, ...]) -> bytes:
     """The root that `path` leads to; DecodeError if it is longer than a key."""

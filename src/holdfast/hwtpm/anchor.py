@@ -31,7 +31,7 @@ from holdfast.tpm2 import requests as rq
 from holdfast.tpm2.algorithms import Alg
 from holdfast.tpm2.commands import Cc
 from holdfast.tpm2.constants import NvAttr
-from holdfast.tpm2.structures import NvPublic, Signature
+from holdfast.tpm2.structures import NvAttest, NvPublic, Signature
 from holdfast.tpm2.wire import sized, u16, u32
 
 WRITER_INDEX: Final = 0x01804847
@@ -39,6 +39,7 @@ DURABLE_INDEX: Final = 0x01804848
 HYBRID_INDEX: Final = 0x01804849
 SECRET_SIZE: Final = 32  # its last byte is not 0, which a TPM would cut off
 DIGEST_SIZE: Final = 32
+_BOOT: Final = b"holdfast/boot/1"  # what is certified for its clock alone
 _WRITTEN_ONCE: Final = 1  # the writer's number
 _CHAIN: Final = NvAttr.EXTEND | NvAttr.POLICYWRITE | NvAttr.AUTHREAD | NvAttr.NO_DA
 _POLICY_SECRET: Final = sized(b"") * 3 + u32(0)  # no nonce, no cpHash, no reference, no expiry
@@ -184,12 +185,17 @@ class Anchor:
     def boot(self) -> int:
         """resetCount (32 bits) ‖ restartCount (32): changes when the hybrid chain is unwritten.
 
-        TPM2_ReadClock takes no session: who stands between us and the TPM can change it.
+        As the host AK attests them, which is in the owner hierarchy: to each a number is added that
+        is always the same (Part 3, 18.1). So evidence can be compared with it, and who stands
+        between us and the TPM cannot change it, as an answer to TPM2_ReadClock.
         """
-        with self._context.reading():
-            params = self._context.raw(Cc.ReadClock, rq.read_clock()).params
-            params.take(16)  # time, clock
-            return params.u32() << 32 | params.u32()
+        attest, _ = self.certify(Chain.DURABLE, _BOOT)
+        clock = NvAttest.decode(attest).clock_info
+        return clock.reset_count << 32 | clock.restart_count
+
+    def public(self, chain: Chain) -> NvPublic:
+        """The chain's index, as it was when it was read or extended last."""
+        return self._publics[chain]
 
     def certify(self, chain: Chain, qualifying: bytes) -> tuple[bytes, bytes]:
         """TPMS_ATTEST and TPMT_SIGNATURE by the host AK over the value (TPM2_NV_Certify).

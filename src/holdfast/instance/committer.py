@@ -18,8 +18,9 @@ import hmac
 import itertools
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from typing import Final
 from uuid import UUID
@@ -261,6 +262,19 @@ class Committer:
         if self._connection is None or self._connection is not self._keeper.link:
             async with self._alone:
                 await self._open()
+
+    @asynccontextmanager
+    async def steady(self) -> AsyncIterator[tuple[FreshnessMap, Link]]:
+        """The map, and the link with which the hybrid chain took it in, while no other is.
+
+        All commits wait meanwhile: be short. Errors as of `ready`.
+        """
+        async with self._alone:
+            await self._open()
+            recorded, _ = self._states.links()
+            if recorded is None or (link := Link.decode(recorded.link)).value != self._value:
+                raise IntegrityError("the registry's last link is not that of the hybrid chain")
+            yield self._map, link
 
     def suspect(self) -> None:
         """Show the keeper everything again before the next that wants it to know."""

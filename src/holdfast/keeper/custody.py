@@ -30,7 +30,7 @@ from holdfast.errors import (
     TpmError,
 )
 from holdfast.evidence.round import round_extra_data
-from holdfast.hwtpm.anchor import SECRET_SIZE, Anchor
+from holdfast.hwtpm.anchor import SECRET_SIZE, Anchor, Chain
 from holdfast.hwtpm.context import Context
 from holdfast.hwtpm.host import Approval, HostTpm, quoted_selection
 from holdfast.hwtpm.policy import Signature
@@ -198,19 +198,30 @@ class Custody:
 
     # --- attesting ---
 
-    def quote_round(self, tree_size: int, root: bytes) -> ipc.HostQuote:
-        """Quote a round's tree. The tagged structure is made here, so the AK signs nothing else."""
+    def quote_round(self, tree_size: int, root: bytes, value: bytes) -> ipc.HostQuote:
+        """Quote a round's tree, and certify that the hybrid chain holds `value`.
+
+        The tagged structure is made here. Besides this the AK signs what `Anchor.boot` certifies
+        under another tag, and at `init` once the CA's key; nothing else, ever.
+        """
         qualifying = round_extra_data(tree_size, root)
         for _ in range(QUOTE_TRIES):
             attest, signature = self._tpm.quote(qualifying)
             values = self._tpm.read_pcrs((Alg.SHA256,))
-            quoted = Attest.decode(attest).attested
-            if quoted.pcr_digest == pcr_composite(Alg.SHA256, quoted_selection(), values):
+            anchor, anchor_signature = self.chains.certify(Chain.HYBRID, qualifying)
+            quote, certified = Attest.decode(attest), tpm.NvAttest.decode(anchor)
+            if certified.attested.contents != value:
+                raise HostError("the hybrid chain does not hold what the keeper extended it by")
+            selection = quoted_selection()
+            if quote.attested.pcr_digest == pcr_composite(
+                Alg.SHA256, selection, values
+            ) and _same_boot(quote.clock_info, certified.clock_info):
                 pcrs = tuple(
-                    ipc.PcrValue(Alg.SHA256, pcr, value)
-                    for pcr, value in values[Alg.SHA256].items()
+                    ipc.PcrValue(Alg.SHA256, pcr, quoted)
+                    for pcr, quoted in values[Alg.SHA256].items()
                 )
-                return ipc.HostQuote(attest, signature, pcrs)
+                public = self.chains.public(Chain.HYBRID).encode()
+                return ipc.HostQuote(attest, signature, pcrs, anchor, anchor_signature, public)
         raise HostError("the host TPM's PCRs change faster than they can be quoted")
 
     def pcrs(self) -> ipc.HostPcrValues:
@@ -230,6 +241,11 @@ class Custody:
             made.ca_key.public, made.ca_certificate, made.ca_attest, made.ca_signature,
             made.root_certificate,
         )  # fmt: skip
+
+
+def _same_boot(one: tpm.ClockInfo, other: tpm.ClockInfo) -> bool:
+    """A host may be suspended between two commands."""
+    return (one.reset_count, one.restart_count) == (other.reset_count, other.restart_count)
 
 
 def _matching(approvals: Sequence[Approval], current: Mapping[int, bytes]) -> Approval:

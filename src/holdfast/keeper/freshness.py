@@ -157,7 +157,7 @@ class Freshness:
             self._marked = durable.anchor.boot == self._anchor.boot and not durable.anchor.clean
             return Found.SAME
         self._value = EMPTY
-        unclean = durable.anchor.unclean
+        boot, unclean, sequence = self._chains.boot(), durable.anchor.unclean, self._reached(told)
         if told.durable is None:
             found = Found.NEW
         elif durable.anchor.clean:
@@ -166,12 +166,37 @@ class Freshness:
                 raise IntegrityError(_older("its last clean stop"))
         else:
             found, unclean = Found.UNCLEAN, unclean + 1
+            if durable.anchor.boot == boot and not self._interrupted(told, durable):
+                raise IntegrityError(_REMOVED)
             _descends(told, durable.anchor.root)
         self._anchor = replace(
-            durable.anchor, root=told.newest.root, boot=self._chains.boot(), unclean=unclean,
-            clean=False,
+            durable.anchor, sequence=max(sequence, durable.anchor.sequence), root=told.newest.root,
+            boot=boot, unclean=unclean, clean=False,
         )  # fmt: skip
         return found
+
+    def _reached(self, told: _Told) -> int:
+        """How far groups were counted in the boot before, in which nothing was put in order.
+
+        No chain has it any more. Without it the count would go back with each power cut, and who
+        has seen more of it could not tell that from what is older.
+        """
+        link = told.hybrid
+        return link.anchor.sequence if link and self._ours(told.hybrid_mac, link) else 0
+
+    def _interrupted(self, told: _Told, durable: Link) -> bool:
+        """Whether this boot's hybrid chain is yet to be begun, by a recovery that was interrupted.
+
+        All else extends the hybrid chain before the durable one. Then, too, it counts as unclean.
+        """
+        link = told.hybrid
+        return (
+            link is not None
+            and link.before == EMPTY
+            and link.anchor.boot == durable.anchor.boot
+            and link.anchor.sequence == durable.anchor.sequence + 1
+            and self._ours(told.hybrid_mac, link)
+        )
 
     def _settled(self, told: _Told, value: bytes | None) -> Link:
         """Step 1: the durable chain's last link."""
@@ -239,6 +264,14 @@ class Freshness:
         if self._map is None:
             raise HostError(f"which states are the newest is not known: {self._why_not}")
         return self._map
+
+    @property
+    def value(self) -> bytes:
+        """What the hybrid chain holds; Conflict while that is not the value of an open map."""
+        if self._map is None or self._value == EMPTY:
+            why = self._why_not or "nothing was committed in this boot of the host TPM"
+            raise Conflict(f"which states are the newest is not known: {why}")
+        return self._value
 
     def newest(self, instance: UUID) -> Leaf | None:
         """What there is of a vTPM; Conflict if it was destroyed, HostError while no map is open."""
@@ -311,6 +344,13 @@ def _older(than: str) -> str:
         "state of it. Nothing was changed. Put back what was there; or have what is there accepted "
         "with holdfast recover, which every later evidence will show"
     )
+
+
+_REMOVED: Final = (
+    "the hybrid chain is empty, and yet the host TPM was not reset: its index was removed and made "
+    "anew. Nothing was changed. Restart this host, or have what is there accepted with holdfast "
+    "recover; every later evidence shows an unclean boot, or that"
+)
 
 
 def _descends(told: _Told, root: bytes) -> None:

@@ -85,7 +85,7 @@ class Keeper:
             ipc.EnrolKeys: lambda m: self._open().challenge(m),
             ipc.EnrolProof: self._enrol,
             ipc.Certify: lambda m: self._open().certify(m),
-            ipc.RoundQuote: lambda m: self._open().quote_round(m.tree_size, m.root),
+            ipc.RoundQuote: self._quote,
             ipc.HostPcrs: lambda _: self._open().pcrs(),
             ipc.HostIdentityRequest: lambda _: self._open().identity(),
             ipc.MapLeaves: lambda m: self._fresh().tell(m),
@@ -187,6 +187,10 @@ class Keeper:
         opened = self._custody is not None
         memory = self._memory.kind.value
         return ipc.KeeperState(opened, self._why_not, tpm, self._tcti, self._stand_in, memory)
+
+    def _quote(self, message: ipc.RoundQuote) -> ipc.Message:
+        custody, value = self._open(), self._fresh().value
+        return custody.quote_round(message.tree_size, message.root, value)
 
     def _enrol(self, message: ipc.EnrolProof) -> ipc.Message:
         self._open().enrol(message)

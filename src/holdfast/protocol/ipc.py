@@ -275,7 +275,8 @@ class Certified(Message, code=45):
 class RoundQuote(Message, code=36):
     """Quote the host TPM over the root of a round's tree. Answered with HostQuote.
 
-    The keeper itself hashes the tagged structure, so its AK signs nothing else.
+    The keeper itself hashes the tagged structure, so its AK signs nothing else. What it certifies
+    besides is the hybrid chain: Conflict while the keeper has no map that it is the value of.
     `root` is 32 bytes (SHA-256).
     """
 
@@ -294,11 +295,17 @@ class PcrValue(Message):
 
 @dataclass(frozen=True)
 class HostQuote(Message, code=37):
-    """TPMS_ATTEST and TPMT_SIGNATURE by the host AK; and the PCR values read with it."""
+    """TPMS_ATTEST and TPMT_SIGNATURE by the host AK; and the PCR values read with it.
+
+    `anchor_*`: the same of the hybrid chain, with the same qualifying data; its TPMS_NV_PUBLIC.
+    """
 
     attest: bytes
     signature: bytes
     pcrs: tuple[PcrValue, ...]
+    anchor_attest: bytes
+    anchor_signature: bytes
+    anchor_public: bytes
 
 
 @dataclass(frozen=True)

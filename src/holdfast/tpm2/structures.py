@@ -15,6 +15,7 @@ from holdfast.tpm2.algorithms import HASH_NAMES, HASH_SIZES, Alg, Curve, digest
 from holdfast.tpm2.constants import (
     GENERATED_VALUE,
     PCR_COUNT,
+    ST_ATTEST_NV,
     ST_ATTEST_QUOTE,
     NvAttr,
     ObjectAttr,
@@ -25,6 +26,7 @@ MAX_BANKS: Final = 16  # HASH_COUNT: banks in a TPML_PCR_SELECTION
 MAX_SELECT: Final = 4  # octets in a TPMS_PCR_SELECTION
 DIGEST_MAX: Final = 64
 KEY_BYTES_MAX: Final = 512
+NV_CONTENTS_MAX: Final = 64  # bytes of an index that are certified: an extend index's digest
 SIGNING_SCHEMES: Final = frozenset({Alg.RSASSA, Alg.RSAPSS, Alg.ECDSA})
 HASHED_SCHEMES: Final = frozenset({*SIGNING_SCHEMES, Alg.OAEP, Alg.ECDH, Alg.HMAC})
 
@@ -269,19 +271,55 @@ class Attest:
     def decode(cls, data: bytes) -> Attest:
         """Read exactly one TPMS_ATTEST of a quote."""
         reader = Reader(data, "TPMS_ATTEST")
-        if reader.u32() != GENERATED_VALUE:
-            raise reader.fail("does not begin with TPM_GENERATED_VALUE")
-        if reader.u16() != ST_ATTEST_QUOTE:
-            raise reader.fail("is not of a quote")
-        signer, extra = reader.sized(DIGEST_MAX + 2), reader.sized(DIGEST_MAX + 2)
-        clock, resets, restarts, safe = reader.u64(), reader.u32(), reader.u32(), reader.u8()
-        if safe > 1:
-            raise reader.fail("TPMI_YES_NO is neither 0 nor 1")
-        firmware = reader.u64()
+        head = _attest_head(reader, ST_ATTEST_QUOTE, "a quote")
         attested = QuoteInfo(PcrSelection.read(reader), reader.sized(DIGEST_MAX))
         reader.end()
-        clock_info = ClockInfo(clock, resets, restarts, bool(safe))
-        return cls(signer, extra, clock_info, firmware, attested, raw=data)
+        return cls(*head, attested, raw=data)
+
+
+@dataclass(frozen=True)
+class NvCertified:
+    """TPMS_NV_CERTIFY_INFO (Part 2, 10.12.8): an index's Name, and what it holds from `offset`."""
+
+    name: bytes
+    offset: int
+    contents: bytes
+
+
+@dataclass(frozen=True)
+class NvAttest:
+    """TPMS_ATTEST of what an NV index holds (TPM2_NV_Certify)."""
+
+    qualified_signer: bytes
+    extra_data: bytes
+    clock_info: ClockInfo
+    firmware_version: int
+    attested: NvCertified
+    raw: bytes = field(compare=False, repr=False)
+
+    @classmethod
+    def decode(cls, data: bytes) -> NvAttest:
+        """Read exactly one TPMS_ATTEST of an NV index."""
+        reader = Reader(data, "TPMS_ATTEST")
+        head = _attest_head(reader, ST_ATTEST_NV, "an NV index")
+        attested = NvCertified(
+            reader.sized(DIGEST_MAX + 2), reader.u16(), reader.sized(NV_CONTENTS_MAX)
+        )
+        reader.end()
+        return cls(*head, attested, raw=data)
+
+
+def _attest_head(reader: Reader, tag: int, of: str) -> tuple[bytes, bytes, ClockInfo, int]:
+    """What every TPMS_ATTEST begins with: signer, extra data, clock, firmware's version."""
+    if reader.u32() != GENERATED_VALUE:
+        raise reader.fail("does not begin with TPM_GENERATED_VALUE")
+    if reader.u16() != tag:
+        raise reader.fail(f"is not of {of}")
+    signer, extra = reader.sized(DIGEST_MAX + 2), reader.sized(DIGEST_MAX + 2)
+    clock, resets, restarts, safe = reader.u64(), reader.u32(), reader.u32(), reader.u8()
+    if safe > 1:
+        raise reader.fail("TPMI_YES_NO is neither 0 nor 1")
+    return signer, extra, ClockInfo(clock, resets, restarts, bool(safe)), reader.u64()
 
 
 @dataclass(frozen=True)
