@@ -13,7 +13,7 @@ from uuid import UUID, uuid4
 import pytest
 
 from holdfast.errors import Conflict, Forbidden, HostError, IntegrityError
-from holdfast.evidence.freshness import EMPTY, GENESIS, Status
+from holdfast.evidence.freshness import EMPTY, GENESIS, Anchor, Link, Status
 from holdfast.hwtpm.anchor import Chain
 from holdfast.ids import InstanceId, instance_name
 from holdfast.instance import committer as module
@@ -46,6 +46,11 @@ class World:
         self.keeper.restart()
         with closing(Registry(self.path)) as registry:
             yield registry, committer_of(registry, self.keeper, self.per_day)
+
+    @property
+    def hybrid(self) -> bytes | None:
+        """What the hybrid chain holds."""
+        return self.tpm.values[Chain.HYBRID]
 
     def rows(self) -> list[str]:
         """All that is on disk."""
@@ -218,6 +223,125 @@ def test_after_a_power_cut_what_the_durable_chain_had_seen_is_the_least_that_is_
             assert committer.found == "unclean"
             assert committer.anchor.unclean == 1
             assert registry.states.state(one).epoch == 2
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("put_back", [False, True])
+def test_a_hybrid_chain_that_was_removed_without_a_reset_is_not_taken_for_a_reset(
+    world: World, tmp_path: Path, put_back: bool
+) -> None:
+    """Its owner may remove an index and make it anew, and could hide an older disk so."""
+
+    async def scenario() -> None:
+        with world.on() as (registry, committer):
+            one = vtpm(registry, "one")
+            await commit(committer, one, 1)
+            world.save(tmp_path / "old")
+            await commit(committer, one, 2)
+        if put_back:
+            world.put_back(tmp_path / "old")
+        world.tpm.values[Chain.HYBRID] = None
+        values, before = dict(world.tpm.values), world.rows()
+        with world.on() as (_, committer), pytest.raises(IntegrityError, match="was removed"):
+            await committer.ready()
+        assert (world.tpm.values, world.rows()) == (values, before)
+        world.tpm.reset()
+        with world.on() as (_, committer):
+            await committer.ready()
+            assert (committer.found, committer.anchor.unclean) == ("unclean", 1)
+
+    asyncio.run(scenario())
+
+
+def test_a_hybrid_chain_that_was_removed_when_all_was_in_order_begins_anew(world: World) -> None:
+    async def scenario() -> None:
+        with world.on() as (registry, committer):
+            one = vtpm(registry, "one")
+            await commit(committer, one, 1)
+            await committer.close()
+        world.tpm.values[Chain.HYBRID] = None
+        with world.on() as (_, committer):
+            await commit(committer, one, 2)
+            assert (committer.found, committer.anchor.unclean) == ("clean", 0)
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+def test_groups_are_counted_on_over_a_reset(world: World, stopped: bool) -> None:
+    """Who has seen the count go back must be able to say that what is there is older."""
+
+    async def scenario() -> None:
+        with world.on() as (registry, committer):
+            one = vtpm(registry, "one")
+            for epoch in range(1, 20):
+                await commit(committer, one, epoch)
+            if stopped:
+                await committer.close()
+            reached = committer.anchor.sequence
+            assert reached >= 20
+        world.tpm.reset()
+        with world.on() as (registry, committer):
+            await committer.ready()
+            assert committer.anchor.sequence == reached + 1
+
+    asyncio.run(scenario())
+
+
+def test_a_count_of_groups_that_no_keeper_has_said_is_not_believed(world: World) -> None:
+    async def scenario() -> None:
+        with world.on() as (registry, committer):
+            await commit(committer, vtpm(registry, "one"), 1)
+            reached = committer.anchor.sequence
+        world.tpm.reset()
+        with world.on() as (registry, committer):
+            forged = Link(EMPTY, Anchor(1 << 60, EMPTY))
+            with registry.database.durable() as db:
+                change = "UPDATE links SET link = ? WHERE chain = 'hybrid'"
+                db.execute(change, (forged.encode(),))
+            await committer.ready()
+            assert committer.anchor.sequence <= reached + 1
+
+    asyncio.run(scenario())
+
+
+def test_a_map_that_is_held_steady_is_that_of_the_chain_and_commits_wait(world: World) -> None:
+    async def scenario() -> None:
+        with world.on() as (registry, committer):
+            one = vtpm(registry, "one")
+            async with committer.steady() as (newest, link):
+                waiting = asyncio.ensure_future(commit(committer, one, 1))
+                for _ in range(100):
+                    await asyncio.sleep(0)
+                assert not waiting.done()
+                assert newest.get(one) is None
+                assert (link.value, link.anchor.root) == (world.hybrid, newest.root)
+            await waiting
+            async with committer.steady() as (newest, link):
+                leaf = newest.get(one)
+                assert leaf is not None
+                assert leaf.epoch == 1
+                assert (link.value, link.anchor.root) == (world.hybrid, newest.root)
+        with world.on() as (_, committer):
+            async with committer.steady() as (newest, link):  # by a daemon that has just begun
+                assert (link.value, link.anchor.root) == (world.hybrid, newest.root)
+            await commit(committer, one, 2)
+
+    asyncio.run(scenario())
+
+
+def test_a_map_that_is_refused_is_not_held_steady(world: World, tmp_path: Path) -> None:
+    async def scenario() -> None:
+        with world.on() as (registry, committer):
+            one = vtpm(registry, "one")
+            await commit(committer, one, 1)
+            world.save(tmp_path / "old")
+            await commit(committer, one, 2)
+        world.put_back(tmp_path / "old")
+        with world.on() as (_, committer), pytest.raises(IntegrityError, match="older than"):
+            async with committer.steady():
+                raise AssertionError
 
     asyncio.run(scenario())
 
@@ -556,9 +680,10 @@ def test_what_is_known_to_be_destroyed_stays_so_whatever_is_recovered(
     asyncio.run(scenario())
 
 
+@pytest.mark.parametrize("reset", [False, True])
 @pytest.mark.parametrize("step", [Step.RECOVERY_WRITTEN, Step.RECOVERY_SETTLED])
 def test_a_death_within_a_recovery_is_followed_by_what_was_accepted(
-    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: Step
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: Step, reset: bool
 ) -> None:
     def die(reached: Step) -> None:
         if reached is step:
@@ -571,7 +696,10 @@ def test_a_death_within_a_recovery_is_followed_by_what_was_accepted(
         world.save(tmp_path / "old")
         with world.on() as (_, committer):
             await commit(committer, one, 2)
+            await committer.close()
         world.put_back(tmp_path / "old")
+        if reset:
+            world.tpm.reset()
         with monkeypatch.context() as patched, world.on() as (_, committer):
             patched.setattr(module, "reached", die)
             link, _ = await committer.recovery()
@@ -579,7 +707,8 @@ def test_a_death_within_a_recovery_is_followed_by_what_was_accepted(
                 await committer.recover(link, "the disk died", RECOVERY)
         with world.on() as (_, committer):
             await commit(committer, one, 2)
-            assert (committer.found, committer.anchor.recoveries) == ("same", 1)
+            found = "unclean" if reset else "same"  # its hybrid chain was yet to begin
+            assert (committer.found, committer.anchor.recoveries) == (found, 1)
 
     asyncio.run(scenario())
 
