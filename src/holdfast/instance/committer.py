@@ -219,6 +219,8 @@ class Committer:
             await self._keeper.ask(message, ipc.Done)
         except HoldfastError as error:
             await asyncio.wait([syncing])
+            if not writes:  # nobody waits for a boot's first link: who opens the map does it again
+                raise
             await self._again(error)
         else:
             self._map, self._anchor, self._value = following, link.anchor, link.value
