@@ -10,7 +10,7 @@ import asyncio
 import shutil
 from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack, ExitStack, closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from uuid import UUID
@@ -178,10 +178,7 @@ class World:
     async def evidence(self, vtpm: Quoting) -> AttestedContainer:
         """What is collected, as the verifier finds it."""
         data = await self.collector.collect(vtpm, NONCE, AUDIENCE, USER_DATA)
-        policy = policy_for(self.keeper.host)
-        named = policy.identity
-        assert named is not None
-        object.__setattr__(policy, "identity", None)
+        policy = replace(policy_for(self.keeper.host), identity=None)
         return appraise(data, policy, NONCE, AUDIENCE, USER_DATA, NOW)
 
 
