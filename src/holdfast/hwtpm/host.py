@@ -12,10 +12,9 @@ and who may ask (`keeper`).
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from tpm2_pytss import (
     ESYS_TR,
@@ -47,12 +46,14 @@ from holdfast.hwtpm.version import VERSION_INDEX, VersionIndex
 from holdfast.tpm2 import requests as rq
 from holdfast.tpm2.algorithms import Alg, Curve
 from holdfast.tpm2.commands import Cc
-from holdfast.tpm2.constants import PCR_COUNT, ST_HASHCHECK, ObjectAttr, Rh
+from holdfast.tpm2.constants import PCR_COUNT, ST_HASHCHECK, ObjectAttr, Rc, Rh
 from holdfast.tpm2.structures import PcrSelection, Public, Signature, Symmetric
 from holdfast.tpm2.templates import AK_P256
 from holdfast.tpm2.wire import sized, u16, u32, u64
 
+T = TypeVar("T")
 AUTH_SIZE: Final = 32
+PCR_TRIES: Final = 10
 INDICES: Final = (VERSION_INDEX, WRITER_INDEX, DURABLE_INDEX, HYBRID_INDEX)
 QUOTED_PCRS: Final = tuple(range(PCR_COUNT))
 _NO_TICKET: Final = u16(ST_HASHCHECK) + u32(Rh.NULL) + sized(b"")  # TPMT_TK_HASHCHECK
@@ -270,14 +271,23 @@ class HostTpm:
                 raise HostError("an approved boot state's signature does not hold") from None
         self._ticket = (approval, approved, recovery.name, bytes(ticket.marshal()))
 
-    @contextmanager
-    def _authorized(self) -> Iterator[PolicySession]:
-        """The policy session, satisfying the object policy for one use, which spends it."""
+    def _authorized(self, use: Callable[[PolicySession], T]) -> T:
+        """`use` the policy session, satisfying the object policy, which that spends.
+
+        Again, if any PCR was extended in between, as IMA does whenever something new is executed:
+        the TPM does not look at which.
+        """
         if self._ticket is None:
             raise HostError("no approved boot state matches")
-        with self._sessions.policy() as session:
-            self._satisfy(session, *self._ticket)
-            yield session
+        for _ in range(PCR_TRIES):
+            try:
+                with self._sessions.policy() as session:
+                    self._satisfy(session, *self._ticket)
+                    return use(session)
+            except TpmError as error:
+                if error.rc != Rc.PCR_CHANGED:
+                    raise
+        raise HostError("the host TPM's PCRs change faster than its keys can be used")
 
     def _satisfy(
         self, session: PolicySession, approval: Approval, approved: bytes, recovery_name: bytes,
@@ -300,8 +310,11 @@ class HostTpm:
 
         HostError unless this boot state is approved.
         """
-        with self._context.flushed(self.load(blob)) as handle, self._authorized() as session:
-            return session.use_hidden(Cc.Unseal, self._entity(handle, blob), b"", into)
+        with self._context.flushed(self.load(blob)) as handle:
+            entity = self._entity(handle, blob)
+            return self._authorized(
+                lambda session: session.use_hidden(Cc.Unseal, entity, b"", into)
+            )
 
     def use_ca(self, blob: Blob) -> None:
         """Load the issuing CA's key, to be used from now on."""
@@ -328,8 +341,9 @@ class HostTpm:
         """Sign a SHA-256 digest with the issuing CA's key."""
         # Nothing is encrypted: it is a certificate's digest.
         params = sized(digest) + u16(Alg.ECDSA) + u16(Alg.SHA256) + _NO_TICKET
-        with self._authorized() as session, self._context.reading():
-            made = Signature.decode(session.use(Cc.Sign, self._ca_entity, params).rest())
+        with self._context.reading():
+            signed = self._authorized(lambda s: s.use(Cc.Sign, self._ca_entity, params).rest())
+            made = Signature.decode(signed)
         r, s = (int.from_bytes(value, "big") for value in made.values)
         return policy.Signature(r, s)
 

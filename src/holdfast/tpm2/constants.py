@@ -50,6 +50,7 @@ class Rc(IntEnum):
     BAD_TAG = 0x01E
     INITIALIZE = 0x100
     FAILURE = 0x101
+    PCR_CHANGED = 0x128
     COMMAND_SIZE = 0x142
     COMMAND_CODE = 0x143
     AUTHSIZE = 0x144
