@@ -36,7 +36,7 @@ bench: setup
 lab: setup
 	@scripts/setup-lab
 	@scripts/setup-lab-sid
-	.venv/bin/python scripts/beside "-rs lab/test_host.py lab/test_newer_libtpms.py" "-rs lab/test_vm.py"
+	.venv/bin/python scripts/beside "-rs lab/test_host.py" "-rs lab/test_newer_libtpms.py lab/test_vm.py"
 
 soak: setup
 	HOLDFAST_SOAK=1 .venv/bin/python -m pytest -q tests/system/test_faults.py tests/system/test_frames.py \
