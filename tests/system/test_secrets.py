@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import platform
+import re
 import select
 import shutil
 import signal
@@ -23,6 +24,7 @@ from holdfast.tpm2 import requests as rq
 from tests.asking import connect, exchange, until
 from tests.scanning import Scanner, in_files, patterns
 
+from .conftest import PYTHON
 from .known import (
     SEEDS,
     Stored,
@@ -38,6 +40,7 @@ from .serve import PROGRAM, Serve, a_host, children
 CRASHES = ("/var/crash", "/var/lib/systemd/coredump", "/var/lib/apport", "/var/spool/abrt")
 TURN = 0.1  # that a command runs between two looks
 NONSENSE = {"x86_64": b"\x0f\x0b", "aarch64": bytes(4)}[platform.machine()]  # no instruction
+NO_CORE = re.compile(r"^Max core file size +0 +0 ", re.MULTILINE)
 PATTERN = Path("/proc/sys/kernel/core_pattern")
 
 
@@ -232,6 +235,24 @@ def test_a_worker_or_keeper_that_crashes_leaves_no_core(known: Known, core_files
     until("the last core is there", lambda: after.pid in cores(core_files))
     assert cores(core_files) == before | {after.pid}
     (known.worker,) = until("a worker is back", lambda: _with(known, "data key"))
+
+
+def test_init_that_crashes_leaves_no_core(core_files: Path, tmp_path: Path) -> None:
+    """It has the root key, the recovery key and the site root's at once."""
+    before = cores(core_files)
+    command = [*PYTHON, "holdfast.keeper", "provision", "--dir", str(tmp_path / "keeper")]
+    command += ["--tcti", "swtpm:path=/nowhere", "--out", str(tmp_path), "--owner-auth", "-"]
+    command += ["--recovery-recipient", "one that is asked for later"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE) as init:
+        limits = Path(f"/proc/{init.pid}/limits")
+        until("no core is to be written", lambda: NO_CORE.search(limits.read_text()))
+        until("it waits to be told", lambda: "pipe" in Path(f"/proc/{init.pid}/wchan").read_text())
+        init.send_signal(signal.SIGSEGV)
+    assert init.returncode == -signal.SIGSEGV
+    with subprocess.Popen(["sleep", "100"]) as after:
+        after.send_signal(signal.SIGSEGV)
+    until("the last core is there", lambda: after.pid in cores(core_files))
+    assert cores(core_files) == before | {after.pid}
 
 
 def keeper_opened(host: Serve) -> bool:

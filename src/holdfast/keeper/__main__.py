@@ -39,6 +39,9 @@ _OTHER_DESCRIPTORS: Final = 64
 
 def main(arguments: list[str]) -> int:
     options = _parse(arguments)
+    # Every one of these processes has a key of the host's, or its recovery key, for a while.
+    process.limit(resource.RLIMIT_CORE, 0)
+    process.set_dumpable(False)
     actions = {"provision": _provision, "authorize": _authorize, "boot-state": _boot_state}
     try:
         if options.action == "serve":
