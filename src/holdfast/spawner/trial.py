@@ -11,6 +11,7 @@ import hashlib
 import os
 import select
 import socket
+import time
 from collections.abc import Callable
 from typing import Final, TypeVar
 from uuid import UUID
@@ -29,6 +30,7 @@ from holdfast.tpm2.wire import u32
 
 A = TypeVar("A", bound=ipc.Message)
 SECONDS: Final = 10.0
+_TICK: Final = 0.005
 _NOBODY: Final = UUID(int=0)
 _PROFILE: Final = "linked"
 _TERMS: Final = bytes(32)
@@ -129,7 +131,7 @@ def _serve(blank: Blank, key: bytes, state: lc.Commit) -> lc.Wake:
         _client(ends.listeners[1], blank.pidfd, (u32(1),))
         channel.send(ends.fuse, fuse.init_request())
         _answer(ends.fuse, blank.pidfd)
-        (last,), asleep = _ask(ends.daemon, lc.Sleep(), lc.Asleep)
+        (last,), asleep = _put_to_sleep(ends.daemon)
         channel.send(ends.daemon, ipc.Done().encode())
         return lc.Wake(_PROFILE, _TERMS, 0, last.epoch, _digest(last.sealed), asleep.blob)
     finally:
@@ -152,6 +154,22 @@ def _digest(sealed: bytes) -> bytes:
     return hashlib.sha256(sealed).digest()
 
 
+def _put_to_sleep(daemon: socket.socket) -> tuple[list[lc.Commit], lc.Asleep]:
+    """Ask until it is not in use: it may have to notice first that its clients have gone."""
+    deadline = time.monotonic() + SECONDS
+    while True:
+        try:
+            return _ask(daemon, lc.Sleep(), lc.Asleep)
+        except _RefusedError:
+            if time.monotonic() > deadline:
+                raise
+            select.select([], [], [], _TICK)
+
+
+class _RefusedError(HostError):
+    """A worker refused what it was asked."""
+
+
 def _ask(
     daemon: socket.socket, message: ipc.Message, expected: type[A]
 ) -> tuple[list[lc.Commit], A]:
@@ -166,6 +184,8 @@ def _ask(
             channel.send(daemon, lc.Committed(answer.epoch).encode())
         elif isinstance(answer, expected):
             return commits, answer
+        elif isinstance(answer, ipc.Refused):
+            raise _RefusedError(f"a worker ended its trial life: {answer}")
         else:
             raise HostError(f"a worker ended its trial life: {answer}")
 
