@@ -250,7 +250,7 @@ def test_recipient_may_be_an_ssh_key_in_a_file(tmp_path: Path) -> None:
     for given in (str(key) + ".pub", (tmp_path / "key.pub").read_text().strip()):
         out = tmp_path / "out"
         out.unlink(missing_ok=True)
-        recovery.write_new(out, recovery.encrypt(recovery.recipient(given), b"secret"))
+        recovery.write_new(out, recovery.encrypt([recovery.recipient(given)], b"secret"))
         assert recovery.read_encrypted(out, key) == b"secret"
 
 
@@ -327,7 +327,7 @@ def test_retired_boot_state_is_refused_even_with_its_old_approval_put_back(box: 
 
 
 def test_authorizing_needs_the_right_recovery_key(box: Box) -> None:
-    other = recovery.encrypt(box.identity.to_public(), os.urandom(32))
+    other = recovery.encrypt([box.identity.to_public()], os.urandom(32))
     (box.out / RECOVERY).write_bytes(other)
     answer = box.authorize(ok=False)
     assert answer["error"] == "InvalidInput"

@@ -13,7 +13,17 @@ from typing import Annotated, Any, Final, cast
 import typer
 
 from holdfast import __version__
-from holdfast.cli import host, output, policy, predicting, state, verifying, vtpms
+from holdfast.cli import (
+    backup,
+    host,
+    output,
+    policy,
+    predicting,
+    recovering,
+    state,
+    verifying,
+    vtpms,
+)
 from holdfast.cli.given import Json
 from holdfast.cli.output import failures, show
 from holdfast.cli.tpm import run_command
@@ -26,13 +36,15 @@ app = typer.Typer(
     help="A TPM 2.0 of its own for every Linux container, held fast to the host's TPM.",
 )
 policy_app = typer.Typer(no_args_is_help=True, help="Appraisal policies, and approved boot states.")
-snapshot_app = typer.Typer(no_args_is_help=True, help="Snapshots: not in this version.")
+snapshot_app = typer.Typer(
+    no_args_is_help=True, help="Snapshots of stopped vTPMs, kept on this host."
+)
 migrate_app = typer.Typer(no_args_is_help=True, help="Moves to another host: not in this version.")
 
 _COMMANDS: Final[tuple[Callable[..., None], ...]] = (
     host.init, host.serve, host.status, host.doctor,
     vtpms.create, vtpms.clone, vtpms.start, vtpms.stop, vtpms.retry, vtpms.rm, vtpms.ls,
-    vtpms.inspect, vtpms.logs, vtpms.attest, vtpms.cdi, verifying.verify,
+    vtpms.inspect, vtpms.logs, vtpms.attest, vtpms.cdi, verifying.verify, recovering.recover,
 )  # fmt: skip
 for _command in _COMMANDS:
     app.command()(_command)
@@ -41,7 +53,9 @@ policy_app.command("create")(verifying.create_policy)
 policy_app.command("predict")(predicting.predict_boot)
 policy_app.command()(policy.authorize)
 app.add_typer(snapshot_app, name="snapshot")
-snapshot_app.command("create")(state.snapshot_create)
+for _name, _snapshots in state.SNAPSHOTS.items():
+    snapshot_app.command(_name)(_snapshots)
+app.add_typer(backup.app, name="backup")
 app.add_typer(migrate_app, name="migrate")
 migrate_app.command("send")(state.migrate_send)
 

@@ -23,6 +23,12 @@ def authorize(
         Path | None,
         typer.Option(help="JSON file with PCRs to approve instead: of the next kernel, before it."),
     ] = None,
+    other_pcrs: Annotated[
+        bool,
+        typer.Option(
+            "--other-pcrs", help="The values may be of other PCRs than those approved before."
+        ),
+    ] = False,
     config: ConfigFile = None,
     as_json: Json = False,
 ) -> None:
@@ -36,5 +42,6 @@ def authorize(
         f"--uid={uid}", f"--gid={gid}",
     ]  # fmt: skip
     command += [f"--values={values}"] if values else []
+    command += ["--other-pcrs"] if other_pcrs else []
     made = keeper([*command, "--retire"] if retire else command)
     show(made, as_json, lambda v: output.line(f"approved, version {v['version']}"))

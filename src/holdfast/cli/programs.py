@@ -14,12 +14,16 @@ from typing import Any
 from holdfast.errors import HostError, by_name
 
 
-def module(arguments: list[str]) -> Any:
-    """Run one of our modules and read the JSON it prints; its error becomes ours."""
+def module(arguments: list[str], given: bytes | None = None) -> Any:
+    """Run one of our modules and read the JSON it prints; its error becomes ours.
+
+    `given` is its standard input, if it is not to be ours.
+    """
     command = [sys.executable, "-P", "-m", *arguments]
     pipe = subprocess.PIPE
-    with subprocess.Popen(command, stdout=pipe, stderr=pipe) as process:
-        printed, said = _printed(process)
+    source = None if given is None else pipe
+    with subprocess.Popen(command, stdin=source, stdout=pipe, stderr=pipe) as process:
+        printed, said = _printed(process, given)
     try:
         value = json.loads(printed)
     except ValueError:
@@ -32,10 +36,10 @@ def module(arguments: list[str]) -> Any:
     return value
 
 
-def _printed(process: subprocess.Popen[bytes]) -> tuple[bytes, bytes]:
+def _printed(process: subprocess.Popen[bytes], given: bytes | None) -> tuple[bytes, bytes]:
     """All it prints. Interrupted, it is told so and waited for: it takes back what it has made."""
     try:
-        return process.communicate()
+        return process.communicate(given)
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         process.send_signal(signal.SIGINT)  # a terminal has told it too; it heeds the first
@@ -43,8 +47,8 @@ def _printed(process: subprocess.Popen[bytes]) -> tuple[bytes, bytes]:
         raise
 
 
-def keeper(arguments: list[str]) -> dict[str, Any]:
-    value = module(["holdfast.keeper", *arguments])
+def keeper(arguments: list[str], given: bytes | None = None) -> dict[str, Any]:
+    value = module(["holdfast.keeper", *arguments], given)
     assert isinstance(value, dict)
     return value
 

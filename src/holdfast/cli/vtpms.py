@@ -133,9 +133,15 @@ def retry(name: Name, as_json: Json = False) -> None:
 
 
 def rm(name: Name, as_json: Json = False) -> None:
-    """Destroy a vTPM: its keys and everything sealed to it are gone for good."""
+    """Destroy a vTPM: its keys, its snapshots and everything sealed to it are gone for good."""
     value = Client().call("DELETE", f"/v1/vtpms/{quoted(name)}")
-    show(value, as_json, lambda v: output.line(f"{v['name']} is destroyed"))
+
+    def human(value: dict[str, Any]) -> None:
+        count = value["snapshots"]
+        with_it = f", and {count} snapshot{'s' * (count > 1)} with it" if count else ""
+        output.line(f"{value['name']} is destroyed{with_it}")
+
+    show(value, as_json, human)
 
 
 def ls(as_json: Json = False) -> None:

@@ -11,7 +11,7 @@ from holdfast.daemon import instances
 from holdfast.daemon.findings import Finding, report, worst
 from holdfast.daemon.ground import kernel
 from holdfast.daemon.host import Host
-from holdfast.errors import HoldfastError
+from holdfast.errors import HoldfastError, IntegrityError
 from holdfast.protocol import ipc
 from holdfast.protocol import lifecycle as lc
 
@@ -23,6 +23,15 @@ _PARTS: Final = {
     "spawner": ("spawner",),
 }
 
+_UNCLEAN: Final = "unclean"
+_FOUND: Final = {  # `keeper.freshness.Found`
+    "new": "this host has anchored none before",
+    "same": "the host TPM was not reset since they were compared",
+    "clean": "all was in order when the host ended last",
+    _UNCLEAN: "",  # which is told at more length
+    "recovered": "an administrator had them accepted in this boot",
+}
+_POWER_CUT: Final = "if the power fails, an older disk put back would take them back unseen"
 _AT_ONCE: Final = 64  # vTPMs looked at before others have their turn
 
 
@@ -169,10 +178,57 @@ async def _vtpms(seen: Seen) -> list[Finding]:
     return instances.limited(found)
 
 
+async def _freshness(seen: Seen) -> list[Finding]:
+    """Whether what is on disk is the newest, and what a verifier is told about that."""
+    what, committer = "freshness", seen.host.committer
+    try:
+        await committer.ready()
+    except IntegrityError as error:
+        return [Finding(what, "problem", str(error))]
+    except HoldfastError as error:
+        known = isinstance(seen.keeper, ipc.KeeperState) and seen.keeper.open
+        says = f"which states are the newest is not known: {error}"
+        return [Finding(what, "problem" if known else "note", says)]  # the keeper says so itself
+    anchor, unanchored = committer.anchor, committer.unanchored
+    findings = [Finding(what, "ok", f"states are the newest: {_FOUND[committer.found]}")]
+    if committer.found == _UNCLEAN:
+        says = (
+            "the host did not end in order before this boot: of what was committed after the last "
+            "durable anchor, the host TPM cannot tell whether all of it is there"
+        )
+        findings = [Finding(what, "warning", says)]
+    if anchor.unclean or anchor.recoveries:
+        says = (
+            f"boots that began after an end that was not in order: {anchor.unclean}; times that an "
+            f"administrator had older states accepted: {anchor.recoveries}; evidence shows both"
+        )
+        findings.append(Finding("history", "note", says))
+    if unanchored:
+        says = f"{unanchored} commits are newer than the last durable anchor: {_POWER_CUT}"
+        findings.append(Finding("power cut", "note", says))
+    return findings
+
+
+async def _wear(seen: Seen) -> list[Finding]:
+    """How much of the day's durable writes to the host TPM is left."""
+    committer = seen.host.committer
+    used, allowed = committer.durable_writes()
+    said = f"{used} of {allowed} durable anchors were used in the last day"
+    if committer.anchor_owed:
+        says = (
+            f"{said}; what was set back or destroyed since is not remembered durably, but will be "
+            f"with the next one: {_POWER_CUT}"
+        )
+        return [Finding("wear", "warning", says)]
+    return [Finding("wear", "note" if used >= allowed else "ok", said)]
+
+
 async def _kernel(_seen: Seen) -> list[Finding]:
     return list(kernel())
 
 
 # What is looked at, in the order in which it is told. None of them raises for what it finds.
 Check = Callable[[Seen], Awaitable[list[Finding]]]
-CHECKS: Final[tuple[Check, ...]] = (_keeper, _host_log, _spawner, _vtpms, _kernel)
+CHECKS: Final[tuple[Check, ...]] = (
+    _keeper, _host_log, _spawner, _freshness, _wear, _vtpms, _kernel,
+)  # fmt: skip

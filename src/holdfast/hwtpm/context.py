@@ -34,7 +34,7 @@ from holdfast.tpm2.algorithms import Alg
 from holdfast.tpm2.commands import Cc
 from holdfast.tpm2.constants import PCR_COUNT, Cap, Ht
 from holdfast.tpm2.structures import Public
-from holdfast.tpm2.wire import sized, u16
+from holdfast.tpm2.wire import sized
 
 HANDLES_MAX: Final = 64  # transient objects or sessions looked for at once
 ENCRYPT_BOTH: Final = TPMA_SESSION.CONTINUESESSION | TPMA_SESSION.DECRYPT | TPMA_SESSION.ENCRYPT
@@ -217,7 +217,5 @@ def own_public(made: Any) -> Public:
 
 
 def tss_signature(signature: Signature) -> Any:
-    """Our ECDSA signature (P-256, SHA-256) as tpm2-pytss' TPMT_SIGNATURE."""
-    raw = u16(Alg.ECDSA) + u16(Alg.SHA256)
-    raw += sized(signature.r.to_bytes(32, "big")) + sized(signature.s.to_bytes(32, "big"))
-    return TPMT_SIGNATURE.unmarshal(raw)[0]
+    """Our signature as tpm2-pytss' TPMT_SIGNATURE."""
+    return TPMT_SIGNATURE.unmarshal(signature.encode())[0]

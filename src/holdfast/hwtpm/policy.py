@@ -24,7 +24,7 @@ from holdfast.tpm2.algorithms import Alg, Curve
 from holdfast.tpm2.commands import Cc
 from holdfast.tpm2.constants import ObjectAttr
 from holdfast.tpm2.structures import PcrSelection, Public, Scheme
-from holdfast.tpm2.wire import u16, u32, u64
+from holdfast.tpm2.wire import sized, u16, u32, u64
 
 POLICY_REF: Final = b"holdfast/boot/1"
 RECOVERY_KEY_SIZE: Final = 32
@@ -68,10 +68,15 @@ def chain_policy(writer_name: bytes) -> bytes:
 
 @dataclass(frozen=True)
 class Signature:
-    """An ECDSA signature as two numbers."""
+    """An ECDSA signature (P-256, SHA-256) as two numbers."""
 
     r: int
     s: int
+
+    def encode(self) -> bytes:
+        """TPMT_SIGNATURE (Part 2, 11.3.4)."""
+        numbers = (number.to_bytes(32, "big") for number in (self.r, self.s))
+        return u16(Alg.ECDSA) + u16(Alg.SHA256) + b"".join(map(sized, numbers))
 
 
 class RecoverySigner:

@@ -15,16 +15,18 @@ import os
 import resource
 import signal
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
 from holdfast.errors import HoldfastError, HostError, InvalidInput
 from holdfast.hwtpm.transport import Transport
+from holdfast.keeper import archive
 from holdfast.keeper.boot_state import boot_state
 from holdfast.keeper.leases import DESCRIPTORS, LEASES_MAX
 from holdfast.keeper.provision import DEFAULT_PCRS, Site, authorize, provision
 from holdfast.keeper.service import PEERS_MAX, Keeper, log
+from holdfast.keeper.signing import sign_recovery
 from holdfast.keeper.sole import claim
 from holdfast.linux import channel, process
 from holdfast.linux.secret import Kind, SecretMemory
@@ -42,13 +44,17 @@ def main(arguments: list[str]) -> int:
     # Every one of these processes has a key of the host's, or its recovery key, for a while.
     process.limit(resource.RLIMIT_CORE, 0)
     process.set_dumpable(False)
-    actions = {"provision": _provision, "authorize": _authorize, "boot-state": _boot_state}
+    actions: Mapping[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
+        "provision": _provision, "authorize": _authorize, "boot-state": _boot_state,
+        "sign-recovery": _sign_recovery, "write-archive": _write_archive,
+        "read-archive": _read_archive,
+    }  # fmt: skip
     try:
         if options.action == "serve":
             return _serve(options)
         signal.signal(signal.SIGINT, _interrupted)
         result = actions[options.action](options)
-        if options.uid:
+        if getattr(options, "uid", 0):
             _give_away(options.dir, options.uid, options.gid)
     except KeyboardInterrupt:
         return INTERRUPTED
@@ -86,12 +92,28 @@ def _provision(options: argparse.Namespace) -> dict[str, Any]:
 def _authorize(options: argparse.Namespace) -> dict[str, Any]:
     return authorize(
         options.dir, options.tcti, options.identity, options.recovery_file,
-        retire=options.retire, values=_values(options.values),
+        retire=options.retire, values=_values(options.values), other_pcrs=options.other_pcrs,
     )  # fmt: skip
 
 
 def _boot_state(options: argparse.Namespace) -> dict[str, Any]:
     return boot_state(options.dir, options.tcti)
+
+
+def _sign_recovery(options: argparse.Namespace) -> dict[str, Any]:
+    return sign_recovery(
+        options.dir, options.link, options.reason, options.identity, options.recovery_file
+    )
+
+
+def _write_archive(options: argparse.Namespace) -> dict[str, Any]:
+    given = sys.stdin.buffer.read(2 * archive.ARCHIVE_MAX)
+    return archive.write(options.dir, options.out, options.recipient, given)
+
+
+def _read_archive(options: argparse.Namespace) -> dict[str, Any]:
+    names = (options.name or []) if options.states else None
+    return archive.read(options.file, options.identity, names)
 
 
 def _serve(options: argparse.Namespace) -> int:
@@ -182,8 +204,9 @@ def _give_away(directory: Path, uid: int, gid: int) -> None:
 def _parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="holdfast-keeper", description=__doc__)
     actions = parser.add_subparsers(dest="action", required=True)
-    common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("--dir", type=Path, required=True)
+    place = argparse.ArgumentParser(add_help=False)
+    place.add_argument("--dir", type=Path, required=True)
+    common = argparse.ArgumentParser(add_help=False, parents=[place])
     common.add_argument("--tcti", required=True)
     common.add_argument("--uid", type=int, default=0)
     common.add_argument("--gid", type=int, default=0)
@@ -200,7 +223,21 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     allowed.add_argument("--identity", type=Path, required=True)
     allowed.add_argument("--recovery-file", type=Path, required=True)
     allowed.add_argument("--values", type=Path, help="JSON file with PCR values to approve")
+    allowed.add_argument("--other-pcrs", action="store_true")
     allowed.add_argument("--retire", action="store_true")
+    signed = actions.add_parser("sign-recovery", parents=[place])
+    signed.add_argument("--link", type=bytes.fromhex, required=True)
+    signed.add_argument("--reason", required=True)
+    signed.add_argument("--identity", type=Path, required=True)
+    signed.add_argument("--recovery-file", type=Path, required=True)
+    written = actions.add_parser("write-archive", parents=[place])
+    written.add_argument("--out", type=Path, required=True)
+    written.add_argument("--recipient", action="append", default=[])
+    opened = actions.add_parser("read-archive")
+    opened.add_argument("--file", type=Path, required=True)
+    opened.add_argument("--identity", type=Path, required=True)
+    opened.add_argument("--states", action="store_true", help="their ciphertext too")
+    opened.add_argument("--name", action="append", help="only this vTPM's")
     actions.add_parser("boot-state", parents=[common])
     served = actions.add_parser("serve", parents=[common])
     served.add_argument("--socket", type=Path, required=True)

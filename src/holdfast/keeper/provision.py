@@ -13,7 +13,7 @@ import datetime
 import hmac
 import os
 import socket
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
@@ -22,7 +22,14 @@ from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from holdfast.errors import Conflict, HoldfastError, HostError, IntegrityError, InvalidInput
+from holdfast.errors import (
+    Conflict,
+    HoldfastError,
+    HostError,
+    IntegrityError,
+    InvalidInput,
+    TpmError,
+)
 from holdfast.evidence.freshness import GENESIS
 from holdfast.hwtpm import endorsement
 from holdfast.hwtpm.anchor import Anchor, Chain
@@ -34,15 +41,15 @@ from holdfast.hwtpm.session import SPARE
 from holdfast.hwtpm.transport import PATIENCE_TO_MAKE_KEYS, Transport
 from holdfast.hwtpm.version import VERSION_INDEX, VersionIndex
 from holdfast.keeper import certificates, recovery, vault
+from holdfast.keeper.signing import RECOVERY_FILE, signer_of
 from holdfast.keeper.vault import Vault
 from holdfast.tpm2.algorithms import Alg
 from holdfast.tpm2.certificates import CN_MAX
-from holdfast.tpm2.constants import PCR_COUNT
+from holdfast.tpm2.constants import PCR_COUNT, Rc
 from holdfast.tpm2.keys import make_credential
 from holdfast.tpm2.structures import Public
 
 ROOT_KEY_SIZE: Final = 32
-RECOVERY_FILE: Final = "recovery.age"
 ROOT_KEY_FILE: Final = "site-root-ca.key.age"
 ROOT_CERTIFICATE_FILE: Final = "site-root-ca.pem"
 DEFAULT_PCRS: Final = (0, 2, 4, 7)
@@ -73,6 +80,7 @@ def provision(
         raise Conflict(f"this host is initialised already ({directory})")
     _check(site)
     to = recovery.recipient(recipient)
+    key = recovery.recipient_text(recipient)
     out.mkdir(mode=0o700, parents=True, exist_ok=True)
     for name in (RECOVERY_FILE, ROOT_KEY_FILE, ROOT_CERTIFICATE_FILE):
         if (out / name).exists():
@@ -84,11 +92,12 @@ def provision(
         stack.callback(context.close)
         undo = stack.enter_context(contextlib.ExitStack())
         made, recovery_key, root_key = _make(context, site, undo)
+        made = replace(made, recipient=key)
         root = x509.load_der_x509_certificate(made.root_certificate)
         pem = root.public_bytes(serialization.Encoding.PEM)
         for name, content in (
-            (RECOVERY_FILE, recovery.encrypt(to, recovery_key)),
-            (ROOT_KEY_FILE, recovery.encrypt(to, root_key)),
+            (RECOVERY_FILE, recovery.encrypt([to], recovery_key)),
+            (ROOT_KEY_FILE, recovery.encrypt([to], root_key)),
             (ROOT_CERTIFICATE_FILE, pem),
         ):
             undo.callback((out / name).unlink, missing_ok=True)
@@ -223,21 +232,20 @@ def _approve(
 
 def authorize(
     directory: Path, tcti: str, identity: Path, recovery_file: Path, *, retire: bool = False,
-    values: Mapping[int, bytes] | None = None,
+    values: Mapping[int, bytes] | None = None, other_pcrs: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
     """Approve the boot state as it is now, or `values`; with `retire` no older one holds any more.
 
     Saved before the index is written and again after it: cut short, it leaves a state in which the
     new approval holds. A host that was initialised before there was an anchor gets it here.
+    `other_pcrs`: `values` may be of others than those that were approved before.
     """
     made = vault.load(directory)
-    key = recovery.read_encrypted(recovery_file, identity)
-    if len(key) != RECOVERY_KEY_SIZE:
-        raise InvalidInput(f"{recovery_file} holds no recovery key: init wrote {RECOVERY_FILE}")
-    signer = RecoverySigner(key)
-    if signer.public.encode() != made.recovery_public:
-        raise InvalidInput(f"{recovery_file} is not this host's recovery key")
+    signer = signer_of(made, recovery_file, identity)
+    if values is not None and not other_pcrs:
+        _same_pcrs(values, made.approvals[0].values)
     with contextlib.ExitStack() as stack:
+        stack.enter_context(_room_beside_the_keeper(tcti))
         transport = Transport(tcti)
         stack.callback(transport.close)
         context = Context(transport, alone=False)  # the keeper may be serving
@@ -262,6 +270,31 @@ def authorize(
             tpm.index.write(signer, version)
             replace(made, version=version, approvals=(approval,)).save(directory)
     return {"approved_pcrs": sorted(wanted), "version": version, "retired": retire}
+
+
+def _same_pcrs(values: Mapping[int, bytes], approved: Mapping[int, bytes]) -> None:
+    """A boot state of fewer PCRs is a weaker one: nobody is to approve that by oversight."""
+    if set(values) != set(approved):
+        given, before = (", ".join(map(str, sorted(pcrs))) for pcrs in (values, approved))
+        raise InvalidInput(
+            f"these values are of PCR {given}; what was approved before is of PCR {before}. With "
+            "--other-pcrs they are approved all the same, and say alone what may boot"
+        )
+
+
+@contextlib.contextmanager
+def _room_beside_the_keeper(tcti: str) -> Iterator[None]:
+    """A TPM without a resource manager may have three slots, and a keeper that serves has some."""
+    try:
+        yield
+    except TpmError as error:
+        if error.rc not in (Rc.OBJECT_MEMORY, Rc.SESSION_MEMORY, Rc.MEMORY):
+            raise
+        raise HostError(
+            f"the host TPM at {tcti} has no room beside what the keeper has in it "
+            f"(0x{error.rc:x} at {error.command}): stop holdfast serve first, or have host.tcti be "
+            "the device of a resource manager, as device:/dev/tpmrm0"
+        ) from None
 
 
 def _with_anchor(tpm: HostTpm, made: Vault, signer: RecoverySigner) -> Vault:

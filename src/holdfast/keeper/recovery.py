@@ -6,6 +6,7 @@ A recipient is an age or ssh public key, or a file that holds one (https://age-e
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -16,8 +17,8 @@ from holdfast.errors import InvalidInput
 _RECIPIENT_MAX: Final = 16_384  # characters in a recipient's file
 
 
-def recipient(text: str) -> Any:
-    """A public key to encrypt to; InvalidInput if it is none."""
+def recipient_text(text: str) -> str:
+    """The public key that `text` is, or that the file has which it names."""
     candidate = text
     if not text.startswith(("age1", "ssh-")):
         path = Path(text)
@@ -31,6 +32,12 @@ def recipient(text: str) -> Any:
         if len(keys) != 1:
             raise InvalidInput(f"{path} holds {len(keys)} public keys, not one")
         candidate = keys[0]
+    return candidate
+
+
+def recipient(text: str) -> Any:
+    """A public key to encrypt to; InvalidInput if it is none."""
+    candidate = recipient_text(text)
     kind = pyrage.ssh.Recipient if candidate.startswith("ssh-") else pyrage.x25519.Recipient
     try:
         return kind.from_str(candidate)
@@ -38,9 +45,9 @@ def recipient(text: str) -> Any:
         raise InvalidInput("the recovery recipient is not an age or ssh public key") from None
 
 
-def encrypt(to: Any, secret: bytes) -> bytes:
-    """A binary age file for the recipient `to`."""
-    return bytes(pyrage.encrypt(secret, [to]))
+def encrypt(to: Sequence[Any], secret: bytes) -> bytes:
+    """A binary age file that each of the recipients `to` can open."""
+    return bytes(pyrage.encrypt(secret, list(to)))
 
 
 def write_new(path: Path, content: bytes) -> None:

@@ -55,6 +55,7 @@ class Vault:
     writer_name: bytes
     durable_name: bytes
     hybrid_name: bytes
+    recipient: str = ""  # the public key to which `init` encrypted; a host of before has kept none
 
     @property
     def anchored(self) -> bool:
@@ -114,7 +115,7 @@ def _to_json(vault: Vault) -> dict[str, Any]:
 
 
 _BLOBS: Final = ("root_key", "ca_key", "ak")
-_PLAIN: Final = ("site", "host", "service", "crl", "stand_in", "tcti", "version")
+_PLAIN: Final = ("site", "host", "service", "crl", "stand_in", "tcti", "version", "recipient")
 
 
 def _from_json(value: Mapping[str, Any]) -> Vault:
