@@ -86,13 +86,14 @@ class Serve:
 
     # --- serve ---
 
-    def write_config(self, tcti: str = "") -> None:
+    def write_config(self, tcti: str = "", per_day: int = 50) -> None:
         tcti = tcti or f"swtpm:path={self.directory}/tpm.sock"
         self.config.write_text(
             f'[host]\ntcti = "{tcti}"\n'
             f'event_log = "{self.event_log}"\nstand_in = true\n'
             f'[paths]\nstate = "{self.directory}/state"\nrun = "{self.directory}/run"\n'
             f'cdi = "{self.cdi}"\n[keeper]\nuser = "root"\n'
+            f"[store]\ndurable_anchors_per_day = {per_day}\n"
         )
 
     def init(self) -> None:
@@ -282,6 +283,7 @@ def a_host(
     *,
     running: bool = True,
     tcti: str = "",
+    per_day: int = 50,
 ) -> Iterator[Serve]:
     """A host that was set up; and its stand-in TPM. `state_size`: its state on a tmpfs of that.
 
@@ -290,7 +292,7 @@ def a_host(
     directory = Path(tempfile.mkdtemp(prefix="hfs-"))
     host = Serve(directory, cdi or directory / "cdi", event_log)
     try:
-        host.write_config(tcti)
+        host.write_config(tcti, per_day)
         if state_size:
             (directory / "state").mkdir()
             subprocess.run(

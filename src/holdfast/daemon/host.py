@@ -74,6 +74,7 @@ from holdfast.tpm2.algorithms import HASHES_BY_NAME, Alg
 LOG = structlog.get_logger()
 INSTANCES_MAX: Final = 10_000
 MEASURING_MAX: Final = 4  # containers at once
+ATTACH_DELAYS: Final = (0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0, 60.0)  # seconds before each try
 Opened = Callable[[VirtualTpm, Attachment], object]
 Closed = Callable[[VirtualTpm], object]
 
@@ -329,6 +330,7 @@ class Host:
         vtpm = VirtualTpm(record, self._around)
         try:
             self._registry.add(record)
+            reached(Step.CREATE_ADDED)
         except BaseException:
             if parked is not None:
                 await parked.discard(self.spawner)
@@ -528,10 +530,31 @@ class Host:
             if present is None and vtpm.state is State.OFF:
                 return  # nobody has used its device
             await self._end(vtpm)
-            await self._detach(vtpm, keep_cdi=True)
-            if vtpm.state is State.OFF:
-                await self._attach(vtpm)
+            try:
+                await self._make_ends_anew(vtpm)
+            except (HoldfastError, OSError) as error:
+                LOG.warning("its device is made anew later", vtpm=name, why=str(error))
+                background(self._attach_later(vtpm))
         LOG.info("ended", vtpm=name)
+
+    async def _make_ends_anew(self, vtpm: VirtualTpm) -> None:
+        """Who still has the old ones has nothing."""
+        await self._detach(vtpm, keep_cdi=True)
+        if vtpm.state is State.OFF:
+            await self._attach(vtpm)
+
+    async def _attach_later(self, vtpm: VirtualTpm) -> None:
+        """The spawner was away: try again until it is back."""
+        for delay in ATTACH_DELAYS:
+            await asyncio.sleep(delay)
+            async with vtpm.lock:
+                there = self._vtpms.get(vtpm.record.name) is vtpm
+                if not there or vtpm.attached or vtpm.state is not State.OFF:
+                    return
+                with contextlib.suppress(HoldfastError, OSError):
+                    await self._attach(vtpm)
+                    return
+        LOG.error("its device could not be made", vtpm=vtpm.record.name)
 
     async def end_of(self, name: str, container: str) -> bool:
         """End the run of this very container, if it is still the one: whether it was."""

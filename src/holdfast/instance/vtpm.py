@@ -40,6 +40,7 @@ from holdfast.instance.lifecycle import ON, Event, State, after, stored
 from holdfast.instance.links import Peer
 from holdfast.instance.waiting import in_time
 from holdfast.instance.worker_link import WorkerLink, reattach, spawn
+from holdfast.linux.steps import Step, reached
 from holdfast.protocol import ipc
 from holdfast.protocol import lifecycle as lc
 from holdfast.store.asleep import Asleep
@@ -210,6 +211,7 @@ class VirtualTpm:
         state = after(self.state, Event.MANUFACTURED)
         self.record = replace(self.record, state=state.value)
         self._around.registry.put_keys(self.record, keys)
+        reached(Step.CREATE_MADE)
         self._maker = made.worker
 
     async def _alone(self) -> None:
@@ -275,6 +277,11 @@ class VirtualTpm:
 
     # --- the place where a container meets it ---
 
+    @property
+    def attached(self) -> bool:
+        """Whether there is a device to be met by."""
+        return self._door is not None
+
     async def attach(self, door: Door) -> None:
         """Hand the open ends to the holder; until power-on its device can be seen, not opened."""
         self._door = door
@@ -321,6 +328,7 @@ class VirtualTpm:
         self._run_number, self._log_head = self.record.run + 1, EMPTY
         if run.records:
             self._log_head = self._write_log(run)
+        reached(Step.POWER_ON_BEGUN)
         self._stopping = False
         self.run = run
         self._restarts.clear()
@@ -331,12 +339,14 @@ class VirtualTpm:
             self.run = None
             door.answer()
             raise
+        reached(Step.POWER_ON_SERVING)
         state = after(self.state, Event.POWERED_ON)
         self.record = replace(self.record, state=state.value, run=self.record.run + 1)
         if run.records:
             self._around.registry.update(self.record)  # evidence counts runs: none twice
         else:
             self._around.registry.note(self.record)
+        reached(Step.POWER_ON_RECORDED)
 
     async def _begin(self, run: Run, *, anew: bool = False) -> None:
         """Give the run a worker, and let clients in when its PCRs are what the ledger says.
@@ -453,7 +463,9 @@ class VirtualTpm:
         self._around.asleep.discard(self.record.id)  # it slept on a state that was shut down
         self.run = None
         self.ledger = {}
+        reached(Step.POWER_OFF_SEALED)
         self._move(Event.POWERED_OFF)
+        reached(Step.POWER_OFF_RECORDED)
 
     async def set_back(self, snapshot: Snapshot) -> None:
         """Have its state be that of a snapshot, as the next epoch, with a higher lineage."""
@@ -464,13 +476,12 @@ class VirtualTpm:
         # First: a lineage that was raised for nothing harms nobody, one that was not would.
         self.record = replace(self.record, lineage=self.record.lineage + 1)
         around.registry.update(self.record)
-        await around.keeper.ask(ipc.Restoring(self.record.id, snapshot.id), ipc.Done)
         task = lc.Restore(
             self.record.profile, self.record.terms, snapshot.epoch, snapshot.sealed, present
         )
         self._maker, _ = await spawn(
             around.spawner, self.record.id, self._keep, lambda _: None, snapshot.wrapped, task,
-            ipc.Done,
+            ipc.Done, snapshot=snapshot.id,
         )  # fmt: skip
 
     # --- sleep and wake ---

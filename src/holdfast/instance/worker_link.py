@@ -142,10 +142,11 @@ async def spawn(
     task: ipc.Message,
     expected: type[A],
     given: Sequence[int] = (),
+    snapshot: UUID = ipc.OWN,
 ) -> tuple[WorkerLink, A]:
     """Get a fresh worker for the instance, which finds its data key and its first task waiting.
 
-    `given`: descriptors that go with the task. Returns it with its answer to that task; if anything
+    `given`: descriptors that go with the task; `snapshot`: whose state it is to open. Returns it with its answer to that task; if anything
     goes wrong there is no worker.
     """
     ours, theirs = channel.pair()
@@ -153,7 +154,7 @@ async def spawn(
     with theirs:
         doing = asyncio.ensure_future(worker.link.ask(task, expected, given))
         try:
-            spawned = lc.Spawn(instance, wrapped, isinstance(task, _SERVING))
+            spawned = lc.Spawn(instance, wrapped, isinstance(task, _SERVING), snapshot)
             _, fds = await spawner.ask(spawned, lc.Spawned, (theirs.fileno(),))
             worker.watch(*_exactly(2, fds))
         except BaseException:

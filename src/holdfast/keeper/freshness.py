@@ -43,6 +43,7 @@ from holdfast.evidence.freshness import (
     Status,
 )
 from holdfast.hwtpm.anchor import Chain, ChainValues
+from holdfast.linux.steps import Step, reached
 from holdfast.protocol import ipc
 
 LEAVES_MAX: Final = 1 << 20  # that a daemon may tell of, destroyed ones included
@@ -103,7 +104,6 @@ class Freshness:
         self._why_not = "no daemon has shown it what there is"
         self._anchor = GENESIS.anchor
         self._value = EMPTY  # of the hybrid index
-        self._restoring: dict[UUID, Leaf] = {}  # the one vTPM that is, and what it is set back to
         self._durable_value = GENESIS.value
         self._marked = False  # whether the durable chain knows that this boot changes things
 
@@ -245,6 +245,7 @@ class Freshness:
         if not hmac.compare_digest(link.anchor.digest, message.digest):
             raise IntegrityError("the daemon's map is not the keeper's")
         self._chains.extend(Chain.HYBRID, link.anchor.digest)
+        reached(Step.KEEPER_ADVANCED)
         self._map, self._anchor, self._value = following, link.anchor, link.value
         return ipc.Done()
 
@@ -255,6 +256,7 @@ class Freshness:
         if link.before != self._durable_value or link.anchor != present:
             raise IntegrityError("what the durable chain is to remember is not what there is")
         self._chains.extend(Chain.DURABLE, link.anchor.digest)
+        reached(Step.KEEPER_SETTLED)
         self._durable_value, self._marked = link.value, not link.anchor.clean
         return ipc.Done()
 
@@ -273,20 +275,21 @@ class Freshness:
             raise Conflict(f"which states are the newest is not known: {why}")
         return self._value
 
-    def newest(self, instance: UUID) -> Leaf | None:
-        """What there is of a vTPM; Conflict if it was destroyed, HostError while no map is open."""
+    def newest(self, instance: UUID, snapshot: UUID = ipc.OWN) -> Leaf | None:
+        """What there is of a vTPM, or of the snapshot that it is to be set back to.
+
+        Conflict if it was destroyed, NotFound if there is no such snapshot, HostError while no map
+        is open. Whose a snapshot is, its sealed state says.
+        """
         leaf = self.present.get(instance)
         if leaf is not None and leaf.status is not Status.LIVE:
             raise Conflict("this vTPM was destroyed")
-        return self._restoring.pop(instance, leaf)
-
-    def restore(self, message: ipc.Restoring) -> ipc.Message:
-        """The next worker of this vTPM opens a snapshot's state. NotFound if there is no such."""
-        snapshot, leaf = self.present.get(message.snapshot), self.newest(message.instance)
-        if leaf is None or snapshot is None or snapshot.status is not Status.SNAPSHOT:
+        if snapshot == ipc.OWN:
+            return leaf
+        kept = self.present.get(snapshot)
+        if leaf is None or kept is None or kept.status is not Status.SNAPSHOT:
             raise NotFound("the map has no such snapshot")
-        self._restoring = {message.instance: snapshot}
-        return ipc.Done()
+        return kept
 
     def close(self, why: str) -> None:
         """Believe nothing until a daemon shows everything again."""

@@ -92,7 +92,6 @@ class Keeper:
             ipc.OpenMap: lambda m: self._fresh().open(m),
             ipc.Advance: lambda m: self._fresh().advance(m),
             ipc.Settle: lambda m: self._fresh().settle(m),
-            ipc.Restoring: lambda m: self._fresh().restore(m),
             ipc.AskRecovery: lambda _: self._fresh().ask_recovery(),
             ipc.Recover: lambda m: self._fresh().recover(m, self._open().signed_for_recovery),
         }
@@ -265,7 +264,7 @@ class Keeper:
         """The packet that answers a worker, for as long as it is being sent."""
         with contextlib.ExitStack() as stack:
             try:
-                newest = self._fresh().newest(instance)
+                newest = self._fresh().newest(instance, request.snapshot)
                 epoch, digest = (newest.epoch, newest.digest) if newest else (0, EMPTY)
                 granted = self._open().grant(instance, request.wrapped, epoch, digest)
                 packet: bytes | memoryview = stack.enter_context(granted)

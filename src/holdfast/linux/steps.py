@@ -20,7 +20,15 @@ _LISTENER: Final = os.environ.get(ENVIRONMENT, "")
 class Step(Enum):
     """What has just been done, in the process that did it."""
 
+    CREATE_ADDED = "create: there is a row, and no TPM"
+    CREATE_MADE = "create: made and kept, not answered"
+    POWER_ON_BEGUN = "power on: its log is written, it has no worker"
+    POWER_ON_SERVING = "power on: its worker serves, the run is not written down"
+    POWER_ON_RECORDED = "power on: all is written down, not answered"
+    POWER_OFF_SEALED = "power off: its worker has ended, it is still said to be on"
+    POWER_OFF_RECORDED = "power off: all is written down, its ends are still there"
     COMMIT_WRITTEN = "commit: on disk, not in the chain"
+    KEEPER_ADVANCED = "commit: the keeper has extended the chain, and not said so"
     COMMIT_EXTENDED = "commit: in the chain, not answered"
     ANCHOR_WRITTEN = "durable anchor: on disk, not in the chain"
     RECOVERY_WRITTEN = "recovery: on disk, in no chain"
@@ -29,6 +37,7 @@ class Step(Enum):
     RESTORE_COMMITTED = "restore: committed, not remembered durably"
     DESTROY_COMMITTED = "destroy: remembered, not deleted"
     DESTROY_DELETED = "destroy: deleted, not remembered durably"
+    KEEPER_SETTLED = "durable anchor: the keeper has extended the chain, and not said so"
     ANCHOR_EXTENDED = "durable anchor: in the chain, not noted"
 
 

@@ -162,6 +162,9 @@ class Done(Message, code=2):
     """The request was carried out, and there is nothing to say about it."""
 
 
+OWN: Final = UUID(int=0)  # no snapshot
+
+
 # --- worker -> keeper, over the key channel that the spawner made -------------------------------
 
 
@@ -169,10 +172,12 @@ class Done(Message, code=2):
 class KeyRequest(Message, code=10):
     """Give me the data key of the instance this channel was made for.
 
-    `wrapped` is the data key as it was wrapped; empty asks for a new one.
+    `wrapped` is the data key as it was wrapped; empty asks for a new one. `snapshot`: the one whose
+    state is to be opened; OWN for the newest state.
     """
 
     wrapped: bytes
+    snapshot: UUID = OWN
 
 
 @dataclass(frozen=True)
@@ -395,17 +400,6 @@ class Settle(Message, code=50):
     """
 
     link: bytes
-
-
-@dataclass(frozen=True)
-class Restoring(Message, code=54):
-    """The next worker of `instance` is to open the state of this snapshot, once.
-
-    Answered with Done; NotFound if the map has no such snapshot.
-    """
-
-    instance: UUID
-    snapshot: UUID
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from uuid import UUID
 
-from holdfast.protocol.ipc import Message, PcrValue
+from holdfast.protocol.ipc import OWN, Message, PcrValue
 
 # --- daemon -> spawner -------------------------------------------------------------------------
 
@@ -54,13 +54,14 @@ class Spawn(Message, code=102):
 
     Descriptor: the worker's end of its channel to the daemon, in which its first task may wait
     already. `wrapped`: its data key as the store has it; empty for a new one. `serving`: it is to
-    serve what is held. Answered with Spawned, or Refused: Conflict while one lives, NotFound if it
+    serve what is held. `snapshot`: as of `ipc.KeyRequest`. Answered with Spawned, or Refused: Conflict while one lives, NotFound if it
     is to serve and nothing is held.
     """
 
     instance: UUID
     wrapped: bytes
     serving: bool
+    snapshot: UUID = OWN
 
 
 @dataclass(frozen=True)

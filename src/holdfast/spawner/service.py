@@ -405,7 +405,7 @@ class Spawner:
         key_worker, key_keeper = channel.pair()
         with key_worker, key_keeper:
             # Asked on the worker's behalf, so that the key is there before it is needed.
-            channel.send(key_worker, ipc.KeyRequest(message.wrapped).encode())
+            channel.send(key_worker, ipc.KeyRequest(message.wrapped, message.snapshot).encode())
             if begin.held:
                 cuse = begin.nodes == NodeKind.CUSE.value
                 _ask_again([held[0], *(held[_ENDS : _ENDS + 2] if cuse else ())])

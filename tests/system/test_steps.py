@@ -1,0 +1,264 @@
+"""kill -9 of any process at every named step of whatever changes state (`linux.steps`).
+
+One host lives through all of it. A step holds its operation; then one process is killed, and the
+rest goes on. After each: nothing acknowledged is lost, no epoch has gone back, what was under way
+is either done or not, and the host works.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import sqlite3
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Final
+
+import pytest
+
+from holdfast.errors import HoldfastError, NotFound
+from holdfast.linux.steps import ENVIRONMENT, Step
+from tests.asking import until
+
+from .serve import Serve, a_host
+from .test_faults import GET_RANDOM, Stream, define, read, write
+
+# Of an administrator's recovery, which has nothing to do with what else goes on: visited, and
+# survived, in tests/unit/test_committer.py and tests/system/test_recover_commands.py.
+ELSEWHERE: Final = frozenset({Step.RECOVERY_WRITTEN, Step.RECOVERY_SETTLED})
+VICTIMS: Final = ("daemon", "keeper", "spawner", "worker")
+OPERATIONS: Final = {
+    "CREATE": "create", "POWER_ON": "power_on", "POWER_OFF": "power_off", "COMMIT": "write",
+    "KEEPER_ADVANCED": "write", "ANCHOR": "destroy", "KEEPER_SETTLED": "destroy",
+    "DESTROY": "destroy", "RESTORE": "restore", "SLEEP": "sleep", "WAKE": "wake",
+    "REKEY": "rekey",
+}  # fmt: skip
+SECONDS: Final = 60.0
+KILLS_MAX: Final = 8
+
+
+class Steps(threading.Thread):
+    """Hears of every step; at the one that is armed it does something once, before it lets go."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(daemon=True)
+        self._listener = socket.socket(socket.AF_UNIX)
+        self._listener.bind(os.fspath(path))
+        path.chmod(0o666)
+        self._listener.listen(64)
+        self._armed: tuple[Step, Callable[[], None]] | None = None
+        self._lock = threading.Lock()
+        self.visited: set[Step] = set()
+
+    def run(self) -> None:
+        while True:
+            try:
+                sock, _ = self._listener.accept()
+            except OSError:
+                return
+            threading.Thread(target=self._hold, args=(sock,), daemon=True).start()
+
+    def _hold(self, sock: socket.socket) -> None:
+        with sock:
+            name = sock.recv(64).decode()
+            step, action = Step[name], None
+            self.visited.add(step)
+            with self._lock:
+                if self._armed is not None and self._armed[0] is step:
+                    action, self._armed = self._armed[1], None
+            if action is not None:
+                action()
+
+    def arm(self, step: Step, action: Callable[[], None]) -> None:
+        with self._lock:
+            self._armed = (step, action)
+
+    @property
+    def waits(self) -> bool:
+        with self._lock:
+            return self._armed is not None
+
+    def close(self) -> None:
+        self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+
+
+class Story:
+    """A host with a vTPM that is written to and one that comes and goes; what is known of both."""
+
+    def __init__(self, host: Serve) -> None:
+        self.host = host
+        self.known = self.tried = 0
+        self.epoch = 0
+        self.on = False
+        self.kills = 0
+        host.create("main")
+        self.power_on()
+        with self._wire() as wire:
+            define(wire)
+        self.write()
+
+    @contextmanager
+    def _wire(self) -> Iterator[Stream]:
+        wire = Stream(self.host.place("main"))
+        try:
+            yield wire
+        finally:
+            wire.close()
+
+    # --- what is done; each raises if it was not acknowledged ---
+
+    def power_on(self) -> None:
+        self.host.power_on("main")
+        self.on = True
+
+    def power_off(self) -> None:
+        self.host.call("POST", "/v1/vtpms/main/stop", {})
+        self.on = False
+
+    def write(self) -> None:
+        self.tried += 1
+        with self._wire() as wire:
+            answer = write(wire, self.tried)
+            assert answer == 0, hex(answer)
+        self.known = self.tried
+
+    def create(self) -> None:
+        self.host.create("spare")
+
+    def destroy(self) -> None:
+        self.host.call("DELETE", "/v1/vtpms/spare")
+
+    def restore(self) -> None:
+        """The one that comes and goes: what it had is not looked at here (`test_snapshots`)."""
+        body = {"reason": "a test"}
+        self.host.call("POST", "/v1/vtpms/spare/snapshots/s/restore", body)
+
+    # --- around it ---
+
+    def prepare(self, operation: str) -> None:
+        """Everything is as the operation wants to find it.
+
+        Who dies often is started later and later, so now and then all is started anew.
+        """
+        self.kills += 1
+        if self.kills % KILLS_MAX == 0:
+            assert self.host.stop() == 0
+            self.host.start()
+            self.on = False
+        there = self.spare_is_there()
+        wanted = operation in ("destroy", "restore")
+        if there and not wanted:
+            self.destroy()
+        if wanted and not there:
+            self.create()
+        snapshots = "/v1/vtpms/spare/snapshots"
+        if operation == "restore" and not self.host.call("GET", snapshots)["snapshots"]:
+            self.host.call("POST", snapshots, {"name": "s"})
+        # Off and on again: a worker that is replaced six times within a minute is not replaced.
+        self.power_off()
+        if operation != "power_on":
+            self.power_on()
+
+    def spare_is_there(self) -> bool:
+        try:
+            self.host.inspect("spare")
+        except NotFound:
+            return False
+        return True
+
+    def check(self, operation: str, done: bool) -> None:
+        """The host works, and nothing that was promised is lost."""
+        host = self.host
+        state = host.inspect("main")["state"]
+        assert state in ("active", "off"), state
+        if done and operation in ("power_on", "power_off"):
+            assert state == ("active" if operation == "power_on" else "off")
+        self.on = state == "active"
+        if not self.on:
+            self.power_on()
+        with self._wire() as wire:
+            found = read(wire)
+        assert found in (self.known, self.tried), (found, self.known, self.tried)
+        self.known = found
+        with contextlib.closing(sqlite3.connect(host.database)) as db:
+            query = "SELECT epoch FROM states JOIN instances USING (id) WHERE name = 'main'"
+            (epoch,) = db.execute(query).fetchone()
+        assert epoch >= self.epoch, f"epoch {epoch} after {self.epoch}"
+        self.epoch = epoch
+        if done and operation in ("create", "destroy"):
+            assert self.spare_is_there() == (operation == "create")
+        if self.spare_is_there():
+            host.power_on("spare")
+            host.call("POST", "/v1/vtpms/spare/stop", {})
+
+
+@pytest.fixture(scope="module")
+def story(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Story, Steps]]:
+    path = tmp_path_factory.mktemp("steps") / "steps.sock"
+    for parent in (path.parent, path.parent.parent):
+        parent.chmod(0o755)
+    steps = Steps(path)
+    steps.start()
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv(ENVIRONMENT, str(path))
+        with a_host(per_day=10_000) as host:
+            yield Story(host), steps
+    steps.close()
+
+
+def operation_of(step: Step) -> str:
+    return next(op for prefix, op in OPERATIONS.items() if step.name.startswith(prefix))
+
+
+HERE: Final = tuple(step for step in Step if step not in ELSEWHERE)
+
+
+@pytest.mark.parametrize("victim", VICTIMS)
+@pytest.mark.parametrize("step", HERE, ids=lambda step: step.name.lower())
+def test_a_kill_at_this_step_loses_nothing_that_was_acknowledged(
+    story: tuple[Story, Steps], step: Step, victim: str
+) -> None:
+    told, steps = story
+    host, operation = told.host, operation_of(step)
+    told.prepare(operation)
+    pids = host.children() | dict.fromkeys(("worker",), next(iter(host.workers()), 0))
+
+    def kill() -> None:
+        if pids.get(victim):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pids[victim], signal.SIGKILL)
+
+    steps.arm(step, kill)
+    done = False
+    with contextlib.suppress(HoldfastError, OSError, AssertionError):
+        getattr(told, operation)()
+        done = True
+    until(f"{step} is visited", lambda: not steps.waits, SECONDS)
+    until("the host works again", lambda: works(host), SECONDS)
+    told.check(operation, done)
+
+
+def works(host: Serve) -> bool:
+    try:
+        if not host.answers():
+            return False
+        findings = {f["what"]: f["level"] for f in host.call("GET", "/v1/doctor")["findings"]}
+        if host.inspect("main")["state"] == "active":
+            wire = Stream(host.place("main"))
+            with contextlib.closing(wire):
+                wire.exchange(GET_RANDOM)
+        elif not host.place("main").exists():
+            return False
+    except (HoldfastError, OSError):
+        return False
+    return findings["keeper"] != "problem" and findings["spawner"] != "problem"
+
+
+def test_every_step_that_there_is_was_visited(story: tuple[Story, Steps]) -> None:
+    _, steps = story
+    assert set(HERE) <= steps.visited
