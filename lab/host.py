@@ -31,7 +31,10 @@ START = f"""
 setsid holdfast serve --config {RUN}/holdfast.toml >> {RUN}/log 2>&1 < /dev/null &
 """
 ANSWERS = f"""
-for turn in $(seq 300); do holdfast status > /dev/null 2>&1 && exit 0; sleep 0.5; done
+for turn in $(seq 400); do
+  [ -S {SOCKET} ] && holdfast status > /dev/null 2>&1 && exit 0  # a program is dear here
+  sleep 0.5
+done
 cat {RUN}/log; exit 1
 """
 
