@@ -45,6 +45,7 @@ from holdfast.errors import (
     NotFound,
 )
 from holdfast.eventlog.cel import encode_json
+from holdfast.evidence.freshness import Status
 from holdfast.frontend import attach as places
 from holdfast.frontend import cdi, ports
 from holdfast.frontend.attach import Attachment
@@ -216,7 +217,9 @@ class Host:
         await self.spawner.ask(lc.Release(vtpm.record.id), ipc.Done)
         if vtpm.on:
             await vtpm.power_off()
-        if vtpm.state is State.DEFINED:  # the manufacture was interrupted: nothing was promised
+        leaf = self.committer.leaf(vtpm.record.id)
+        gone = leaf is not None and leaf.status is Status.DESTROYED
+        if vtpm.state is State.DEFINED or gone:  # half made, or half destroyed
             await self._forget(vtpm)
             del self._vtpms[vtpm.record.name]
         elif vtpm.state is State.OFF:

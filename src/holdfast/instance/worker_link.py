@@ -146,8 +146,8 @@ async def spawn(
 ) -> tuple[WorkerLink, A]:
     """Get a fresh worker for the instance, which finds its data key and its first task waiting.
 
-    `given`: descriptors that go with the task; `snapshot`: whose state it is to open. Returns it with its answer to that task; if anything
-    goes wrong there is no worker.
+    `given`: descriptors that go with the task; `snapshot`: the one whose state it is to open.
+    Returns it with its answer to that task; if anything goes wrong there is no worker.
     """
     ours, theirs = channel.pair()
     worker = WorkerLink(instance, keep, ours, died)

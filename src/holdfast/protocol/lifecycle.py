@@ -54,8 +54,8 @@ class Spawn(Message, code=102):
 
     Descriptor: the worker's end of its channel to the daemon, in which its first task may wait
     already. `wrapped`: its data key as the store has it; empty for a new one. `serving`: it is to
-    serve what is held. `snapshot`: as of `ipc.KeyRequest`. Answered with Spawned, or Refused: Conflict while one lives, NotFound if it
-    is to serve and nothing is held.
+    serve what is held. `snapshot`: as of `ipc.KeyRequest`. Answered with Spawned, or Refused:
+    Conflict while one lives, NotFound if it is to serve and nothing is held.
     """
 
     instance: UUID
