@@ -68,7 +68,9 @@ def _is_worker(pid: int, serve: int) -> bool:
 
 
 @contextmanager
-def holdfast(manufactured: int = 0, durability: str = "fsync") -> Iterator[Host]:
+def holdfast(
+    manufactured: int = 0, durability: str = "fsync", idle_after: int = 30
+) -> Iterator[Host]:
     """A host with a software host TPM, on a tmpfs-free directory of its own."""
     directory = Path(tempfile.mkdtemp(prefix="hfb-"))
     serve = None
@@ -78,7 +80,7 @@ def holdfast(manufactured: int = 0, durability: str = "fsync") -> Iterator[Host]
                 f'[host]\ntcti = "swtpm:path={sock}"\nevent_log = "{HOST_LOG}"\nstand_in = true\n'
                 f'[paths]\nstate = "{directory}/state"\nrun = "{directory}/run"\n'
                 f'cdi = "{directory}/cdi"\n[keeper]\nuser = "root"\n'
-                f"[workers]\nmanufactured = {manufactured}\n"
+                f"[workers]\nmanufactured = {manufactured}\nidle_after = {idle_after}\n"
                 f'[store]\ndurability = "{durability}"\n'
             )
             recipient = str(pyrage.x25519.Identity.generate().to_public())

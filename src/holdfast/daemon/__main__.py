@@ -19,10 +19,9 @@ from holdfast.attest.collector import Collector
 from holdfast.daemon import config
 from holdfast.daemon.api import Api
 from holdfast.daemon.host import Host
+from holdfast.daemon.inside import Inside
 from holdfast.daemon.listening import Room, listen
 from holdfast.errors import HoldfastError
-from holdfast.instance.background import background
-from holdfast.instance.vtpm import VirtualTpm
 from holdfast.linux import process
 
 # A connection is closed that brings no whole request head for so long.
@@ -30,8 +29,6 @@ EVIDENCE_SECONDS = 5.0
 API_SECONDS = 10.0
 # Who does not read its answers is not waited for longer at the end: the vTPMs have to be sealed.
 END_SECONDS = 2.0
-# A container is one tenant, however many users it has; it has a user 0 as well.
-EVIDENCE_ROOM = Room(root=8, user=8, others=8)
 API_ROOM = Room(root=512, user=16, others=256)
 API_BACKLOG = 128
 
@@ -48,29 +45,16 @@ async def serve(settings: config.Config, ready_fd: int | None) -> None:
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    evidence: dict[str, tuple[asyncio.Server, web.AppRunner]] = {}
-    api: Api | None = None
-
-    async def close_evidence(vtpm: VirtualTpm) -> None:
-        previous = evidence.pop(vtpm.record.name, None)
-        if previous is not None:
-            previous[0].close()
-            await previous[1].cleanup()
-
-    async def open_evidence(vtpm: VirtualTpm, sock: socket.socket) -> None:
-        assert api is not None
-        await close_evidence(vtpm)
-        runner = _runner(api.own_application(vtpm), EVIDENCE_SECONDS)
-        await runner.setup()
-        server = await listen(runner, sock, EVIDENCE_ROOM)
-        evidence[vtpm.record.name] = server, runner
-
+    inside = Inside()
     host = Host(
         settings,
-        opened=lambda vtpm, ends: background(open_evidence(vtpm, ends.evidence.dup())),
-        closed=lambda vtpm: background(close_evidence(vtpm)),
+        opened=lambda vtpm, ends: inside.open(vtpm, ends.take_evidence()),
+        closed=inside.close,
     )
     api = Api(host, Collector(host.keeper, host.committer))
+    own = _runner(api.own_application(inside.asked), EVIDENCE_SECONDS)
+    await own.setup()
+    inside.serve(own)
     await host.start()
     runner = _runner(api.application(), API_SECONDS)
     await runner.setup()
@@ -85,8 +69,8 @@ async def serve(settings: config.Config, ready_fd: int | None) -> None:
         os.write(ready_fd, b"\n")
         os.close(ready_fd)
     await stop.wait()
-    server.close()
-    await asyncio.gather(runner.cleanup(), *(close_evidence(vtpm) for vtpm in host.all()))
+    server.stop()
+    await asyncio.gather(runner.cleanup(), inside.end())
     await host.stop()
     path.unlink(missing_ok=True)
 

@@ -182,14 +182,14 @@ class Api:
         )
         return app
 
-    def own_application(self, vtpm: VirtualTpm) -> web.Application:
-        """What is served inside a container: evidence of its own vTPM, and nothing else."""
+    def own_application(self, asked: Callable[[web.Request], VirtualTpm]) -> web.Application:
+        """What is served inside containers: evidence of the vTPM that is asked, and no other."""
 
         async def evidence(request: web.Request) -> web.Response:
-            return await self._collect(vtpm, request)
+            return await self._collect(asked(request), request)
 
-        async def log(_request: web.Request) -> web.Response:
-            return web.json_response(_log_of(vtpm))
+        async def log(request: web.Request) -> web.Response:
+            return web.json_response(_log_of(asked(request)))
 
         app = web.Application(middlewares=[problems], client_max_size=BODY_MAX)
         app[METRICS] = self._metrics

@@ -50,34 +50,60 @@ class Present:
         self._by_user = +self._by_user  # who has none takes no memory
 
 
-async def listen(runner: web.AppRunner, sock: socket.socket, room: Room) -> asyncio.Server:
-    """Serve `runner`'s application on a listening socket; the returned server owns it."""
+class Listening:
+    """A socket on which an application is served, and the connections to it."""
+
+    def __init__(self, server: asyncio.Server, connections: set[asyncio.Transport]) -> None:
+        self._server = server
+        self._connections = connections
+
+    def stop(self) -> None:
+        """Take no more connections; those that there are go on."""
+        self._server.close()
+
+    def end(self) -> None:
+        """End the connections too, whatever they are at."""
+        self.stop()
+        for transport in tuple(self._connections):
+            transport.abort()
+
+
+async def listen(runner: web.AppRunner, sock: socket.socket, room: Room) -> Listening:
+    """Serve `runner`'s application on a listening socket, which is taken over."""
     server = runner.server
     assert server is not None, "a runner is set up before it listens"
-    present = Present(room)
-    return await asyncio.get_running_loop().create_unix_server(
-        lambda: _Counted(server(), present), sock=sock
+    present, connections = Present(room), set[asyncio.Transport]()
+    made = await asyncio.get_running_loop().create_unix_server(
+        lambda: _Counted(server(), present, connections), sock=sock
     )
+    return Listening(made, connections)
 
 
 class _Counted(asyncio.Protocol):
     """One connection: counted, then handed to aiohttp's handler."""
 
-    def __init__(self, inner: asyncio.Protocol, present: Present) -> None:
+    def __init__(
+        self, inner: asyncio.Protocol, present: Present, connections: set[asyncio.Transport]
+    ) -> None:
         self._inner = inner
         self._present = present
+        self._connections = connections
+        self._transport: asyncio.Transport | None = None
         self._uid = -1
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
         uid = peer(transport.get_extra_info("socket")).uid
         if not self._present.enter(uid):
             transport.close()
             return
-        self._uid = uid
+        self._uid, self._transport = uid, transport
+        self._connections.add(transport)
         self._inner.connection_made(transport)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        if self._uid >= 0:
+        if self._transport is not None:
+            self._connections.discard(self._transport)
             self._present.go(self._uid)
             self._inner.connection_lost(exc)
 

@@ -34,16 +34,35 @@ _TMPFS: Final = "size=4m,nr_inodes=64,mode=0755"
 _ANY: Final = 0xFFFFFFFF  # ACL_UNDEFINED_ID (linux/posix_acl.h): a row that names nobody
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Attachment:
     """The open ends of one run: descriptors that the caller owns."""
 
+    directory: Path
     fuse: int
     data: socket.socket
     control: socket.socket
     evidence: socket.socket
     nodes: Nodes = field(default_factory=Nodes)
     surplus: tuple[Nodes, ...] = ()  # with numbers that are taken; not closed by `close`
+
+    def take_evidence(self) -> socket.socket:
+        """The evidence socket, for who serves it, and is to close it."""
+        return socket.socket(fileno=self.evidence.detach())
+
+    def listeners(self) -> tuple[socket.socket, socket.socket]:
+        """For commands and for controls: made anew, at the same places, if they were closed."""
+        run = self.directory / "run"
+        if self.data.fileno() < 0:
+            self.data = _listen_again(run / DATA_SOCKET)
+        if self.control.fileno() < 0:
+            self.control = _listen_again(run / CONTROL_SOCKET)
+        return self.data, self.control
+
+    def close_listeners(self) -> None:
+        """Somebody else has them too. Who waits in them waits on."""
+        self.data.close()
+        self.control.close()
 
     def close(self) -> None:
         os.close(self.fuse)
@@ -83,7 +102,7 @@ def attach(
         made, surplus = nodes.make(kind, name, taken)
         undo.pop_all()
     data, control, evidence = ends
-    return Attachment(fuse, data, control, evidence, made, surplus)
+    return Attachment(directory, fuse, data, control, evidence, made, surplus)
 
 
 def _let_pass(directory: Path, uid: int) -> None:
@@ -101,21 +120,25 @@ def _let_pass(directory: Path, uid: int) -> None:
 
 def adopt(directory: Path, fds: list[int]) -> Attachment:
     """The ends of a run that goes on, from their holder; only the evidence socket is new."""
-    path = directory / "run" / EVIDENCE_SOCKET
     try:
         fuse, data, control, *served = fds
         kind = NodeKind.of(len(served))
-        path.unlink(missing_ok=True)
-        evidence = _listen(path)
+        evidence = _listen_again(directory / "run" / EVIDENCE_SOCKET)
     except BaseException:
         for fd in fds:
             os.close(fd)
         raise
-    return Attachment(fuse, _stream(data), _stream(control), evidence, Nodes(kind, tuple(served)))
+    nodes = Nodes(kind, tuple(served))
+    return Attachment(directory, fuse, _stream(data), _stream(control), evidence, nodes)
 
 
 def _stream(fd: int) -> socket.socket:
     return socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, 0, fd)
+
+
+def _listen_again(path: Path) -> socket.socket:
+    path.unlink(missing_ok=True)
+    return _listen(path)
 
 
 def _listen(path: Path) -> socket.socket:

@@ -90,7 +90,12 @@ class Door:
     def descriptors(self) -> tuple[int, ...]:
         """/dev/fuse, data listener, control listener, nodes: for their holder."""
         ends = self._attachment
-        return ends.fuse, ends.data.fileno(), ends.control.fileno(), *ends.nodes.fds
+        data, control = ends.listeners()
+        return ends.fuse, data.fileno(), control.fileno(), *ends.nodes.fds
+
+    def held(self) -> None:
+        """Their holder has them: keep only what could not be made again."""
+        self._attachment.close_listeners()
 
     def share(self, page: int) -> None:
         """Map the page of this run's worker; takes the descriptor over."""

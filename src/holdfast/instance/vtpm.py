@@ -85,6 +85,9 @@ class Door(Protocol):
     def descriptors(self) -> tuple[int, ...]:
         """/dev/fuse, data listener, control listener, nodes: for their holder."""
 
+    def held(self) -> None:
+        """Their holder has them."""
+
     def share(self, page: int) -> None:
         """Map the page that this run's worker writes; takes the descriptor over."""
 
@@ -295,6 +298,7 @@ class VirtualTpm:
         ends = self._door.descriptors()
         message = lc.Hold(self.record.id, self._door.nodes, *self._door.words)
         await self._around.spawner.ask(message, ipc.Done, ends)
+        self._door.held()
 
     async def hold_ports(self, listeners: tuple[int, ...]) -> None:
         """Serve the next run's clients on these too: listeners for commands and for controls."""
@@ -684,13 +688,13 @@ class VirtualTpm:
         return answer
 
     def stays_here(self, what: str) -> Conflict:
-        """Why this vTPM's state goes nowhere: nothing of this version lets any out."""
+        """Why this vTPM's state goes nowhere."""
         if self.record.device:
             why = (
                 f"its state is in {self.record.device}, a TPM of this machine, and never leaves it"
             )
         else:
-            why = "this version of Holdfast lets no state of a vTPM out"
+            why = "this version of Holdfast moves no vTPM to another host"
         return Conflict(f"{self.record.name}: {what}: {why}")
 
     def keys(self) -> KeySet:
