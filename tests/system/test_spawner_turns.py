@@ -40,7 +40,10 @@ class Turns:
         self._ends: list[socket.socket] = []
 
     def begin_one(self) -> Blank:
-        """A blank worker is begun, as when it is quiet; it has not arrived."""
+        """A blank worker is begun, as when it is quiet; it has not arrived, and is the only one."""
+        for blank in self.pool._coming:  # begun beside the last request
+            self.spawner._unwatch(blank)
+        self.pool.close()
         assert self.spawner._refill()
         return self.pool._coming[-1]
 

@@ -43,6 +43,7 @@ QUIET_SECONDS: Final = 0.02
 LATE_SECONDS: Final = 0.25  # without quiet, after which a blank worker is made regardless
 KEEPER_SECONDS: Final = 10.0
 FAILURES_MAX: Final = 5  # blank workers in a row, after which they get a new mother
+MADE_IN_A_CROWD: Final = 2  # blank workers at once, when requests come faster than it gets quiet
 _ENDS: Final = 3  # of what is held: /dev/fuse and two listeners; those of nodes follow
 PATIENCE_MAX: Final = 8  # doublings of the time between two tries
 Reply = tuple[ipc.Message, tuple[int, ...]]
@@ -376,7 +377,11 @@ class Spawner:
             raise Conflict("its worker lives")
         if message.serving and (entry is None or not entry.held):
             raise NotFound("nothing is held for this instance")
+        in_a_crowd = not self._pool.ready
         blank = self._pool.take(self._unwatch)
+        if in_a_crowd:  # the next are made while this one's vTPM is opened
+            for _ in range(MADE_IN_A_CROWD):
+                self._refill()
         entry = entry or Entry()
         page = create_page(entry.words)
         try:
