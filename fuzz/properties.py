@@ -17,6 +17,7 @@ from holdfast.evidence.bundle import Evidence, Statement
 from holdfast.evidence.pcrs import decode_pcrs, encode_pcrs
 from holdfast.evidence.round import InclusionProof, Leaf
 from holdfast.frontend import filter as command_filter
+from holdfast.keeper.archive import Archive
 from holdfast.protocol import (
     control,
     fuse,
@@ -168,6 +169,10 @@ def _oci_state(data: bytes) -> None:
     parse_state(data)
 
 
+def _archive(data: bytes) -> None:
+    assert Archive.decode(data).encode() == data
+
+
 PROPERTIES: Final[Mapping[str, Property]] = {
     name: _refusing(read)
     for name, read in {
@@ -194,5 +199,6 @@ PROPERTIES: Final[Mapping[str, Property]] = {
         "fuse": _fuse,
         "control": _control,
         "oci_state": _oci_state,
+        "archive": _archive,
     }.items()
 }

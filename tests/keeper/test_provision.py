@@ -10,6 +10,7 @@ import signal
 import stat
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pyrage
 import pytest
@@ -25,11 +26,14 @@ from holdfast.hwtpm.transport import Transport
 from holdfast.hwtpm.version import VersionIndex
 from holdfast.keeper import recovery, vault
 from holdfast.keeper.__main__ import main
+from holdfast.keeper.freshness import recovery_message
 from holdfast.keeper.provision import CERTIFY_TAG, ROOT_KEY_SIZE
+from holdfast.protocol import ipc
 from holdfast.tpm2.keys import verify
 from holdfast.tpm2.structures import Public, Signature
+from tests.asking import until
 
-from .box import Box
+from .box import PYTHON, Box, Client
 
 RECOVERY = "recovery.age"
 ROOT_KEY = "site-root-ca.key.age"
@@ -310,6 +314,67 @@ def test_given_values_are_approved_before_they_are_there(box: Box) -> None:
     box.authorize("--values", str(file))
     box.swtpm.extend(2)
     assert opened(box)
+
+
+def test_values_of_other_pcrs_are_approved_only_if_that_is_said(box: Box) -> None:
+    """What boots with fewer PCRs known is not to be approved by oversight."""
+    file = box.directory / "values"
+    file.write_text(f'{{"0": "{bytes(32).hex()}", "2": "{bytes(32).hex()}"}}')
+    before = box.vault()
+    answer = box.authorize("--values", str(file), ok=False)
+    assert answer["error"] == "InvalidInput"
+    assert "of PCR 0, 2; what was approved before is of PCR 0, 2, 4, 7" in answer["why"]
+    assert box.vault() == before
+    assert box.authorize("--values", str(file), "--other-pcrs")["approved_pcrs"] == [0, 2]
+
+
+def test_a_tpm_without_room_beside_the_keeper_is_named_and_what_to_do(box: Box) -> None:
+    """Debian's swtpm has three slots for objects, and no resource manager."""
+    box.start()
+    with box.connect() as client:
+        state = until("the keeper is open", lambda: opened_keeper(client))
+    assert state.open
+    answer = box.authorize(ok=False)
+    assert answer["error"] == "HostError"
+    assert "stop holdfast serve first" in answer["why"]
+    assert "/dev/tpmrm0" in answer["why"]
+    assert box.stop() == 0
+    assert box.authorize()["approved_pcrs"] == [0, 2, 4, 7]
+
+
+def opened_keeper(client: Client) -> ipc.KeeperState | None:
+    state = client.ask(ipc.KeeperStatus(), ipc.KeeperState)
+    return state if state.open else None
+
+
+def test_the_recovery_key_signs_a_link_for_a_reason_and_nothing_else(box: Box) -> None:
+    key = box.directory / "identity"
+    key.write_text(f"{box.identity}\n")
+    files = ("--identity", str(key), "--recovery-file", str(box.out / RECOVERY))
+    link = GENESIS.encode()
+
+    def sign(what: bytes, ok: bool = True) -> dict[str, Any]:
+        command = ["--dir", str(box.keeper), "--link", what.hex(), "--reason", "why", *files]
+        done = subprocess.run(
+            [*PYTHON, "holdfast.keeper", "sign-recovery", *command],
+            capture_output=True,
+            check=False,
+        )
+        assert (done.returncode == 0) is ok, done
+        answer: dict[str, Any] = json.loads(done.stdout)
+        return answer
+
+    signature = bytes.fromhex(sign(link)["signature"])
+    custody = box.custody()
+    try:
+        assert custody.signed_for_recovery(recovery_message(link, "why"), signature)
+        assert not custody.signed_for_recovery(recovery_message(link, "another"), signature)
+    finally:
+        custody.close()
+    assert "no link" in sign(link[:-1], ok=False)["why"]
+    other = recovery.encrypt([box.identity.to_public()], os.urandom(32))
+    (box.out / RECOVERY).write_bytes(other)
+    assert "not this host's recovery key" in sign(link, ok=False)["why"]
 
 
 def test_retired_boot_state_is_refused_even_with_its_old_approval_put_back(box: Box) -> None:

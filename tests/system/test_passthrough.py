@@ -175,10 +175,13 @@ def test_its_state_goes_nowhere(host: Serve, other: Serve) -> None:
         assert done.returncode == 4
         assert what in done.stderr
         assert f"its state is in {path}" in done.stderr
-        done = host.cli(*command, own)
-        assert done.returncode == 4
-        assert "this version" in done.stderr
         assert host.cli(*command, "nobody").returncode == 3
+    done = host.cli("migrate", "send", own)
+    assert done.returncode == 4
+    assert "this version" in done.stderr
+    done = host.cli("backup", name, "--out", "/nowhere", "--config", str(host.config))
+    assert done.returncode == 4
+    assert "no backup is made" in done.stderr
 
 
 def test_what_cannot_be_passed_through_is_refused_by_name(host: Serve, other: Serve) -> None:

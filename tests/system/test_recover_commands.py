@@ -16,6 +16,7 @@ import pytest
 
 from holdfast.client import Client
 from holdfast.errors import Forbidden, HoldfastError, IntegrityError
+from holdfast.evidence.bundle import Anchored, Evidence
 from holdfast.hwtpm.policy import RecoverySigner, sha256
 from holdfast.keeper.freshness import recovery_message
 
@@ -49,6 +50,17 @@ def turn(host: Serve, name: str, value: int | None = None, *, new: bool = False)
     finally:
         wire.close()
         host.call("POST", f"/v1/vtpms/{name}/stop", {})
+
+
+def evidence(host: Serve, name: str) -> Anchored:
+    """What evidence of it says of the host TPM's anchor."""
+    host.power_on(name)
+    try:
+        value = host.call("POST", f"/v1/vtpms/{name}/evidence", {"nonce": "0123456789abcdef"})
+    finally:
+        host.call("POST", f"/v1/vtpms/{name}/stop", {})
+    text = json.dumps(value, separators=(",", ":"), sort_keys=True)
+    return Evidence.decode(text.encode()).anchored
 
 
 def made(host: Serve, name: str, value: int = 1, **more: Any) -> str:
@@ -110,6 +122,7 @@ def test_a_snapshot_is_taken_listed_restored_and_removed(host: Serve) -> None:
     assert turn(host, name) == 1
     assert told(host, "snapshot", "restore", name, named, "--reason", WHY)["lineage"]["is"] == 2
     assert turn(host, name) == 2  # a newer one stays
+    assert evidence(host, name).path.leaf.lineage == 2
     assert ("restore", f"snapshot before of epoch {before['epoch']}: {WHY}") in journal(host)
     error = told(host, "snapshot", "rm", name, "before", "nothere", named, code=3)
     assert "removed before: before" in error
@@ -359,6 +372,7 @@ def test_an_older_registry_is_refused_by_name_until_the_recovery_key_accepts_it(
         assert value["recoveries"] == 1
         assert not told(host, "recover")["needed"]
         assert ("recover", WHY) in journal(host)
+        assert evidence(host, name).link.anchor.recoveries == 1
         assert turn(host, name) == 1
         assert "accepted: 1;" in host.finding("history")["says"]
         # It holds from now on, also over a restart.
@@ -386,6 +400,7 @@ def test_one_state_put_back_is_named_accepted_and_shown_by_its_lineage() -> None
         assert turn(host, other) == 7
         value = told(host, "recover", "--accept-older", "--reason", WHY, *keys(host))
         assert value["accepted"] == [name]
+        assert evidence(host, name).path.leaf.lineage == 1
         assert turn(host, name) == 1
         assert turn(host, other) == 7
 

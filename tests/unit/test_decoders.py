@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from holdfast.eventlog import cel
 from holdfast.eventlog.records import IMAGE, make_record
 from holdfast.evidence import freshness
+from holdfast.keeper.archive import Archive, Entry
 from holdfast.protocol import ipc
 from holdfast.tpm2 import requests as rq
 from holdfast.tpm2.algorithms import Alg
@@ -75,6 +76,18 @@ def examples() -> dict[str, tuple[bytes, ...]]:
         ),
         "fuse": (FUSE_WRITE,),
         "control": (u32(1), u32(5) + b"\0", u32(0x12) + bytes(16), u32(2) + bytes(4)),
+        "archive": (
+            Archive("host", "site", "2026-11-25T21:59:00+00:00", ()).encode(),
+            Archive(
+                "host",
+                "site",
+                "2026-11-25T21:59:00+00:00",
+                (
+                    Entry(bytes(16), b"i" * 16, "web", "2026", 7, b"sealed", b"wrapped"),
+                    Entry(bytes(16), b"j" * 16, "db", "2026", 1, b"", b""),
+                ),
+            ).encode(),
+        ),
         "oci_state": (b'{"id": "c1", "status": "creating", "pid": 1, "bundle": "/b"}',),
     }
 

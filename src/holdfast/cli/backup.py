@@ -1,6 +1,6 @@
 """`backup`: the states of stopped vTPMs in a file that only a named key opens.
 
-The file is written and read by a program of the keeper's (`keeper.archive`): no key comes here.
+The file is written and read by a program of the keeper's (`keeper.backup`): no key comes here.
 """
 
 from __future__ import annotations

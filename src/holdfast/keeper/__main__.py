@@ -21,7 +21,8 @@ from typing import Any, Final
 
 from holdfast.errors import HoldfastError, HostError, InvalidInput
 from holdfast.hwtpm.transport import Transport
-from holdfast.keeper import archive
+from holdfast.keeper import backup
+from holdfast.keeper.archive import ARCHIVE_MAX
 from holdfast.keeper.boot_state import boot_state
 from holdfast.keeper.leases import DESCRIPTORS, LEASES_MAX
 from holdfast.keeper.provision import DEFAULT_PCRS, Site, authorize, provision
@@ -107,13 +108,13 @@ def _sign_recovery(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _write_archive(options: argparse.Namespace) -> dict[str, Any]:
-    given = sys.stdin.buffer.read(2 * archive.ARCHIVE_MAX)
-    return archive.write(options.dir, options.out, options.recipient, given)
+    given = sys.stdin.buffer.read(2 * ARCHIVE_MAX)
+    return backup.write(options.dir, options.out, options.recipient, given)
 
 
 def _read_archive(options: argparse.Namespace) -> dict[str, Any]:
     names = (options.name or []) if options.states else None
-    return archive.read(options.file, options.identity, names)
+    return backup.read(options.file, options.identity, names)
 
 
 def _serve(options: argparse.Namespace) -> int:
