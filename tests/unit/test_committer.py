@@ -7,6 +7,7 @@ import shutil
 import sqlite3
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from uuid import UUID, uuid4
 
@@ -726,5 +727,27 @@ def test_epochs_go_up_by_one_and_the_same_commit_twice_is_once(world: World) -> 
                 assert "cannot follow" in str(refused)
             assert registry.states.state(one).epoch == 2
             assert registry.states.state(two).epoch == 1
+
+    asyncio.run(scenario())
+
+
+def test_a_commit_asked_again_of_a_daemon_that_knows_less_of_the_run_is_once(
+    world: World,
+) -> None:
+    """As a worker does whose daemon died with the answer: the state counts, and nothing beside."""
+
+    async def scenario() -> None:
+        with world.on() as (registry, committer):
+            one = vtpm(registry, "one")
+            await committer.ready()
+            first = replace(sealed(one, 1), run=3, log_head=b"l" * 32)
+            await committer.commit(first)
+        with world.on() as (registry, committer):
+            await committer.ready()
+            await committer.commit(sealed(one, 1))
+            leaf = committer.leaf(one)
+            assert leaf is not None
+            assert (leaf.epoch, leaf.run) == (1, 3)
+            await commit(committer, one, 2)
 
     asyncio.run(scenario())

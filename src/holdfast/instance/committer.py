@@ -182,7 +182,7 @@ class Committer:
                 continue
             earlier = self._map.get(wanted.instance)
             leaf = live(wanted, earlier)
-            if leaf == earlier:
+            if earlier is not None and (leaf.epoch, leaf.digest) == (earlier.epoch, earlier.digest):
                 continue
             present = earlier.epoch if earlier else 0
             if leaf.epoch == present + 1:

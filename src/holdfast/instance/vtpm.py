@@ -428,7 +428,7 @@ class VirtualTpm:
                 os.unlink(name, dir_fd=place)
             flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
             with open(os.open(name, flags, 0o600, dir_fd=place), "wb") as file:
-                log = b"".join(map(encode_seq, run.records))
+                log = _log_of(run)
                 file.write(log)
                 file.flush()
                 os.fsync(file.fileno())
@@ -661,6 +661,7 @@ class VirtualTpm:
         around = self._around
         self.run = run
         self._door = door
+        self._log_head = hashlib.sha256(_log_of(run)).digest() if run.records else EMPTY
         self.ledger = replay(initial(self.banks, run.startup_locality), run.extends)
         if entry.pid:
             around.asleep.discard(self.record.id)  # a worker that lives has used it up, or will
@@ -709,6 +710,10 @@ class VirtualTpm:
         """Wait for replacements that are under way."""
         while self._replacing is not None and not self._replacing.done():
             await asyncio.wait([self._replacing])
+
+
+def _log_of(run: Run) -> bytes:
+    return b"".join(map(encode_seq, run.records))
 
 
 def _open_device(path: str) -> int:
