@@ -2,7 +2,7 @@
 
 A transaction survives the death of any process once it is committed. It survives a power cut once
 the log has been synchronised: `sync`, which may run in a thread beside the next transaction, or
-`durable`, which waits. With durability `os` that is left to the kernel.
+`durable`, which waits. With durability `os` that is left to the kernel, but for what is `certain`.
 
 Not here: what is written (`registry`, `states`).
 """
@@ -127,6 +127,16 @@ class Database:
             yield db
         self._make_durable()
 
+    @contextmanager
+    def certain(self) -> Iterator[sqlite3.Connection]:
+        """Durable with any durability: for what the host TPM is about to remember for long.
+
+        Else a power cut would leave a disk that is older than what it remembers, and is refused.
+        """
+        with self.transaction() as db:
+            yield db
+        self._synchronise()
+
     # --- durability ---
 
     def sync(self) -> None:
@@ -141,12 +151,15 @@ class Database:
     def _make_durable(self) -> None:
         self._check()
         if self._durability is Durability.FSYNC:
-            try:
-                os.fdatasync(self._log)
-            except OSError as error:
-                self._broken = str(error)
-                self._check()
-            self.syncs += 1
+            self._synchronise()
+
+    def _synchronise(self) -> None:
+        try:
+            os.fdatasync(self._log)
+        except OSError as error:
+            self._broken = str(error)
+            self._check()
+        self.syncs += 1
 
     def _copy(self) -> None:
         """Copy the log into the file, so that it can start over."""

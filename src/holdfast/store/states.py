@@ -143,7 +143,7 @@ class States:
 
     def write_durable(self, recorded: Recorded) -> None:
         """What is newest now is what the durable chain is to remember; durable at once."""
-        with self._database.durable() as db:
+        with self._database.certain() as db:
             db.execute(
                 "INSERT OR REPLACE INTO anchored SELECT id, leaf FROM newest "
                 "WHERE leaf IS NOT (SELECT leaf FROM anchored WHERE id = newest.id)"
