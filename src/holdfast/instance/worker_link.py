@@ -167,7 +167,9 @@ async def spawn(
         with contextlib.suppress(HoldfastError):
             await worker.kill(spawner)
         raise
-    if worker.ended.is_set():  # with its answer: before anybody knew whom to replace
+    # One that is to serve and ended with its answer did so before anybody knew whom to replace;
+    # one that has restored a state ends by itself.
+    if worker.ended.is_set() and isinstance(task, _SERVING):
         raise HostError(f"the worker is gone: {worker.link.last_words or 'it ended'}")
     return worker, answer
 
