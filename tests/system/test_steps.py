@@ -28,13 +28,16 @@ from .serve import Serve, a_host
 from .test_faults import GET_RANDOM, Stream, define, read, write
 
 # Of an administrator's recovery, which has nothing to do with what else goes on: visited, and
-# survived, in tests/unit/test_committer.py and tests/system/test_recover_commands.py.
-ELSEWHERE: Final = frozenset({Step.RECOVERY_WRITTEN, Step.RECOVERY_SETTLED})
+# survived, in tests/unit/test_committer.py and tests/system/test_recover_commands.py. Of sleep and
+# wake, which need a host whose vTPMs sleep soon: in tests/system/test_sleep_steps.py.
+ELSEWHERE: Final = frozenset({Step.RECOVERY_WRITTEN, Step.RECOVERY_SETTLED}) | frozenset(
+    step for step in Step if step.name.startswith(("SLEEP", "WAKE"))
+)
 VICTIMS: Final = ("daemon", "keeper", "spawner", "worker")
 OPERATIONS: Final = {
     "CREATE": "create", "POWER_ON": "power_on", "POWER_OFF": "power_off", "COMMIT": "write",
     "KEEPER_ADVANCED": "write", "ANCHOR": "destroy", "KEEPER_SETTLED": "destroy",
-    "DESTROY": "destroy", "RESTORE": "restore", "SLEEP": "sleep", "WAKE": "wake",
+    "DESTROY": "destroy", "RESTORE": "restore",
     "REKEY": "rekey",
 }  # fmt: skip
 SECONDS: Final = 60.0

@@ -35,7 +35,7 @@ LOOK_SECONDS: Final = 1.0
 FALLING_MAX: Final = 4  # that go to sleep at once
 RELIEVED_AT_ONCE: Final = 32  # in one look, for want of memory
 REST_SECONDS: Final = 1.0  # idle for less, one is in use, however short of memory the host is
-UNEASY_SECONDS: Final = 60.0  # before one is tried again that could not be put to sleep
+UNEASY_SECONDS: Final = 30.0  # before one is tried again that could not be put to sleep
 WAKE_DELAYS: Final = (0.1, 0.5, 2.0, 5.0, 15.0)  # seconds between tries to wake one
 _MEMORY: Final = Path("/proc/meminfo")
 

@@ -527,8 +527,10 @@ class VirtualTpm:
         around, instance = self._around, self.record.id
         try:
             around.asleep.keep(instance, asleep.blob)
+            reached(Step.SLEEP_WRITTEN)
             keep = lc.Keep(instance, asleep.spoken, asleep.numbers)
             await around.spawner.ask(keep, ipc.Done)
+            reached(Step.SLEEP_HELD)
         except HoldfastError as error:
             around.asleep.discard(instance)
             worker.link.tell(ipc.Refused("HostError", str(error)))
@@ -555,6 +557,7 @@ class VirtualTpm:
                     self._around.registry.update(self.record)
                 self._around.asleep.discard(self.record.id)
                 await self._begin(self.run)
+        reached(Step.WAKE_SERVING)
         self._slept_in_vain = False
         self._around.asleep.discard(self.record.id)  # it was used up before anybody was served
         self._move(Event.WOKEN)
