@@ -155,11 +155,11 @@ class Host:
                 self._leave(record.name, str(error))
                 continue
             self._vtpms[record.name] = vtpm
-            entry = workers.pop(record.id, None) or lc.HeldEntry(record.id, 0, False, False, False)
+            entry = workers.pop(record.id, None)
             try:
                 if vtpm.on and await self._resume(vtpm, entry):
                     continue
-                await self._put_in_order(vtpm, alive=entry.pid != 0)
+                await self._put_in_order(vtpm, entry)
             except (HoldfastError, OSError) as error:
                 LOG.warning("not taken up", vtpm=record.name, why=str(error))
                 if vtpm.on or vtpm.state is State.OFF:
@@ -170,14 +170,36 @@ class Host:
         self._around.asleep.keep_only({v.record.id for v in self._vtpms.values() if v.on})
         self._ahead.refill()
         self.sleep.begin()
+        background(self._attach_all())
+
+    async def _attach_all(self) -> None:
+        """Make the devices of all that are off: thousands take seconds, in which others are served.
+
+        Whoever wants to start one meanwhile does not wait for the rest.
+        """
+        for vtpm in tuple(self._vtpms.values()):
+            async with vtpm.lock:
+                there = self._vtpms.get(vtpm.record.name) is vtpm
+                if there and vtpm.state is State.OFF:
+                    try:
+                        await self._make_reachable(vtpm)
+                    except (HoldfastError, OSError) as error:
+                        LOG.warning("has no device", vtpm=vtpm.record.name, why=str(error))
+            await asyncio.sleep(0)
+
+    async def _make_reachable(self, vtpm: VirtualTpm) -> None:
+        """A vTPM that is off has a device from now on."""
+        if not vtpm.attached:
+            await self._attach(vtpm)
 
     def _leave(self, name: str, why: str) -> None:
         """A row of the registry that is no instance is neither used nor changed."""
         LOG.error("a row of the registry is no instance, and is left as it is", row=name, why=why)
         self.left[name] = why
 
-    async def _resume(self, vtpm: VirtualTpm, entry: lc.HeldEntry) -> bool:
+    async def _resume(self, vtpm: VirtualTpm, entry: lc.HeldEntry | None) -> bool:
         """Take up with a run that outlived the old daemon; False if its container is gone."""
+        entry = entry or lc.HeldEntry(vtpm.record.id, 0, False, False, False)
         saved = self._saved_run(vtpm)
         if saved is None:
             return False
@@ -204,17 +226,18 @@ class Host:
         except NotFound:
             return False
         attachment = places.adopt(self.config.paths.vtpm(vtpm.record.name), fds)
+        attachment.close_listeners()
         await vtpm.reattach(run, Door(attachment), entry)
         if vtpm.state is State.ASLEEP:
             self.sleep.took_up(vtpm, knocked=entry.knocked)
         self._opened(vtpm, attachment)
         return True
 
-    async def _put_in_order(self, vtpm: VirtualTpm, *, alive: bool) -> None:
-        """No run goes on: end a worker without a container, make the device anew."""
-        if alive:
+    async def _put_in_order(self, vtpm: VirtualTpm, entry: lc.HeldEntry | None) -> None:
+        """No run goes on: end a worker without a container, let go of what is held for it."""
+        if entry is not None:
             await self.spawner.ask(lc.Kill(vtpm.record.id), ipc.Done)
-        await self.spawner.ask(lc.Release(vtpm.record.id), ipc.Done)
+            await self.spawner.ask(lc.Release(vtpm.record.id), ipc.Done)
         if vtpm.on:
             await vtpm.power_off()
         leaf = self.committer.leaf(vtpm.record.id)
@@ -222,8 +245,6 @@ class Host:
         if vtpm.state is State.DEFINED or gone:  # half made, or half destroyed
             await self._forget(vtpm)
             del self._vtpms[vtpm.record.name]
-        elif vtpm.state is State.OFF:
-            await self._attach(vtpm)
 
     async def _forget(self, vtpm: VirtualTpm) -> None:
         """Delete what there is of it; that it was there, the map remembers if it ever had a state.
@@ -480,6 +501,7 @@ class Host:
             if vtpm.on:
                 raise Conflict(f"{name} is on already")
             self._may_start(vtpm)
+            await self._make_reachable(vtpm)
             await self._power_on(vtpm, plain_run(), 0)
         return vtpm
 
@@ -552,10 +574,10 @@ class Host:
             await asyncio.sleep(delay)
             async with vtpm.lock:
                 there = self._vtpms.get(vtpm.record.name) is vtpm
-                if not there or vtpm.attached or vtpm.state is not State.OFF:
+                if not there or vtpm.state is not State.OFF:
                     return
                 with contextlib.suppress(HoldfastError, OSError):
-                    await self._attach(vtpm)
+                    await self._make_reachable(vtpm)
                     return
         LOG.error("its device could not be made", vtpm=vtpm.record.name)
 
@@ -629,7 +651,8 @@ class Host:
         try:
             await vtpm.detach()
         finally:
-            places.detach(paths.vtpm(name))
+            # Each mount that is taken away waits for all CPUs: others need not.
+            await asyncio.to_thread(places.detach, paths.vtpm(name))
             if not keep_cdi:
                 cdi.remove_spec(name, paths.cdi)
 
