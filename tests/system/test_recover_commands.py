@@ -133,6 +133,21 @@ def test_a_snapshot_is_taken_listed_restored_and_removed(host: Serve) -> None:
     assert told(host, "rm", name)["snapshots"] == 1
 
 
+def test_a_restore_beyond_the_days_budget_is_done_and_what_is_owed_is_said() -> None:
+    with a_host(per_day=1) as host:
+        name = made(host, "web", 1)  # a boot's first commit takes the one there is
+        told(host, "snapshot", "create", name, "s")
+        assert host.finding("wear")["level"] == "note"
+        assert told(host, "snapshot", "restore", name, "s", "--reason", WHY)["anchored"] is False
+        said = host.cli("snapshot", "restore", name, "s", "--reason", WHY).stdout
+        assert "budget of durable anchors is used up" in said
+        assert host.finding("wear")["level"] == "warning"
+        store = host.call("GET", "/v1/status")["store"]
+        assert store["durable_anchors"] == {"used": 1, "left": 0}
+        assert store["durability"] == "fsync"
+        assert turn(host, name) == 1
+
+
 def test_what_people_are_told_of_snapshots(host: Serve) -> None:
     name = made(host, "said")
     assert "said: snapshot one, epoch" in host.cli("snapshot", "create", name, "one").stdout
