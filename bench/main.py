@@ -24,8 +24,10 @@ from typing import Any
 
 os.environ.setdefault("TSS2_LOG", "all+NONE")  # read when the library is loaded
 
+import resting
 import rig
 import sharing
+import storing
 from tpm2_pytss import (
     ESAPI,
     ESYS_TR,
@@ -49,8 +51,10 @@ from holdfast.tpm2.wire import sized
 MARKS = {
     "create": 0.5, "create-ready": 0.2, "cold-start": 0.6, "roundtrip": 1.6, "fuse-roundtrip": 1.1,
     "reconnect": 1.1, "workload": 1.0, "worker-memory": None, "measure": 2.0, "fuse-cross": 1.5,
-    "rm-roundtrip": 1.5, "shared": 2.0, "busy-50": 1.0,
+    "rm-roundtrip": 1.5, "shared": 2.0, "busy-50": 1.0, "durable-writes": 1.0, "wake": 0.33,
+    "density": 0.064,
 }  # fmt: skip
+LONG = ("density",)  # minutes: by its name alone
 GET_RANDOM = bytes.fromhex("80010000000c0000017b0010")
 PCR_READ = bytes.fromhex("8001000000140000017e00000001000b03000001")
 PCR_EXTEND = bytes.fromhex(
@@ -386,11 +390,30 @@ def busy_50() -> dict:
     return result("busy-50", "s", *sharing.busy())
 
 
+def of(name: str, unit: str, measured: dict, **more: Any) -> dict:
+    """A result, with what else was measured beside it."""
+    ours, theirs = measured.pop("ours"), measured.pop("theirs")
+    return result(name, unit, ours, theirs, **measured, **more)
+
+
+def durable_writes() -> dict:
+    return of("durable-writes", "us", storing.durable_writes(), durability="os")
+
+
+def wake() -> dict:
+    return of("wake", "ms", resting.wake())
+
+
+def density() -> dict:
+    return of("density", "KB", resting.density(), mark_kb=64)
+
+
 ALL: dict[str, Callable[[], dict]] = {
     "create": create, "create-ready": create_ready, "cold-start": cold_start,
     "roundtrip": roundtrip, "fuse-roundtrip": fuse_roundtrip, "reconnect": reconnect,
     "workload": workload, "worker-memory": worker_memory, "measure": measure,
     "fuse-cross": fuse_cross, "rm-roundtrip": rm_roundtrip, "shared": shared, "busy-50": busy_50,
+    "durable-writes": durable_writes, "wake": wake, "density": density,
 }  # fmt: skip
 
 
@@ -409,6 +432,8 @@ def table() -> int:
     """Each in a process of its own, so that none inherits another's memory."""
     print(f"{'figure':<16}{'ours':>10}{'theirs':>10}{'ratio':>8}{'mark':>7}")
     for name in ALL:
+        if name in LONG:
+            continue
         done = subprocess.run(
             [sys.executable, __file__, name, "--json"], stdout=subprocess.PIPE, check=False
         )
