@@ -555,6 +555,10 @@ def test_an_anchor_beyond_the_day_s_budget_is_owed(world: World) -> None:
             assert committer.anchor_owed
             assert committer.durable_writes() == (2, 2)
             assert world.tpm.extended[Chain.DURABLE] == 2
+            committer._per_day = 3  # the day goes on
+            await commit(committer, vtpm(registry, "two"), 1)
+            assert not committer.anchor_owed
+            assert world.tpm.extended[Chain.DURABLE] == 3
 
     asyncio.run(scenario())
 

@@ -197,10 +197,17 @@ class Committer:
         return writes
 
     async def _prepare(self) -> None:
-        """Before a boot's first commit the durable chain learns that there are some."""
+        """Before a boot's first commit the durable chain learns that there are some.
+
+        What it was owed it gets as soon as the budget allows.
+        """
         await self._open()
-        if not self._marked:
+        if not self._marked or (self._owed and self._affordable()):
             await self._settle(clean=False)
+
+    def _affordable(self) -> bool:
+        used, allowed = self.durable_writes()
+        return used < allowed
 
     async def _commit(self, writes: list[Write]) -> None:
         """Write, then synchronise and extend at once. HostError if the disk refused: nothing is."""
@@ -390,14 +397,13 @@ class Committer:
     async def anchor_durably(self, *, clean: bool = False) -> bool:
         """Have the durable chain remember what there is; False if today's budget is used up.
 
-        Then it is owed, and done with the next one.
+        Then it is owed, and done with the first commit after it is not.
         """
         async with self._alone:
             await self._open()
-            used, allowed = self.durable_writes()
-            if used >= allowed:
+            if not self._affordable():
                 self._owed = True
-                LOG.warning("no durable anchor: the day's budget is used up", used=used)
+                LOG.warning("no durable anchor: the day's budget is used up")
                 return False
             await self._settle(clean=clean)
             return True
