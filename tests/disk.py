@@ -86,7 +86,8 @@ class _Server:
         root = _Node(fuse.ROOT_ID, stat.S_IFDIR | 0o755)
         self._nodes = {fuse.ROOT_ID: root}
         self._faults: dict[str, int] = {}  # read, write, sync, change: errno
-        self._of = ""  # in the names of the files that have them
+        self._of: list[str] = []  # names of the files that have them; without any, all
+        self._kept: dict[int, bytes] = {}  # contents that a sync which fails goes back to
         self._recording = False
         self._done: list[Done] = []
         self._caller = (0, 0)
@@ -140,6 +141,8 @@ class _Server:
     def _obey(self, order: dict[str, Any]) -> Any:
         if "faults" in order:
             self._faults, self._of = order["faults"], order["of"]
+            lost = self._nodes.values() if order["lose"] else ()
+            self._kept = {node.number: bytes(node.data) for node in lost}
         if "record" in order:
             self._recording = True
         if "take" in order:
@@ -172,7 +175,7 @@ class _Server:
 
     def _may(self, what: str, node: _Node) -> None:
         number = self._faults.get(what)
-        if number and self._of in node.name:
+        if number and (not self._of or node.name in self._of):
             raise OSError(number, os.strerror(number))
 
     # --- names ---
@@ -271,7 +274,12 @@ class _Server:
         return struct.pack("=II", len(data), 0)
 
     def _sync(self, node: _Node, _: bytes) -> bytes:
-        self._may("sync", node)
+        try:
+            self._may("sync", node)
+        except OSError:
+            if node.number in self._kept:
+                node.data = bytearray(self._kept[node.number])
+            raise
         self._note(node, Done("sync", node.number))
         return b""
 
@@ -302,12 +310,21 @@ class Disk:
         self._control.sendall(json.dumps(order).encode())
         assert json.loads(self._control.recv(_REPLY_MAX)) == {}
 
-    def fail(self, of: str = "", **faults: int) -> None:
+    def fail(self, *of: str, lose: bool = False, **faults: int) -> None:
         """From now on `read`, `write`, `sync` or `change` (of names, sizes, modes) fail so.
 
-        Of files with `of` in their names. Without any it is mended.
+        Of files with these names, or of all. Without a fault it is mended. `lose`: when a sync
+        fails, what was written since now is lost, as a disk does it; the kernel remembers it until
+        nobody has the file open.
         """
-        self._order(faults=faults, of=of)
+        self._order(faults=faults, of=of, lose=lose)
+
+    def forget(self, *names: str) -> None:
+        """Have the kernel ask the disk again for what it remembers of these files."""
+        for name in names:
+            fd = os.open(self.place / name, os.O_RDONLY)
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+            os.close(fd)
 
     def record(self) -> None:
         """Write down what is done from now on."""

@@ -25,6 +25,7 @@ from holdfast.client import Client
 from holdfast.errors import HoldfastError, HostError
 from holdfast.linux.mounts import mounted
 from tests.asking import until
+from tests.disk import Disk, a_disk
 
 from .conftest import HOST_LOG, PYTHON
 
@@ -42,6 +43,7 @@ class Serve:
     cdi: Path
     event_log: Path
     process: subprocess.Popen[bytes] | None = None
+    disk: Disk | None = None  # that its state is on, if it is one of the test's own
     tpm: subprocess.Popen[bytes] | None = None
     made: dict[str, Any] = field(default_factory=dict)  # what init said
     _workers: set[int] = field(default_factory=set)
@@ -284,14 +286,19 @@ def a_host(
     running: bool = True,
     tcti: str = "",
     per_day: int = 50,
+    own_disk: bool = False,
 ) -> Iterator[Serve]:
     """A host that was set up; and its stand-in TPM. `state_size`: its state on a tmpfs of that.
 
-    `tcti`: the host TPM, if not a stand-in of its own.
+    `tcti`: the host TPM, if not a stand-in of its own. `own_disk`: its state on `Serve.disk`.
     """
     directory = Path(tempfile.mkdtemp(prefix="hfs-"))
     host = Serve(directory, cdi or directory / "cdi", event_log)
+    mounts = contextlib.ExitStack()
     try:
+        if own_disk:
+            (directory / "state").mkdir()
+            host.disk = mounts.enter_context(a_disk(directory / "state"))
         host.write_config(tcti, per_day)
         if state_size:
             (directory / "state").mkdir()
@@ -315,6 +322,7 @@ def a_host(
                 subprocess.run(["umount", "-l", place], check=True)
         if state_size:
             subprocess.run(["umount", "-l", directory / "state"], check=True)
+        mounts.close()
         shutil.rmtree(directory, ignore_errors=True)
 
 

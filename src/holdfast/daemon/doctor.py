@@ -11,7 +11,7 @@ from holdfast.daemon import instances
 from holdfast.daemon.findings import Finding, report, worst
 from holdfast.daemon.ground import kernel
 from holdfast.daemon.host import Host
-from holdfast.errors import HoldfastError, IntegrityError
+from holdfast.errors import HoldfastError, HostError, IntegrityError
 from holdfast.protocol import ipc
 from holdfast.protocol import lifecycle as lc
 
@@ -209,10 +209,21 @@ async def _freshness(seen: Seen) -> list[Finding]:
     return findings
 
 
+async def _store(seen: Seen) -> list[Finding]:
+    """Whether what is committed can be written down."""
+    why = seen.host.registry.database.why_not()
+    if why:
+        return [Finding("store", "problem", f"{why}. What is written meanwhile is refused")]
+    return [Finding("store", "ok", "what is committed is written down")]
+
+
 async def _wear(seen: Seen) -> list[Finding]:
     """How much of the day's durable writes to the host TPM is left."""
     committer = seen.host.committer
-    used, allowed = committer.durable_writes()
+    try:
+        used, allowed = committer.durable_writes()
+    except HostError as error:
+        return [Finding("wear", "problem", str(error))]
     said = f"{used} of {allowed} durable anchors were used in the last day"
     if committer.anchor_owed:
         says = (
@@ -230,5 +241,5 @@ async def _kernel(_seen: Seen) -> list[Finding]:
 # What is looked at, in the order in which it is told. None of them raises for what it finds.
 Check = Callable[[Seen], Awaitable[list[Finding]]]
 CHECKS: Final[tuple[Check, ...]] = (
-    _keeper, _host_log, _spawner, _freshness, _wear, _vtpms, _kernel,
+    _keeper, _host_log, _spawner, _store, _freshness, _wear, _vtpms, _kernel,
 )  # fmt: skip

@@ -18,7 +18,7 @@ from typing import Any, Final
 
 from holdfast.daemon.config import Config, load
 from holdfast.daemon.findings import Finding
-from holdfast.errors import Conflict, HoldfastError, IntegrityError, NotFound
+from holdfast.errors import Conflict, HoldfastError, HostError, IntegrityError, NotFound
 from holdfast.ids import instance_name
 from holdfast.instance.lifecycle import State
 from holdfast.store.looking import looked_at
@@ -57,6 +57,8 @@ def findings_of(registry: Registry, record: Instance) -> Iterator[Finding]:
     except NotFound as error:
         says = f"{error}, though it was made: {_LEFT}; put back a copy from before, or recover it"
         yield Finding(what, "problem", says)
+    except HostError as error:
+        yield Finding(what, "problem", f"{error}: {_LEFT}")
     except (IntegrityError, ValueError, TypeError) as error:
         yield Finding(what, "problem", f"{error}: {_LEFT}; put it back, or recover it")
 

@@ -16,10 +16,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from holdfast.errors import HostError
-from holdfast.store.schema import prepare
+from holdfast.store.schema import SCHEMA, prepare
 
 _PAGE: Final = 8192  # bytes; a sealed state mostly fits, so a commit writes one page
 _LOG_PAGES: Final = 256  # in the write-ahead log before it starts over
@@ -33,6 +33,37 @@ class Durability(Enum):
     OS = "os"
 
 
+class Rows(sqlite3.Cursor):
+    """What was asked for; HostError if the disk does not give it."""
+
+    def fetchone(self) -> Any:
+        try:
+            return super().fetchone()
+        except sqlite3.Error as error:
+            raise _unreadable(error) from None
+
+    def fetchall(self) -> list[Any]:
+        try:
+            return super().fetchall()
+        except sqlite3.Error as error:
+            raise _unreadable(error) from None
+
+    def __next__(self) -> Any:
+        try:
+            return super().__next__()
+        except sqlite3.Error as error:
+            raise _unreadable(error) from None
+
+
+def _unreadable(error: sqlite3.Error) -> HostError:
+    return HostError(f"the store cannot be read: {_told(error)}")
+
+
+def _told(error: sqlite3.Error) -> str:
+    """In SQLite's words and by its name: an I/O error is of many kinds."""
+    return f"{error} ({name})" if (name := getattr(error, "sqlite_errorname", "")) else str(error)
+
+
 class Database:
     """One file and its log. Transactions are one thread's; `sync` may be another's."""
 
@@ -42,11 +73,11 @@ class Database:
         self._path = path
         self._durability = durability
         self.syncs = 0  # of the log, and twice for each time that it is copied
-        self._broken = ""
+        self._broken = self._unwritten = ""
         try:
             self._open()
         except sqlite3.Error as error:
-            raise HostError(f"{path} cannot be opened: {error}") from None
+            raise HostError(f"{path} cannot be opened: {_told(error)}") from None
 
     def _open(self) -> None:
         path = self._path
@@ -94,8 +125,11 @@ class Database:
 
     # --- reading and writing ---
 
-    def read(self, statement: str, *values: object) -> sqlite3.Cursor:
-        return self._db.execute(statement, values)
+    def read(self, statement: str, *values: object) -> Rows:
+        try:
+            return self._db.cursor(Rows).execute(statement, values)
+        except sqlite3.Error as error:
+            raise _unreadable(error) from None
 
     @contextmanager
     def transaction(self) -> Iterator[sqlite3.Connection]:
@@ -115,10 +149,12 @@ class Database:
                     self._db.execute("ROLLBACK")
                 raise
             self._written += 1 + self._db.total_changes - before
+            self._unwritten = ""
         except sqlite3.IntegrityError:
             raise
         except sqlite3.Error as error:
-            raise HostError(f"the store cannot be written: {error}") from None
+            self._unwritten = f"the store cannot be written: {_told(error)}"
+            raise HostError(self._unwritten) from None
 
     @contextmanager
     def durable(self) -> Iterator[sqlite3.Connection]:
@@ -136,6 +172,16 @@ class Database:
         with self.transaction() as db:
             yield db
         self._synchronise()
+
+    def why_not(self) -> str:
+        """Why nothing can be written; empty if it can. Where the last try failed, this is one."""
+        with contextlib.suppress(HostError):
+            self._check()
+            if self._unwritten:
+                with self.transaction() as db:
+                    db.execute(f"PRAGMA user_version={SCHEMA}")
+            return ""
+        return self._broken or self._unwritten
 
     # --- durability ---
 
@@ -157,7 +203,10 @@ class Database:
         try:
             os.fdatasync(self._log)
         except OSError as error:
-            self._broken = str(error)
+            self._broken = (
+                f"the disk of {self._path} has failed ({error}): nothing more is written; mend it, "
+                "then restart Holdfast"
+            )
             self._check()
         self.syncs += 1
 
@@ -170,10 +219,7 @@ class Database:
 
     def _check(self) -> None:
         if self._broken:
-            raise HostError(
-                f"the disk of {self._path} has failed ({self._broken}): nothing more is written; "
-                "mend it, then restart Holdfast"
-            )
+            raise HostError(self._broken)
 
     def empty_log(self) -> None:
         """Leave nothing in the log of what was overwritten or deleted."""
@@ -186,4 +232,4 @@ class Database:
             self.syncs += 2
             self._make_room()
         except sqlite3.Error as error:
-            raise HostError(f"the store cannot be written: {error}") from None
+            raise HostError(f"the store cannot be written: {_told(error)}") from None
