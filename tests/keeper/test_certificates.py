@@ -15,6 +15,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from cryptography.x509.oid import NameOID, ObjectIdentifier
 
 from holdfast.evidence.oids import EKU_AK, EKU_EK, OID_VIRTUAL
+from holdfast.hwtpm.anchor import Chain
 from holdfast.keeper import vault
 from holdfast.keeper.custody import Custody
 from holdfast.tpm2.certificates import CN_MAX
@@ -226,7 +227,10 @@ def test_tpm2_checkquote_accepts_the_host_quote(box: Box, tmp_path: Path) -> Non
     tree_size, root = 5, b"r" * 32
     custody = box.custody()
     try:
-        quote = custody.quote_round(tree_size, root)
+        custody.chains.extend(Chain.HYBRID, bytes(32))
+        value = custody.chains.read().hybrid
+        assert value is not None
+        quote = custody.quote_round(tree_size, root, value)
     finally:
         custody.close()
     tagged = b"holdfast/round/1" + b"\x00\x0b" + tree_size.to_bytes(8, "big") + root
