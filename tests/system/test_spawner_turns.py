@@ -8,17 +8,19 @@ import select
 import signal
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from uuid import UUID, uuid4
 
 import pytest
 
+from holdfast.daemon.host import INSTANCES_MAX
 from holdfast.linux import cgroup, channel
 from holdfast.protocol import ipc
 from holdfast.protocol import lifecycle as lc
 from holdfast.spawner.pool import GROUP, Blank
-from holdfast.spawner.service import Spawner
+from holdfast.spawner.service import Entry, Spawner
 
 from .conftest import Box
 from .one_pool import one_pool
@@ -53,6 +55,14 @@ class Turns:
         with theirs:
             message = lc.Spawn(instance, b"", False)
             channel.send(self.daemon, message.encode(), (theirs.fileno(),))
+
+    def hold(self, instance: UUID) -> None:
+        """Give it a vTPM's ends; what they are counts for nothing here."""
+        ends = [os.open("/dev/null", os.O_RDWR) for _ in range(3)]
+        channel.send(self.daemon, lc.Hold(instance, "", 0, 0).encode(), ends)
+        for fd in ends:
+            os.close(fd)
+        assert isinstance(self.answer(), ipc.Done)
 
     def answer(self) -> ipc.Message:
         """Let the spawner run until it has answered; what breaks it is raised here."""
@@ -166,3 +176,56 @@ def test_a_worker_that_dies_on_its_way_costs_one_answer(turns: Turns) -> None:
         turns.begin_one()
         turns.ask_for_a_worker(uuid4())
         assert isinstance(turns.answer(), lc.Spawned)
+
+
+@pytest.mark.parametrize("spoken", [("no protocol",), ("raw", "raw"), ("raw",)])
+def test_whatever_a_worker_says_of_its_connections_the_spawner_goes_on(
+    turns: Turns, spoken: tuple[str, ...]
+) -> None:
+    """A daemon passes on what a worker says, and with the spawner all workers would end."""
+    instance = uuid4()
+    turns.hold(instance)
+    turns.begin_one()
+    turns.ask_for_a_worker(instance)
+    assert isinstance(turns.answer(), lc.Spawned)
+    channel.send(turns.daemon, lc.Keep(instance, spoken, (0,)).encode())
+    assert isinstance(turns.answer(), ipc.Refused)
+    channel.send(turns.daemon, lc.Drop(instance).encode())
+    assert isinstance(turns.answer(), ipc.Done)
+
+
+def test_all_that_a_host_can_have_fits_into_one_list(turns: Turns) -> None:
+    """A daemon that starts anew asks for it, and could not begin without."""
+    for _ in range(INSTANCES_MAX):
+        turns.spawner._entries[uuid4()] = Entry(held=(0,), asleep=True)
+    channel.send(turns.daemon, lc.ListHeld().encode())
+    answer = turns.answer()
+    turns.spawner._entries.clear()
+    assert isinstance(answer, lc.HeldList), answer
+    assert len(answer.entries) == INSTANCES_MAX
+
+
+def test_a_crowd_that_comes_at_once_is_all_told_of(turns: Turns) -> None:
+    """Also while the daemon does something else for a moment."""
+    crowd = [uuid4() for _ in range(INSTANCES_MAX)]
+    for instance in crowd:
+        turns.spawner._entries[instance] = Entry(asleep=True)
+    heard: list[UUID] = []
+    (end,) = turns.spawner._peers
+
+    def listen() -> None:
+        while select.select([], [end], [], 0)[1]:  # what waits there is not yet much
+            time.sleep(0.001)
+        while len(heard) < len(crowd):
+            knock = ipc.decode(channel.receive(turns.daemon)[0])
+            assert isinstance(knock, lc.Knock)
+            heard.append(knock.instance)
+
+    thread = threading.Thread(target=listen)
+    thread.start()
+    for instance in crowd:
+        turns.spawner._knock(instance)
+    thread.join(SECONDS)
+    turns.spawner._entries.clear()
+    assert heard == crowd
+    assert len(turns.spawner._peers) == 1

@@ -62,6 +62,13 @@ def connect(path: Path) -> socket.socket:
     return channel
 
 
+def accept(listener: socket.socket) -> socket.socket:
+    """Take the next who connects; the largest packet fits there too. OSError."""
+    channel, _ = listener.accept()
+    _grow(channel)
+    return channel
+
+
 def send(channel: socket.socket, data: bytes | memoryview, fds: Sequence[int] = ()) -> None:
     """Send one packet with duplicates of `fds`; OSError when the peer is gone or full."""
     if fds:

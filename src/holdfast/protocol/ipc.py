@@ -22,7 +22,7 @@ from holdfast.errors import DecodeError
 from holdfast.tpm2.wire import Reader, u16, u32, u64
 
 MESSAGE_MAX: Final = 1 << 20  # bytes in one message: a full NV store is 190 KB
-ITEMS_MAX: Final = 4096  # items in one list
+ITEMS_MAX: Final = 16_384  # items in one list: all vTPMs of a host are held at once
 
 _Codec = tuple[Callable[[Any], bytes], Callable[[Reader], Any]]
 _Fields = tuple[tuple[str, _Codec], ...]

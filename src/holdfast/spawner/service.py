@@ -42,10 +42,12 @@ PEERS_MAX: Final = 8
 QUIET_SECONDS: Final = 0.02
 LATE_SECONDS: Final = 0.25  # without quiet, after which a blank worker is made regardless
 KEEPER_SECONDS: Final = 10.0
+KNOCK_SECONDS: Final = 1.0  # that a daemon may take to hear
 FAILURES_MAX: Final = 5  # blank workers in a row, after which they get a new mother
 MADE_IN_A_CROWD: Final = 2  # blank workers at once, when requests come faster than it gets quiet
 _ENDS: Final = 3  # of what is held: /dev/fuse and two listeners; those of nodes follow
 PATIENCE_MAX: Final = 8  # doublings of the time between two tries
+_SPOKEN: Final = frozenset(spoken.value for spoken in Spoken)
 Reply = tuple[ipc.Message, tuple[int, ...]]
 # How many may come with a message; none with any other.
 _DESCRIPTORS: Final[Mapping[type[ipc.Message], tuple[int, ...]]] = {
@@ -186,7 +188,7 @@ class Spawner:
 
     def _accept(self) -> None:
         try:
-            sock, _ = self._listener.accept()
+            sock = channel.accept(self._listener)
         except OSError:  # no descriptor is left, or it has gone again: it may come back
             return
         if channel.peer(sock).uid != 0 or len(self._peers) >= PEERS_MAX:
@@ -209,6 +211,9 @@ class Spawner:
                     for fd in passed:
                         os.close(fd)
         except (OSError, ProtocolError):
+            self._drop(sock)
+        except Exception as error:  # noqa: BLE001 - the edge: with us all workers would end
+            sys.stderr.write(f"holdfast-spawner: unexpected {type(error).__name__}\n")
             self._drop(sock)
 
     def _drop(self, sock: socket.socket) -> None:
@@ -319,14 +324,14 @@ class Spawner:
     @staticmethod
     def _taken(pidfd: int, message: lc.Keep) -> tuple[int, ...]:
         """Connections out of a worker, which itself cannot pass a descriptor on. All, or none."""
-        if len(message.numbers) != len(message.spoken) or len(message.numbers) > CONNECTIONS_MAX:
+        numbers, spoken = message.numbers, message.spoken
+        known = _SPOKEN.issuperset(spoken)  # it is what a worker says, of which anything may come
+        if len(numbers) != len(spoken) or len(numbers) > CONNECTIONS_MAX or not known:
             raise ProtocolError("Keep with other than a few connections, and what each speaks")
         taken: list[int] = []
         try:
-            for number, spoken in zip(message.numbers, message.spoken, strict=True):
-                Spoken(spoken)
-                taken.append(take_connection(pidfd, number))
-        except (OSError, ValueError, ProtocolError):
+            taken.extend(take_connection(pidfd, number) for number in numbers)
+        except (OSError, ProtocolError):
             for fd in taken:
                 os.close(fd)
             raise
@@ -350,7 +355,10 @@ class Spawner:
         knock = lc.Knock(instance).encode()
         for sock in list(self._peers):
             try:
-                sock.send(knock, socket.MSG_DONTWAIT)
+                # A crowd's knocks may be more than fit: a daemon that lives takes them at once.
+                sock.settimeout(KNOCK_SECONDS)
+                sock.send(knock)
+                sock.settimeout(None)
             except OSError:
                 self._drop(sock)  # who does not listen asks for a list when it comes back
 
