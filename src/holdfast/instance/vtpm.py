@@ -39,7 +39,7 @@ from holdfast.instance.counts import Counts
 from holdfast.instance.lifecycle import ON, Event, State, after, stored
 from holdfast.instance.links import Peer
 from holdfast.instance.waiting import in_time
-from holdfast.instance.worker_link import WorkerLink, reattach, spawn
+from holdfast.instance.worker_link import WorkerLink, not_yet, reattach, spawn
 from holdfast.linux.steps import Step, reached
 from holdfast.protocol import ipc
 from holdfast.protocol import lifecycle as lc
@@ -192,7 +192,10 @@ class VirtualTpm:
         kept = stored(state).value
         if changes or kept != self.record.state:
             self.record = replace(self.record, state=kept, **changes)  # type: ignore[arg-type]
-            self._around.registry.update(self.record)
+            registry = self._around.registry
+            # After a power cut nothing is on, whatever the disk says: thousands end at once.
+            write = registry.note if event is Event.POWERED_OFF else registry.update
+            write(self.record)
 
     # --- manufacture ---
 
@@ -488,6 +491,32 @@ class VirtualTpm:
             ipc.Done, snapshot=snapshot.id,
         )  # fmt: skip
 
+    @asynccontextmanager
+    async def attended(self) -> AsyncIterator[WorkerLink]:
+        """Its worker, or one that serves nobody; it is awake meanwhile. The caller has its lock.
+
+        HostError while a worker that has died is being replaced.
+        """
+        if self.state is State.ASLEEP:
+            await self.wake()
+        if self.on:
+            if self._worker is None or self._worker.ended.is_set():
+                raise HostError(f"{self.record.name}: its worker is just being replaced")
+            yield self._worker
+            return
+        around = self._around
+        await self._alone()
+        wrapped = around.registry.states.state(self.record.id).wrapped
+        worker, _ = await spawn(
+            around.spawner, self.record.id, not_yet, lambda _: None, wrapped, lc.Attend(), ipc.Done
+        )
+        self._maker = worker
+        try:
+            yield worker
+            await worker.link.ask(lc.PowerOff(), ipc.Done)
+        finally:
+            await self._alone()
+
     # --- sleep and wake ---
 
     def idle_since(self) -> float | None:
@@ -496,18 +525,19 @@ class VirtualTpm:
             return None
         return self._door.used() if self.worker_alive and self._door is not None else None
 
-    async def sleep(self) -> bool:
-        """Put it to sleep; False if it is in use after all. HostError if it cannot be put."""
+    async def sleep(self) -> None:
+        """Put it to sleep. Conflict if it is not on, or in use; HostError if it cannot be put."""
         async with self.lock:
+            if self.record.device:
+                raise Conflict(f"{self.record.name} is passed through: that TPM does not sleep")
+            after(self.state, Event.SLEPT)
             worker = self._worker
             if worker is None or self.idle_since() is None or self._stopping:
-                return False
+                raise Conflict(f"{self.record.name} is in use")
             self._falling = True
             try:
                 answer, _ = await worker.link.ask(lc.Sleep(), lc.Asleep)
                 await self._keep_asleep(worker, answer)
-            except Conflict:
-                return False
             finally:
                 self._falling = False
             self._worker = None  # whose end is no death
@@ -520,7 +550,6 @@ class VirtualTpm:
                 await worker.kill(self._around.spawner)
             assert self._door is not None
             self._door.unshare()
-        return True
 
     async def _keep_asleep(self, worker: WorkerLink, asleep: lc.Asleep) -> None:
         """Keep what it will be woken with, and its clients' connections; or have it go on."""
