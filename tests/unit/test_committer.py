@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hmac
 import shutil
 import sqlite3
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ from uuid import UUID, uuid4
 import pytest
 
 from holdfast.errors import Conflict, Forbidden, HostError, IntegrityError
-from holdfast.evidence.freshness import EMPTY, GENESIS, Anchor, Link, Status
+from holdfast.evidence.freshness import EMPTY, GENESIS, Anchor, FreshnessMap, Link, Status
 from holdfast.hwtpm.anchor import Chain
 from holdfast.ids import InstanceId, instance_name
 from holdfast.instance import committer as module
@@ -22,7 +23,7 @@ from holdfast.instance.committer import Committer, Overtaken, Sealed, Unsure, de
 from holdfast.linux.steps import Step
 from holdfast.protocol import ipc
 from holdfast.store.registry import Instance, Registry
-from holdfast.store.states import SealedState, Write
+from holdfast.store.states import Recorded, SealedState, Write
 
 from .anchoring import RECOVERY, HostTpm, Keeper
 from .anchoring import committer as committer_of
@@ -515,6 +516,47 @@ def test_a_disk_that_fails_to_synchronise_is_written_no_more(
                 await commit(committer, one, 3)
 
     asyncio.run(scenario())
+
+
+def test_a_clean_stop_that_somebody_prepared_in_the_boot_before_counts_as_unclean(
+    world: World, tmp_path: Path
+) -> None:
+    """A former root has that boot's key, and an older registry: it goes back, and not unseen."""
+    with world.on() as (registry, committer):
+        own = vtpm(registry, "web")
+        for epoch in (1, 2):
+            asyncio.run(commit(committer, own, epoch))
+        world.save(tmp_path / "older")
+        asyncio.run(commit(committer, own, 3))
+        key, sequence = committer._key, committer.anchor.sequence
+        asyncio.run(committer.close())
+    world.put_back(tmp_path / "older")
+    with closing(Registry(world.path)) as registry:
+        root = FreshnessMap().with_leaves({i: leaf for i, leaf, _ in registry.states.leaves()}).root
+        value = world.tpm.read().durable
+        assert value is not None
+        link = Link(value, Anchor(sequence, root, world.tpm.boot(), clean=True)).encode()
+        registry.states.write_durable(Recorded(link, hmac.digest(key, link, "sha256")))
+    world.tpm.reset()
+    with world.on() as (_, committer):
+        asyncio.run(committer.ready())
+        assert (committer.found, committer.anchor.unclean) == ("unclean", 1)
+
+
+def test_what_is_refused_extends_no_chain_even_if_one_was_about_to_be(world: World) -> None:
+    """Else the registry that is put back afterwards would be refused as well."""
+    with world.on() as (registry, committer):
+        own = vtpm(registry, "web")
+        asyncio.run(commit(committer, own, 1))
+        key, anchor, value = committer._key, committer.anchor, world.tpm.read().durable
+        assert value is not None
+        link = Link(value, replace(anchor, root=b"r" * 32, clean=True)).encode()
+        registry.states.write_durable(Recorded(link, hmac.digest(key, link, "sha256")))
+    world.tpm.reset()
+    before = world.tpm.read()
+    with world.on() as (_, committer), pytest.raises(IntegrityError):
+        asyncio.run(committer.ready())
+    assert world.tpm.read() == before
 
 
 def test_what_was_destroyed_is_remembered_and_never_comes_back(

@@ -5,7 +5,7 @@ commits, exactly. The durable chain outlives a reset: it names the last clean st
 the map was when this boot first changed it. Steps of `open`:
 
 1. The durable chain ends with the link on disk; or with what that one follows, and then it was
-   about to be extended, which is finished.
+   about to be extended, which is finished. After a reset that counts as an end that was not clean.
 2. If the TPM was not reset: so does the hybrid chain, and the leaves make its root.
 3. If it was: after a clean stop the leaves make the durable root; after another end those do that
    the durable chain remembers, and each leaf can have come after its own of them.
@@ -148,27 +148,37 @@ class Freshness:
         )  # fmt: skip
 
     def _compare(self, told: _Told) -> Found:
+        """What was found; only then is a chain extended, by what it was about to take in."""
         values = self._chains.read()
-        durable = self._settled(told, values.durable)
-        value = values.hybrid
+        durable, value = self._settled(told, values.durable), values.hybrid
+        finished = durable.value != values.durable
         self._marked = False
         if value is not None:
-            self._unreset(told, value)
+            link = self._unreset(told, value)
+            if finished:
+                self._chains.extend(Chain.DURABLE, durable.anchor.digest)
+            if link.value != value:
+                self._chains.extend(Chain.HYBRID, link.anchor.digest)
+            self._durable_value, self._anchor, self._value = durable.value, link.anchor, link.value
             self._marked = durable.anchor.boot == self._anchor.boot and not durable.anchor.clean
             return Found.SAME
-        self._value = EMPTY
         boot, unclean, sequence = self._chains.boot(), durable.anchor.unclean, self._reached(told)
         if told.durable is None:
             found = Found.NEW
-        elif durable.anchor.clean:
+        elif durable.anchor.clean and not finished:
             found = Found.CLEAN
             if told.newest.root != durable.anchor.root:
                 raise IntegrityError(_older("its last clean stop"))
         else:
+            # Also if it was about to say that all was in order: the TPM had not heard of it, and
+            # who was root in the boot before may have prepared it with that boot's key.
             found, unclean = Found.UNCLEAN, unclean + 1
             if durable.anchor.boot == boot and not self._interrupted(told, durable):
                 raise IntegrityError(_REMOVED)
             _descends(told, durable.anchor.root)
+        if finished:
+            self._chains.extend(Chain.DURABLE, durable.anchor.digest)
+        self._durable_value, self._value = durable.value, EMPTY
         self._anchor = replace(
             durable.anchor, sequence=max(sequence, durable.anchor.sequence), root=told.newest.root,
             boot=boot, unclean=unclean, clean=False,
@@ -199,29 +209,23 @@ class Freshness:
         )
 
     def _settled(self, told: _Told, value: bytes | None) -> Link:
-        """Step 1: the durable chain's last link."""
+        """Step 1: the durable chain's last link, or the one that it was about to take in."""
         link = told.durable or GENESIS
-        if link.value != value:
-            if (
-                told.durable is None
-                or link.before != value
-                or not self._ours(told.durable_mac, link)
-            ):
-                raise IntegrityError(_older("the durable chain"))
-            self._chains.extend(Chain.DURABLE, link.anchor.digest)
-        self._durable_value = link.value
+        if not self._last(told.durable_mac, link, value):
+            raise IntegrityError(_older("the durable chain"))
         return link
 
-    def _unreset(self, told: _Told, value: bytes) -> None:
-        """Step 2: the hybrid chain's last link, in the same boot of the TPM."""
+    def _unreset(self, told: _Told, value: bytes) -> Link:
+        """Step 2: the hybrid chain's last link, in the same boot of the TPM, or its next."""
         link = told.hybrid
-        if link is None or told.newest.root != link.anchor.root:
+        last = link is not None and self._last(told.hybrid_mac, link, value)
+        if link is None or not last or told.newest.root != link.anchor.root:
             raise IntegrityError(_older("this boot"))
-        if link.value != value:
-            if link.before != value or not self._ours(told.hybrid_mac, link):
-                raise IntegrityError(_older("this boot"))
-            self._chains.extend(Chain.HYBRID, link.anchor.digest)
-        self._anchor, self._value = link.anchor, link.value
+        return link
+
+    def _last(self, mac: bytes, link: Link, value: bytes | None) -> bool:
+        """Whether a chain with this value ends with the link, or was about to take it in."""
+        return link.value == value or (link.before == value and self._ours(mac, link))
 
     def _key(self, boot: int) -> bytes:
         return hmac.digest(self._secret, _KEY_TAG + boot.to_bytes(8, "big"), "sha256")
