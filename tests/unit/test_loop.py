@@ -15,7 +15,7 @@ from holdfast.frontend import sockets
 from holdfast.frontend.controls import ContainerControls
 from holdfast.frontend.filter import Profile
 from holdfast.frontend.loop import Loop
-from holdfast.frontend.sockets import ControlConnection, DataConnection
+from holdfast.frontend.sockets import CONNECTIONS_MAX, ControlConnection, DataConnection
 from holdfast.frontend.vtpm import Vtpm
 from holdfast.tpm2 import requests as rq
 from holdfast.tpm2.wire import u32
@@ -103,3 +103,30 @@ def test_the_limits_of_production_are_bounded() -> None:
     assert 0 < sweep <= half_frame
     assert sockets.CONNECTIONS_MAX == 64
     assert sockets.RECEIVE_SIZE == 4096
+
+
+def test_connections_that_were_kept_over_a_sleep_count_like_any() -> None:
+    """They are there before anybody listens: who then comes waits, as at any other time."""
+    loop = Loop()
+    made = partial(DataConnection, Vtpm(lambda _: ANSWER, Profile.LINKED), loop.hear_host)
+    with contextlib.ExitStack() as stack:
+        for _ in range(CONNECTIONS_MAX):
+            served, client = socket.socketpair()
+            stack.enter_context(client)
+            served.setblocking(False)
+            loop.add(made(served.detach()))
+        listener = stack.enter_context(socket.socket(socket.AF_UNIX))
+        listener.bind("")
+        listener.listen(8)
+        loop.listen(listener.fileno(), made)
+        late = stack.enter_context(connected(listener.getsockname()))
+        late.send(GET_RANDOM)
+        client.send(GET_RANDOM)
+        loop.run(1)
+        assert client.recv(100) == ANSWER
+        assert len(loop.kept()) == CONNECTIONS_MAX
+        client.close()
+        loop.run(2)
+        assert late.recv(100) == ANSWER
+        for stream in loop.kept():
+            stream.close()

@@ -80,7 +80,7 @@ class Loop:
         accept_one = partial(self._accept, fd, made)
         self._listeners.add(fd)
         self._handlers[fd] = lambda _: self._serve_eagerly(accept_one)
-        self._poll.register(fd, select.POLLIN)
+        self._poll.register(fd, 0 if self._paused else select.POLLIN)  # kept over a sleep
 
     def serve_devices(self, fd: int, devices: Devices, node: int = 0) -> None:
         """Serve /dev/fuse, or with `node` a /dev/cuse that is of this file alone."""
