@@ -327,6 +327,7 @@ def test_a_user_may_do_to_his_own_what_is_his_to_do_and_nothing_to_anothers(host
         ("GET", f"/v1/vtpms/{others}/cdi", None),
         ("POST", f"/v1/vtpms/{others}/stop", {}),
         ("POST", f"/v1/vtpms/{others}/retry", {}),
+        ("POST", f"/v1/vtpms/{mine}/sleep", {}),
         ("DELETE", f"/v1/vtpms/{others}", None),
         ("DELETE", f"/v1/vtpms/{mine}", None),
         ("POST", "/v1/vtpms", {"name": "new", "profile": "plain"}),

@@ -7,6 +7,7 @@ what becomes of sleepers when processes die, is in test_sleep_host.py.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import socket
 import subprocess
@@ -16,7 +17,7 @@ from typing import Any, TypeVar
 
 import pytest
 
-from holdfast.errors import IntegrityError
+from holdfast.errors import HoldfastError, IntegrityError
 from holdfast.instance.lifecycle import State
 from holdfast.instance.sleep import Limits, Sleep
 from holdfast.protocol import lifecycle as lc
@@ -71,18 +72,15 @@ class Sleeper:
     def do(self, work: Coroutine[Any, Any, T]) -> T:
         return asyncio.run_coroutine_threadsafe(work, self.running.loop).result(SECONDS)
 
-    async def _put(self) -> None:
-        self.sleep_of_all._falling[self.vtpm.record.id] = self.vtpm
-        await self.sleep_of_all._put(self.vtpm)
-
     def put(self) -> bool:
         """Whether it sleeps now."""
-        self.do(self._put())
+        with contextlib.suppress(HoldfastError):
+            self.do(self.sleep_of_all.put(self.vtpm))
         return self.vtpm.state is State.ASLEEP
 
     def sleep(self) -> None:
         until("it sleeps", self.put)
-        assert self.running.pid() == 0
+        until("the spawner knows that its worker is gone", lambda: self.running.pid() == 0)
 
     def awake(self) -> bool:
         return self.vtpm.state is State.ACTIVE

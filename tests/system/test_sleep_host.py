@@ -259,6 +259,31 @@ def test_under_pressure_the_longest_idle_sleeps_first() -> None:
             sock.close()
 
 
+def test_whom_an_administrator_names_sleeps_unless_it_is_off_or_in_use() -> None:
+    with sleepy("idle_after = 0") as host:
+
+        def refused(why: str) -> None:
+            done = host.cli("sleep", "a")
+            assert (done.returncode, done.stdout) == (4, ""), done.stderr
+            assert why in done.stderr
+
+        host.create("a")
+        refused("a vTPM that is off cannot be put to sleep")
+        host.power_on("a")
+        with sock_of(host, "a") as sock:
+            command = unseal(handle_of(exchange(sock, sealed(b"mine"))))
+            sock.sendall(command[:4])
+            refused("it is in use")
+            sock.sendall(command[4:])
+            assert data_in(receive(sock)) == b"mine"
+            for _ in range(2):  # who sleeps sleeps on
+                done = host.cli("sleep", "a")
+                assert (done.returncode, done.stdout) == (0, "a is asleep\n"), done.stderr
+            assert host.workers() == []
+            assert data_in(exchange(sock, command)) == b"mine"
+            assert restarts(host, "a") == 0
+
+
 def test_short_of_memory_all_who_rest_sleep() -> None:
     """That all of the memory is to be kept free is to be short of it."""
     with sleepy("idle_after = 0\nmemory_reserve = 100") as host:

@@ -43,8 +43,9 @@ migrate_app = typer.Typer(no_args_is_help=True, help="Moves to another host: not
 
 _COMMANDS: Final[tuple[Callable[..., None], ...]] = (
     host.init, host.serve, host.status, host.doctor,
-    vtpms.create, vtpms.clone, vtpms.start, vtpms.stop, vtpms.retry, vtpms.rm, vtpms.ls,
-    vtpms.inspect, vtpms.logs, vtpms.attest, vtpms.cdi, verifying.verify, recovering.recover,
+    vtpms.create, vtpms.clone, vtpms.start, vtpms.stop, vtpms.sleep, vtpms.retry, vtpms.rm,
+    vtpms.ls, vtpms.inspect, vtpms.logs, vtpms.attest, vtpms.cdi, verifying.verify,
+    recovering.recover,
 )  # fmt: skip
 for _command in _COMMANDS:
     app.command()(_command)

@@ -126,6 +126,15 @@ def stop(name: Name, as_json: Json = False) -> None:
     show(value, as_json, lambda v: output.line(f"{v['name']} is {v['state']}"))
 
 
+def sleep(name: Name, as_json: Json = False) -> None:
+    """Put a vTPM that nobody uses to sleep now: its memory is free until somebody comes.
+
+    Who has it open does not notice. vTPMs do so by themselves after a while.
+    """
+    value = Client().call("POST", f"/v1/vtpms/{quoted(name)}/sleep", {})
+    show(value, as_json, lambda v: output.line(f"{v['name']} is {v['state']}"))
+
+
 def retry(name: Name, as_json: Json = False) -> None:
     """Let a vTPM that failed be started again, its state untouched."""
     value = Client().call("POST", f"/v1/vtpms/{quoted(name)}/retry", {})

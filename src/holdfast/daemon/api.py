@@ -171,6 +171,7 @@ class Api:
                 web.post("/v1/vtpms/{name}/clones", self._clone),
                 web.post("/v1/vtpms/{name}/start", self._start),
                 web.post("/v1/vtpms/{name}/stop", self._stop),
+                web.post("/v1/vtpms/{name}/sleep", self._sleep),
                 web.post("/v1/vtpms/{name}/retry", self._retry),
                 web.post("/v1/vtpms/{name}/moves", self._move),
                 web.get("/v1/vtpms/{name}/log", self._log),
@@ -267,6 +268,14 @@ class Api:
         vtpm = await self._changed_by_owner(request)
         await self._host.end(vtpm.record.name)
         self._audit(caller(request), "stop", vtpm.record.name)
+        return web.json_response(self._details(vtpm))
+
+    async def _sleep(self, request: web.Request) -> web.Response:
+        who = caller(request)
+        who.must_be_root("putting a vTPM to sleep")
+        vtpm = self._host.find(request.match_info["name"])
+        await self._host.sleep.put(vtpm)
+        self._audit(who, "sleep", vtpm.record.name)
         return web.json_response(self._details(vtpm))
 
     async def _retry(self, request: web.Request) -> web.Response:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Coroutine
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import structlog
 
 LOG = structlog.get_logger()
-_RUNNING: Final[set[asyncio.Task[None]]] = set()  # an event loop keeps no task alive by itself
+_T = TypeVar("_T")
+_RUNNING: Final[set[asyncio.Task[Any]]] = set()  # an event loop keeps no task alive by itself
 
 
-def background(work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+def background(work: Coroutine[Any, Any, _T]) -> asyncio.Task[_T]:
     """Begin it, and go on."""
     task = asyncio.get_running_loop().create_task(work)
     _RUNNING.add(task)
@@ -20,7 +21,7 @@ def background(work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
     return task
 
 
-def _ended(task: asyncio.Task[None]) -> None:
+def _ended(task: asyncio.Task[Any]) -> None:
     _RUNNING.discard(task)
     error = None if task.cancelled() else task.exception()
     if error is not None:

@@ -1,9 +1,9 @@
 """Which vTPMs go to sleep, and which wake: looked at once a second, and whenever somebody knocks.
 
-Who has not been used for a while sleeps. While the host is short of memory, or more are awake than
-are to be, the longest idle ones sleep before that; one that is in use never does. Somebody at a
-vTPM's ends wakes it: a few at a time, the rest wait in order. What cannot be woken now is tried
-again, later and later; its clients wait.
+Who has not been used for a while sleeps, and whom an administrator names. While the host is short
+of memory, or more are awake than are to be, the longest idle ones sleep before that; one that is in
+use never does. Somebody at a vTPM's ends wakes it: a few at a time, the rest wait in order. What
+cannot be woken now is tried again, later and later; its clients wait.
 
 Not here: how one sleeps and wakes (`vtpm`).
 """
@@ -21,7 +21,7 @@ from uuid import UUID
 
 import structlog
 
-from holdfast.errors import HoldfastError, HostError
+from holdfast.errors import Conflict, HoldfastError, HostError
 from holdfast.instance.background import background
 from holdfast.instance.counts import Times
 from holdfast.instance.lifecycle import State
@@ -49,6 +49,14 @@ class Limits:
     memory_reserve: int
 
 
+@dataclass(frozen=True)
+class _Falling:
+    """One that is being put to sleep; the task ends with what was in the way of that."""
+
+    vtpm: VirtualTpm
+    task: asyncio.Task[HoldfastError | None]
+
+
 class Sleep:
     """Of the vTPMs of one host, as `everybody` gives them; `wakes`: how long they took."""
 
@@ -64,7 +72,7 @@ class Sleep:
         self._wakes = wakes
         self._everybody = everybody
         self._sleepers: dict[UUID, VirtualTpm] = {}
-        self._falling: dict[UUID, VirtualTpm] = {}
+        self._falling: dict[UUID, _Falling] = {}
         self._waking: set[UUID] = set()
         self._uneasy: dict[UUID, float] = {}  # until when not to try again
         self._beds = asyncio.Semaphore(FALLING_MAX)
@@ -88,8 +96,16 @@ class Sleep:
         while True:
             await asyncio.sleep(LOOK_SECONDS)
             for vtpm in self.due(time.monotonic(), free_memory()):
-                self._falling[vtpm.record.id] = vtpm
-                background(self._put(vtpm))
+                self._fall(vtpm)
+
+    async def put(self, vtpm: VirtualTpm) -> None:
+        """Put one to sleep now, if it does not sleep already. Conflict if it is in use, or off.
+
+        HostError if it cannot be put.
+        """
+        error = await asyncio.shield(self._fall(vtpm))
+        if error is not None:
+            raise error
 
     def due(self, now: float, free: float) -> list[VirtualTpm]:
         """Who is to sleep now, the longest idle first; `free`: of memory, in per cent."""
@@ -112,18 +128,30 @@ class Sleep:
             and self._uneasy.get(vtpm.record.id, 0.0) <= now
         ]
 
-    async def _put(self, vtpm: VirtualTpm) -> None:
+    def _fall(self, vtpm: VirtualTpm) -> asyncio.Task[HoldfastError | None]:
+        """Have it put to sleep; once, whoever asks for that meanwhile."""
+        instance = vtpm.record.id
+        if instance not in self._falling:
+            self._falling[instance] = _Falling(vtpm, background(self._put(vtpm)))
+        return self._falling[instance].task
+
+    async def _put(self, vtpm: VirtualTpm) -> HoldfastError | None:
+        """What was in the way, if something was."""
         instance = vtpm.record.id
         try:
             async with self._beds:
-                if await vtpm.sleep():
-                    self._sleepers[instance] = vtpm
+                await vtpm.sleep()
+                self._sleepers[instance] = vtpm
             self._uneasy.pop(instance, None)
+        except Conflict as error:  # in use after all: looked at again
+            return error
         except HoldfastError as error:
             self._uneasy[instance] = time.monotonic() + UNEASY_SECONDS
             LOG.warning("cannot sleep", vtpm=vtpm.record.name, why=str(error))
+            return error
         finally:
             del self._falling[instance]
+        return None
 
     # --- waking ---
 
@@ -140,7 +168,8 @@ class Sleep:
         return LATER
 
     def _knocked(self, instance: UUID) -> None:
-        vtpm = self._sleepers.get(instance) or self._falling.get(instance)
+        falling = self._falling.get(instance)
+        vtpm = falling.vtpm if falling else self._sleepers.get(instance)
         if vtpm is not None and instance not in self._waking:
             self._waking.add(instance)
             background(self._wake(vtpm))

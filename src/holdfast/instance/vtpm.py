@@ -526,8 +526,10 @@ class VirtualTpm:
         return self._door.used() if self.worker_alive and self._door is not None else None
 
     async def sleep(self) -> None:
-        """Put it to sleep. Conflict if it is not on, or in use; HostError if it cannot be put."""
+        """Have it sleep. Conflict if it is not on, or in use; HostError if it cannot be put."""
         async with self.lock:
+            if self.state is State.ASLEEP:
+                return
             if self.record.device:
                 raise Conflict(f"{self.record.name} is passed through: that TPM does not sleep")
             after(self.state, Event.SLEPT)
