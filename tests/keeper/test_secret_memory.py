@@ -118,6 +118,71 @@ def test_what_was_granted_is_overwritten_whether_or_not_it_could_be_sent() -> No
     assert not any(shared.view)
 
 
+def with_next(root: RootKey) -> RootKey:
+    fill_random(root.next)
+    root.has_next = True
+    return root
+
+
+def test_beside_a_next_root_key_keys_open_under_either_and_are_wrapped_under_the_next(
+    root: RootKey,
+) -> None:
+    before = granted(root, MINE)
+    with_next(root)
+    again = granted(root, MINE, before.wrapped)
+    assert again.data_key == before.data_key
+    assert again.wrapped != before.wrapped
+    assert granted(root, MINE, again.wrapped) == again
+    cipher = AESGCM(wrapping_key(bytes(root.next[:SIZE])))
+    for grant in (again, granted(root, MINE)):
+        nonce, hidden = grant.wrapped[:12], grant.wrapped[12:]
+        assert cipher.decrypt(nonce, hidden, INFO + MINE.bytes) == grant.data_key
+    root.promote()
+    assert not any(root.next)
+    assert granted(root, MINE, again.wrapped) == again
+    with pytest.raises(IntegrityError, match="before holdfast rekey"):
+        granted(root, MINE, before.wrapped)
+
+
+def test_what_is_wrapped_anew_holds_the_same_key_and_only_once(root: RootKey) -> None:
+    before = granted(root, MINE)
+    assert root.rewrap(MINE, before.wrapped) == before.wrapped
+    with_next(root)
+    again = root.rewrap(MINE, before.wrapped)
+    assert again != before.wrapped
+    assert root.rewrap(MINE, again) == again
+    for instance, wrapped in ((uuid4(), before.wrapped), (MINE, before.wrapped[:-1]), (MINE, b"")):
+        with pytest.raises(IntegrityError):
+            root.rewrap(instance, wrapped)
+    root.promote()
+    assert granted(root, MINE, again).data_key == before.data_key
+
+
+def test_a_key_that_is_to_follow_comes_with_the_one_before(root: RootKey) -> None:
+    before = granted(root, MINE)
+    with root.grant(MINE, before.wrapped, 7, b"d" * 32, successor=True) as packet:
+        both = ipc.decode(bytes(packet))
+    assert isinstance(both, ipc.KeyGrant)
+    assert both.data_key == before.data_key
+    assert len(both.successor) == SIZE
+    assert both.successor != both.data_key
+    assert granted(root, MINE, both.wrapped).data_key == both.successor
+
+
+def test_a_successor_is_a_new_root_key_with_the_rest_of_what_was_sealed(root: RootKey) -> None:
+    auth = b"a" * 32
+    made = []
+    for _ in range(2):
+        with root.successor(SIZE + 32, auth) as sensitive:
+            made.append(bytes(sensitive))
+        assert not any(sensitive)
+    for each in made:
+        assert each[:34] == b"\0\x20" + auth
+        assert each[34:36] == b"\0\x40"
+        assert each[36 + SIZE :] == bytes(root.sealed[SIZE : SIZE + 32])
+    assert len({each[36 : 36 + SIZE] for each in made} | {bytes(root.sealed[:SIZE])}) == 3
+
+
 def test_where_the_kernel_has_it_not_even_root_reads_the_memory() -> None:
     secret = SecretMemory()
     if secret.kind is not Kind.MEMFD_SECRET:
@@ -221,6 +286,37 @@ def test_no_key_is_in_what_root_can_read_of_the_keeper(
     # Nor would it be overlooked: what the keeper is known to have is found the same way.
     known = {"authorization of a blob": box.vault().root_key.auth}
     assert Scanner(known).in_memory(keeper_of(box)) == set(known)
+
+
+def test_a_root_key_that_follows_another_is_not_in_it_either(box: Box) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("only root may look into the keeper")
+    box.start()
+    if state_of(box).root_key_memory != Kind.MEMFD_SECRET.value:
+        pytest.skip("this kernel gives no memfd_secret")
+    known: dict[str, bytes] = {}
+
+    def note(name: str) -> None:
+        """Look at what is sealed, by a TPM that the keeper does not use meanwhile."""
+        shared = SecretMemory()
+        custody = box.custody(shared)
+        known[name] = bytes(shared.view[:SIZE])
+        room = len(RootKey(SecretMemory()).sealed)
+        known[f"{name}, next"] = bytes(shared.view[room : room + SIZE])
+        custody.close()
+
+    with box.connect() as client:
+        client.ask(ipc.BeginRekey(), ipc.Done)
+        note("before")
+        assert Scanner(known).in_memory(keeper_of(box)) == set()
+    box.stop()
+    box.start()
+    with box.connect() as client:
+        client.ask(ipc.EndRekey(), ipc.Done)
+        note("after")
+        del known["after, next"]  # there is none
+        assert known["after"] == known["before, next"] != known["before"]
+        assert Scanner(known).in_memory(keeper_of(box)) == set()
 
 
 def test_the_keepers_memory_is_locked_and_none_of_it_is_swapped(

@@ -104,6 +104,11 @@ def primary_template(unique: bytes) -> Public:
     )
 
 
+def _root_key_template(recovery_name: bytes) -> Public:
+    wanted = policy.object_policy(recovery_name)
+    return Public(Alg.KEYEDHASH, Alg.SHA256, _SEALED, wanted, (b"",))
+
+
 class HostTpm:
     """The keeper's hand on the host TPM, from `open_primary` on."""
 
@@ -115,6 +120,7 @@ class HostTpm:
         self._sessions = Sessions(context)
         self.anchor = Anchor(context, self._sessions)
         self._primary: Any = None
+        self._parent: Entity | None = None  # the primary, as our own sessions know it
         self._ak: Any = None
         self._ca: Any = None
         self._ticket: tuple[Approval, bytes, bytes, bytes] | None = None
@@ -172,7 +178,9 @@ class HostTpm:
             raise HostError("the host TPM is not the keeper's any more: it was cleared or replaced")
         self._esapi.tr_set_auth(self._primary, auth)
         self._context.use_salt(self._primary)
-        self._sessions.use_salt(self._number(self._primary), primary)
+        number = self._number(self._primary)
+        self._parent = Entity(number, made, auth)
+        self._sessions.use_salt(number, primary)
         if temporary is not None:
             self._context.flush(temporary)
         return made
@@ -233,8 +241,20 @@ class HostTpm:
 
     def create_root_key(self, recovery_name: bytes, key: bytes) -> Blob:
         """Seal the root key, and what comes with it, under the object policy."""
-        wanted = policy.object_policy(recovery_name)
-        return self.create(Public(Alg.KEYEDHASH, Alg.SHA256, _SEALED, wanted, (b"",)), key)
+        return self.create(_root_key_template(recovery_name), key)
+
+    def seal_root_key(self, recovery_name: bytes, sensitive: Room, auth: bytes) -> Blob:
+        """The same without a copy of it, in a slot that is free.
+
+        `sensitive`: a TPMS_SENSITIVE_CREATE with `auth` and the key in it.
+        """
+        assert self._parent is not None
+        # No outside information, and no PCRs in the record of its creation.
+        params = sized(_root_key_template(recovery_name).encode()) + sized(b"") + u32(0)
+        with self._context.reading(), self._sessions.hmac() as session:
+            answer = session.use_hiding(Cc.Create, self._parent, sensitive, params)
+            private, made = answer.sized(), answer.sized()
+        return Blob(Public.decode(made).encode(), private, auth)
 
     def create_ca_key(self, recovery_name: bytes) -> Blob:
         """An unrestricted P-256 signing key under the object policy."""

@@ -4,7 +4,7 @@ For what is done with every vTPM that is made and with every group of commits: E
 OpenSSL library context for each HMAC, and so takes four times as long for a signature as the TPM.
 
 Salted, so that whoever listens cannot compute its key; authorized by HMAC, so that whoever stands
-between cannot change a command or a response; AES-128-CFB hides a response's first parameter.
+between cannot change a command or a response; AES-128-CFB hides the first parameter of either.
 Not here: which policy, and of what (`host`, `anchor`).
 """
 
@@ -37,6 +37,7 @@ _AES_BITS: Final = 128
 _BLOCK_BITS: Final = 128
 _SE_HMAC: Final = 0x00
 _CONTINUE: Final = 0x01  # TPMA_SESSION
+_DECRYPT: Final = 0x20
 _ENCRYPT: Final = 0x40
 _PASSWORD_ANSWER: Final = 5  # bytes of a password's TPMS_AUTH_RESPONSE: no nonce, no HMAC
 SPARE: Final = _BLOCK_BITS // 8 - 1  # bytes more in a room: a cipher may write so far
@@ -107,14 +108,25 @@ class Session:
         """
         return self._show(*self._use(code, (entity,), params, hidden=True), into)
 
+    def use_hiding(self, code: Cc, entity: Entity, secret: Room, params: bytes) -> Reader:
+        """The same with a first parameter, a TPM2B, that nobody on its way sees.
+
+        It is encrypted from where `secret` has what is in it, and copied nowhere else.
+        """
+        return self._use(code, (entity,), params, secret=secret)[1]
+
     def _use(
         self, code: Cc, handles: Sequence[Entity], params: bytes,
-        passwords: Sequence[rq.Auth] = (), *, hidden: bool = False,
+        passwords: Sequence[rq.Auth] = (), *, hidden: bool = False, secret: Room | None = None,
     ) -> tuple[bytes, Reader]:  # fmt: skip
         """The key of this one use, and the parameters of the response."""
         key = self._key + handles[0].auth
         attributes = _CONTINUE | (_ENCRYPT if hidden else 0)
         self._nonce = os.urandom(_NONCE_SIZE)
+        if secret is not None:
+            attributes |= _DECRYPT
+            cipher = self._cipher(key, self._nonce + self._nonce_tpm).encryptor()
+            params = sized(cipher.update(secret)) + params
         names = b"".join(handle.name for handle in handles)
         command_digest = _sha256(u32(code) + names + params)
         mac = self._mac(key, command_digest, self._nonce + self._nonce_tpm, attributes)
@@ -143,13 +155,18 @@ class Session:
         return hmac.digest(key, parameters + nonces + u8(attributes), "sha256")
 
     def _show(self, key: bytes, params: Reader, into: Room) -> int:
-        """Decrypt the first parameter (Part 1, 21.3): AES-128-CFB, key and IV by KDFa."""
+        """Decrypt the first parameter (Part 1, 21.3)."""
         with self._context.reading():
             hidden = params.sized(len(into) - SPARE)
-        made = kdfa(Alg.SHA256, key, b"CFB", self._nonce_tpm + self._nonce, _AES_BITS + _BLOCK_BITS)
-        cut = _AES_BITS // 8
-        cipher = Cipher(algorithms.AES(made[:cut]), CFB(made[cut:])).decryptor()
+        cipher = self._cipher(key, self._nonce_tpm + self._nonce).decryptor()
         return cipher.update_into(hidden, into)
+
+    @staticmethod
+    def _cipher(key: bytes, nonces: bytes) -> Cipher[CFB]:
+        """For one parameter; `nonces`: the newer, then the older."""
+        made = kdfa(Alg.SHA256, key, b"CFB", nonces, _AES_BITS + _BLOCK_BITS)
+        cut = _AES_BITS // 8
+        return Cipher(algorithms.AES(made[:cut]), CFB(made[cut:]))
 
 
 class HmacSession(Session):

@@ -178,6 +178,8 @@ class Committer:
         writes = []
         for wanted, done in group.copy():
             if isinstance(wanted, Write):
+                if wanted.ending is not None:
+                    writes.append(wanted.ending)
                 writes.append(wanted)
                 continue
             earlier = self._map.get(wanted.instance)

@@ -12,7 +12,8 @@ import os
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, Final
 from uuid import UUID
 
@@ -32,15 +33,16 @@ from holdfast.errors import (
 from holdfast.evidence.round import round_extra_data
 from holdfast.hwtpm.anchor import SECRET_SIZE, Anchor, Chain
 from holdfast.hwtpm.context import Context
-from holdfast.hwtpm.host import Approval, HostTpm, quoted_selection
+from holdfast.hwtpm.host import Approval, HostTpm, fresh_auth, quoted_selection
 from holdfast.hwtpm.policy import Signature
 from holdfast.hwtpm.transport import Transport
 from holdfast.ids import instance_name
-from holdfast.keeper import certificates, rootkey
+from holdfast.keeper import certificates, rootkey, vault
 from holdfast.keeper.rootkey import SIZE as ROOT_SIZE
 from holdfast.keeper.rootkey import RootKey
 from holdfast.keeper.vault import Vault
 from holdfast.linux.secret import SecretMemory
+from holdfast.linux.steps import Step, reached
 from holdfast.protocol import ipc
 from holdfast.tpm2 import structures as tpm
 from holdfast.tpm2.algorithms import Alg
@@ -78,6 +80,7 @@ class Custody:
         self._made = made
         self._root = RootKey(memory)
         self._context = Context(transport)
+        self._sealed_size = 0
         try:
             self._tpm = self._open()
             self.description = self._tpm.describe()
@@ -103,8 +106,11 @@ class Custody:
         tpm.index.open(made.index_name)
         approval = _matching(made.approvals, tpm.read_pcrs((Alg.SHA256,)).get(Alg.SHA256, {}))
         tpm.approve(Public.decode(made.recovery_public), approval)
-        size = tpm.unseal(made.root_key, self._root.sealed)
+        size = self._sealed_size = tpm.unseal(made.root_key, self._root.sealed)
         secret = bytes(self._root.sealed[rootkey.SIZE : size])
+        if made.next_root_key is not None:
+            tpm.unseal(made.next_root_key, self._root.next)
+            self._root.has_next = True
         tpm.anchor.open(made.writer_name, made.durable_name, made.hybrid_name, secret)
         tpm.use_ak(made.ak)
         tpm.use_ca(made.ca_key)
@@ -118,10 +124,56 @@ class Custody:
     # --- data keys ---
 
     def grant(
-        self, instance: UUID, wrapped: bytes, epoch: int, digest: bytes
+        self, instance: UUID, wrapped: bytes, epoch: int, digest: bytes, *, successor: bool = False
     ) -> AbstractContextManager[memoryview]:
         """`RootKey.grant`: a KeyGrant as it is sent, which is overwritten afterwards."""
-        return self._root.grant(instance, wrapped, epoch, digest)
+        return self._root.grant(instance, wrapped, epoch, digest, successor=successor)
+
+    # --- another root key ---
+
+    def begin_rekey(self, directory: Path) -> None:
+        """Make the root key that is to follow, unless there is one, and keep it in `directory`.
+
+        From then on data keys are wrapped under that. If anything goes wrong, this is to be closed.
+        """
+        if self._root.has_next:
+            return
+        with vault.changing(directory) as made:
+            auth = fresh_auth()
+            recovery_name = Public.decode(made.recovery_public).name
+            self._tpm.drop_ca()  # whose slot it takes
+            with self._root.successor(self._sealed_size, auth) as sensitive:
+                blob = self._tpm.seal_root_key(recovery_name, sensitive, auth)
+            # It is what the TPM gives back: a key that did not open again would be worth nothing.
+            self._tpm.unseal(blob, self._root.next)
+            self._tpm.use_ca(made.ca_key)
+            self._made = replace(made, next_root_key=blob)
+            self._made.save(directory)
+        self._root.has_next = True
+        reached(Step.REKEY_SEALED)
+
+    def rewrap(self, keys: Sequence[ipc.WrappedKey]) -> tuple[ipc.WrappedKey, ...]:
+        """Data keys wrapped under the newest root key; empty where one does not open at all."""
+
+        def again(key: ipc.WrappedKey) -> bytes:
+            try:
+                return self._root.rewrap(key.instance, key.wrapped)
+            except IntegrityError:
+                return b""
+
+        return tuple(ipc.WrappedKey(key.instance, again(key)) for key in keys)
+
+    def end_rekey(self, directory: Path) -> None:
+        """Forget the root key before the next one, if there is one: that is the root key now."""
+        if not self._root.has_next:
+            return
+        with vault.changing(directory) as made:
+            if made.next_root_key is None:
+                raise HostError("the keeper's file has no root key that is to follow")
+            self._made = replace(made, root_key=made.next_root_key, next_root_key=None)
+            self._made.save(directory)
+        self._root.promote()
+        reached(Step.REKEY_ENDED)
 
     # --- freshness ---
 

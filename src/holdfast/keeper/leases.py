@@ -1,7 +1,8 @@
 """Leases: which worker may have which instance's data key, once, while its process lives.
 
 The spawner announces a worker with the keeper's end of its key channel and its pidfd. The channel
-carries one question and one answer; the lease ends when the process has. What a worker sends is a
+carries one question and one answer; the lease ends when the process has. For a key that is to
+follow, and while snapshots get others, the spawner brings another channel. What a worker sends is a
 hostile peer's bytes. Not here: the keys themselves (`custody`), and who may announce (`service`).
 """
 
@@ -82,6 +83,28 @@ class Leases:
         lease.keys = keys
         self._selector.register(keys, selectors.EVENT_READ, lambda: self._answer(lease))
         self._live[instance] = lease
+
+    def more(self, instance: UUID, fds: list[int]) -> None:
+        """Take another key channel of a living worker out of `fds`, in place of its last one.
+
+        Conflict if no worker lives; ProtocolError if it is no socket.
+        """
+        if len(fds) != 1:
+            raise ProtocolError("more keys come with a key channel")
+        lease = self._live.get(instance)
+        if lease is None or _ended(lease.pidfd):
+            raise Conflict("no living worker holds this instance")
+        try:
+            keys = channel.from_fd(fds[0])
+        except OSError:
+            raise ProtocolError("a key channel is no socket") from None
+        fds.clear()
+        if lease.keys is not None:  # on which it has not asked, or leads nowhere
+            self._selector.unregister(lease.keys)
+            lease.keys.close()
+        keys.setblocking(False)
+        lease.keys = keys
+        self._selector.register(keys, selectors.EVENT_READ, lambda: self._answer(lease))
 
     def close(self) -> None:
         for lease in tuple(self._live.values()):

@@ -240,11 +240,11 @@ def authorize(
     new approval holds. A host that was initialised before there was an anchor gets it here.
     `other_pcrs`: `values` may be of others than those that were approved before.
     """
-    made = vault.load(directory)
-    signer = signer_of(made, recovery_file, identity)
-    if values is not None and not other_pcrs:
-        _same_pcrs(values, made.approvals[0].values)
     with contextlib.ExitStack() as stack:
+        made = stack.enter_context(vault.changing(directory))
+        signer = signer_of(made, recovery_file, identity)
+        if values is not None and not other_pcrs:
+            _same_pcrs(values, made.approvals[0].values)
         stack.enter_context(_room_beside_the_keeper(tcti))
         transport = Transport(tcti)
         stack.callback(transport.close)

@@ -94,6 +94,9 @@ class Keeper:
             ipc.Settle: lambda m: self._fresh().settle(m),
             ipc.AskRecovery: lambda _: self._fresh().ask_recovery(),
             ipc.Recover: lambda m: self._fresh().recover(m, self._open().signed_for_recovery),
+            ipc.BeginRekey: self._begin_rekey,
+            ipc.Rewrap: lambda m: ipc.Rewrapped(self._open().rewrap(m.keys)),
+            ipc.EndRekey: self._end_rekey,
         }
 
     def run(self) -> None:
@@ -195,6 +198,22 @@ class Keeper:
         self._open().enrol(message)
         return ipc.Done()
 
+    def _begin_rekey(self, _message: ipc.BeginRekey) -> ipc.Message:
+        self._changing(lambda: self._open().begin_rekey(self._directory))
+        return ipc.Done()
+
+    def _end_rekey(self, _message: ipc.EndRekey) -> ipc.Message:
+        self._changing(lambda: self._open().end_rekey(self._directory))
+        return ipc.Done()
+
+    @staticmethod
+    def _changing(action: Callable[[], None]) -> None:
+        """HostError if the disk refuses: what is in memory may be other than what is on it."""
+        try:
+            action()
+        except OSError as error:
+            raise HostError(f"the keeper's file cannot be written: {error.strerror}") from None
+
     # --- peers ---
 
     def _accept(self) -> None:
@@ -233,7 +252,7 @@ class Keeper:
     def _answer(self, data: bytes, fds: list[int]) -> ipc.Message:
         try:
             message = ipc.decode(data)
-            if isinstance(message, ipc.Lease):
+            if isinstance(message, ipc.Lease | ipc.MoreKeys):
                 return self._guarded(lambda: self._lease(message, fds))
             handler = self._handlers.get(type(message))
             if handler is None:
@@ -255,8 +274,11 @@ class Keeper:
 
     # --- leases and data keys ---
 
-    def _lease(self, message: ipc.Lease, fds: list[int]) -> ipc.Message:
-        self._leases.add(message.instance, fds)
+    def _lease(self, message: ipc.Lease | ipc.MoreKeys, fds: list[int]) -> ipc.Message:
+        if isinstance(message, ipc.Lease):
+            self._leases.add(message.instance, fds)
+        else:
+            self._leases.more(message.instance, fds)
         return ipc.Done()
 
     @contextlib.contextmanager
@@ -266,7 +288,9 @@ class Keeper:
             try:
                 newest = self._fresh().newest(instance, request.snapshot)
                 epoch, digest = (newest.epoch, newest.digest) if newest else (0, EMPTY)
-                granted = self._open().grant(instance, request.wrapped, epoch, digest)
+                granted = self._open().grant(
+                    instance, request.wrapped, epoch, digest, successor=request.successor
+                )
                 packet: bytes | memoryview = stack.enter_context(granted)
             except HoldfastError as error:
                 packet = ipc.Refused(type(error).__name__, str(error)).encode()

@@ -1,15 +1,18 @@
 """What the keeper has on disk: its objects' blobs, approvals and certificates, in one JSON file.
 
-The file is readable by the keeper alone (0600 in a 0700 directory) and is replaced as a whole. The
+The file is readable by the keeper alone (0600 in a 0700 directory) and is replaced as a whole. Who
+changes what is in it holds the directory's lock from reading to writing (`changing`). The
 blobs open only in the host TPM that made them, and root and CA key only in an approved boot state;
 the authorization values beside them keep others who reach that TPM from using them.
 """
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -56,6 +59,7 @@ class Vault:
     durable_name: bytes
     hybrid_name: bytes
     recipient: str = ""  # the public key to which `init` encrypted; a host of before has kept none
+    next_root_key: Blob | None = None  # under which data keys are being wrapped anew
 
     @property
     def anchored(self) -> bool:
@@ -97,6 +101,26 @@ def load(directory: Path) -> Vault:
         raise IntegrityError(f"{directory / FILE} is damaged: restore it from a backup") from None
 
 
+@contextmanager
+def changing(directory: Path) -> Iterator[Vault]:
+    """What is there, while nobody else changes it. Conflict if somebody does; as `load` else."""
+    try:
+        lock = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        raise NotFound("this host is not initialised: run holdfast init") from None
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise Conflict(
+                "the keeper's file is being changed, by holdfast policy authorize or rekey: wait "
+                "until that has ended"
+            ) from None
+        yield load(directory)
+    finally:
+        os.close(lock)
+
+
 def _to_json(vault: Vault) -> dict[str, Any]:
     def plain(value: Any) -> Any:
         if isinstance(value, bytes):
@@ -111,10 +135,10 @@ def _to_json(vault: Vault) -> dict[str, Any]:
             }
         return [plain(item) for item in value] if isinstance(value, tuple) else value
 
-    return {name: plain(value) for name, value in vars(vault).items()}
+    return {name: plain(value) for name, value in vars(vault).items() if value is not None}
 
 
-_BLOBS: Final = ("root_key", "ca_key", "ak")
+_BLOBS: Final = ("root_key", "ca_key", "ak", "next_root_key")
 _PLAIN: Final = ("site", "host", "service", "crl", "stand_in", "tcti", "version", "recipient")
 
 

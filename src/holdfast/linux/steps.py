@@ -42,6 +42,12 @@ class Step(Enum):
     DESTROY_DELETED = "destroy: deleted, not remembered durably"
     KEEPER_SETTLED = "durable anchor: the keeper has extended the chain, and not said so"
     ANCHOR_EXTENDED = "durable anchor: in the chain, not noted"
+    REKEY_SEALED = "rekey: the keeper has kept the next root key, and not said so"
+    REKEY_BEGUN = "rekey: journalled, no key is another"
+    REKEY_RESEALED = "rekey: one vTPM has another data key"
+    REKEY_REWRAPPED = "rekey: every data key is under the next root key, which is not the root key"
+    REKEY_ENDED = "rekey: the keeper has forgotten the old root key, and not said so"
+    REKEY_DONE = "rekey: done, neither journalled nor remembered durably"
 
 
 def reached(step: Step) -> None:

@@ -173,11 +173,12 @@ class KeyRequest(Message, code=10):
     """Give me the data key of the instance this channel was made for.
 
     `wrapped` is the data key as it was wrapped; empty asks for a new one. `snapshot`: the one whose
-    state is to be opened; OWN for the newest state.
+    state is to be opened; OWN for the newest state. `successor`: another, new one with it.
     """
 
     wrapped: bytes
     snapshot: UUID = OWN
+    successor: bool = False
 
 
 @dataclass(frozen=True)
@@ -185,13 +186,15 @@ class KeyGrant(Message, code=11):
     """The data key (32 bytes), once; and its wrapped form, to be stored.
 
     `epoch`, `digest`: which state is the newest, and the SHA-256 of its sealed form; 0 and zeros
-    for a new vTPM. No other is to be opened.
+    for a new vTPM. No other is to be opened. `successor`: a new key for what is opened by this one,
+    if that was asked for, else empty; then it is the one that `wrapped` holds.
     """
 
     data_key: bytes
     wrapped: bytes
     epoch: int
     digest: bytes
+    successor: bytes = b""
 
 
 # --- spawner -> keeper ---------------------------------------------------------------------------
@@ -202,6 +205,16 @@ class Lease(Message, code=20):
     """A worker for this instance has been made. Descriptors: its key channel, its pidfd.
 
     Answered with Done, or Refused while another worker's pidfd for this instance still lives.
+    """
+
+    instance: UUID
+
+
+@dataclass(frozen=True)
+class MoreKeys(Message, code=64):
+    """The instance's worker, which lives, may ask once more. Descriptor: another key channel.
+
+    Answered with Done.
     """
 
     instance: UUID
@@ -426,6 +439,44 @@ class Recover(Message, code=53):
     link: bytes
     reason: str
     signature: bytes
+
+
+@dataclass(frozen=True)
+class BeginRekey(Message, code=60):
+    """Make the root key that is to follow, unless there is one; wrap under it from now on.
+
+    Answered with Done once it is kept.
+    """
+
+
+@dataclass(frozen=True)
+class WrappedKey(Message):
+    """A vTPM's data key, or that of a snapshot of it, wrapped."""
+
+    instance: UUID
+    wrapped: bytes
+
+
+@dataclass(frozen=True)
+class Rewrap(Message, code=61):
+    """Wrap these under the newest root key. Answered with Rewrapped. At most 1024."""
+
+    keys: tuple[WrappedKey, ...]
+
+
+@dataclass(frozen=True)
+class Rewrapped(Message, code=62):
+    """In the same order: the same if one is wrapped so already, empty if it does not open."""
+
+    keys: tuple[WrappedKey, ...]
+
+
+@dataclass(frozen=True)
+class EndRekey(Message, code=63):
+    """No data key is under the old root key any more: forget that, if another is to follow it.
+
+    Answered with Done once it is forgotten.
+    """
 
 
 @dataclass(frozen=True)

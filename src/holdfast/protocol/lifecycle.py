@@ -129,6 +129,19 @@ class Kill(Message, code=108):
 
 
 @dataclass(frozen=True)
+class BringKeys(Message, code=114):
+    """Bring the instance's worker a data key and one that is to follow it, by a new key channel.
+
+    `wrapped`, `snapshot`: as of `ipc.KeyRequest`. Answered with Done once both ends are where they
+    belong; NotFound if it has no worker.
+    """
+
+    instance: UUID
+    wrapped: bytes
+    snapshot: UUID = OWN
+
+
+@dataclass(frozen=True)
 class Keep(Message, code=111):
     """The instance sleeps: when its worker has ended, say who comes to its ends (Knock).
 
@@ -176,6 +189,11 @@ class Begin(Message, code=120):
 @dataclass(frozen=True)
 class NewDaemon(Message, code=121):
     """The daemon was replaced. Descriptor: the new daemon channel."""
+
+
+@dataclass(frozen=True)
+class NewKeys(Message, code=122):
+    """Another key channel, on which you have asked. Descriptor: its end."""
 
 
 # --- daemon -> worker --------------------------------------------------------------------------
@@ -278,6 +296,39 @@ class Restore(Message, code=181):
 
 
 @dataclass(frozen=True)
+class Attend(Message, code=182):
+    """Serve nobody: others will be asked of you, PowerOff the last. Answered with Done."""
+
+
+@dataclass(frozen=True)
+class Reseal(Message, code=183):
+    """Open this state, of `epoch`, and seal it as that of `following` under the key that follows.
+
+    After BringKeys. Answered with Resealed; nothing is committed.
+    """
+
+    profile: str
+    terms: bytes
+    epoch: int
+    sealed: bytes
+    following: int
+
+
+@dataclass(frozen=True)
+class Resealed(Message, code=184):
+    sealed: bytes
+    wrapped: bytes
+
+
+@dataclass(frozen=True)
+class Rekey(Message, code=185):
+    """Go on under the data key that follows yours. After BringKeys, while you serve.
+
+    Answered with Commit, then Done; or Refused, and what you commit next is under it.
+    """
+
+
+@dataclass(frozen=True)
 class Relay(Message, code=152):
     """Serve clients with a TPM that is not ours. Descriptor: its device.
 
@@ -361,7 +412,10 @@ class Wake(Message, code=159):
 
 @dataclass(frozen=True)
 class Commit(Message, code=170):
-    """Make this state durable. Answered with Committed, or Refused and nothing changed."""
+    """Make this state durable. Answered with Committed, or Refused and nothing changed.
+
+    `wrapped`: its data key, if that is another than that of the state before; else empty.
+    """
 
     epoch: int
     sealed: bytes

@@ -26,7 +26,7 @@ ALLOWED: Final[Mapping[str, Rule]] = {
             "read", "readv", "pread64", "write", "writev", "pwrite64", "close", "lseek", "dup",
             "fstat", "stat", "lstat", "newfstatat", "statx", "openat", "open", "access",
             "readlink", "getdents64", "fcntl", "ioctl", "fsync", "fdatasync", "rename", "renameat",
-            "renameat2", "unlink", "unlinkat", "mkdir", "getcwd", "umask", "faccessat2",
+            "flock", "renameat2", "unlink", "unlinkat", "mkdir", "getcwd", "umask", "faccessat2",
             "epoll_wait", "epoll_pwait", "epoll_ctl", "epoll_create1", "poll", "ppoll", "select",
             "pselect6", "recvfrom", "recvmsg", "sendto", "sendmsg", "accept4", "accept",
             "connect", "bind", "listen", "shutdown", "getsockname", "getpeername", "getsockopt",

@@ -100,6 +100,7 @@ class Spawner:
             lc.HoldPorts: self._hold_ports,
             lc.Release: self._release,
             lc.Spawn: self._spawn,
+            lc.BringKeys: self._bring_keys,
             lc.ListHeld: self._list,
             lc.Reattach: self._reattach,
             lc.FetchHeld: self._fetch,
@@ -425,15 +426,29 @@ class Spawner:
             fds = (its_end, key_worker.fileno(), page, *held)
             channel.send(blank.channel, begin.encode(), fds)
             # While the worker looks at that: without a lease it gets no key, and is ended.
-            self._lease(message.instance, key_keeper.fileno(), blank.pidfd)
+            self._tell_keeper(ipc.Lease(message.instance), key_keeper.fileno(), blank.pidfd)
 
-    def _lease(self, instance: UUID, key_channel: int, pidfd: int) -> None:
-        """Tell the keeper whose worker this is; HostError if it cannot be reached."""
+    def _bring_keys(self, message: lc.BringKeys) -> Reply:
+        instance = message.instance
+        self._reap(instance)
+        entry = self._entries.get(instance)
+        if entry is None or entry.worker is None:
+            raise NotFound("this instance has no worker")
+        request = ipc.KeyRequest(message.wrapped, message.snapshot, successor=True)
+        key_worker, key_keeper = channel.pair()
+        with key_worker, key_keeper:
+            channel.send(key_worker, request.encode())
+            channel.send(entry.worker.channel, lc.NewKeys().encode(), (key_worker.fileno(),))
+            self._tell_keeper(ipc.MoreKeys(instance), key_keeper.fileno())
+        return ipc.Done(), ()
+
+    def _tell_keeper(self, message: ipc.Message, *fds: int) -> None:
+        """Announce a key channel at the keeper; HostError if it cannot be reached."""
         for fresh in (False, True):
             try:
                 if self._keeper is None or fresh:
                     self._keeper = self._connect()
-                answer = self._ask_lease(self._keeper, instance, key_channel, pidfd)
+                answer = self._ask_keeper(self._keeper, message, *fds)
             except OSError as error:
                 if fresh:
                     self._keeper = None
@@ -454,14 +469,13 @@ class Spawner:
             if entry.worker is not None and not ended(entry.worker.pidfd):
                 ours, theirs = channel.pair()
                 with ours, theirs:
-                    self._ask_lease(keeper, instance, theirs.fileno(), entry.worker.pidfd)
+                    fds = theirs.fileno(), entry.worker.pidfd
+                    self._ask_keeper(keeper, ipc.Lease(instance), *fds)
         return keeper
 
     @staticmethod
-    def _ask_lease(
-        keeper: socket.socket, instance: UUID, key_channel: int, pidfd: int
-    ) -> ipc.Message:
-        channel.send(keeper, ipc.Lease(instance).encode(), (key_channel, pidfd))
+    def _ask_keeper(keeper: socket.socket, message: ipc.Message, *fds: int) -> ipc.Message:
+        channel.send(keeper, message.encode(), fds)
         data, _ = channel.receive(keeper)
         if not data:
             raise ConnectionResetError(0, "it closed the channel")

@@ -18,7 +18,7 @@ from typing import Final
 from uuid import UUID
 
 from holdfast.errors import DecodeError, IntegrityError, NotFound
-from holdfast.evidence.freshness import Leaf
+from holdfast.evidence.freshness import Leaf, Status
 from holdfast.store.database import Database
 from holdfast.store.snapshots import Snapshot, put
 
@@ -31,7 +31,8 @@ DAY: Final = 86_400.0  # seconds
 class SealedState:
     """A vTPM's durable state: ciphertext of `epoch`, and its wrapped data key.
 
-    `clears`: TPM2_Clear that succeeded in the run that wrote it.
+    To be written with an empty one, it has that of the state before, however that is wrapped by
+    then. `clears`: TPM2_Clear that succeeded in the run that wrote it.
     """
 
     epoch: int
@@ -44,13 +45,15 @@ class SealedState:
 class Write:
     """A vTPM's or a snapshot's newest leaf, and what it speaks of.
 
-    Nothing once it is destroyed, and of a snapshot that is kept elsewhere.
+    Nothing once it is destroyed, and of a snapshot that is kept elsewhere. `ending`: what ends with
+    it, and is written before it.
     """
 
     instance: UUID
     leaf: Leaf
     state: SealedState | None
     snapshot: Snapshot | None = None
+    ending: Write | None = None
 
 
 @dataclass(frozen=True)
@@ -110,8 +113,8 @@ class States:
                 state = write.state
                 row = (name, state.epoch, state.sealed, state.wrapped, state.clears, leaf)
                 changed = db.execute(
-                    "UPDATE states SET epoch = ?2, sealed = ?3, wrapped = ?4, clears = ?5, "
-                    "leaf = ?6 WHERE id = ?1",
+                    "UPDATE states SET epoch = ?2, sealed = ?3, clears = ?5, leaf = ?6, "
+                    "wrapped = CASE length(?4) WHEN 0 THEN wrapped ELSE ?4 END WHERE id = ?1",
                     row,
                 )
                 if changed.rowcount == 1:
@@ -195,6 +198,12 @@ class States:
         )
         return [row[0] for row in rows]
 
+    def backups(self) -> list[tuple[UUID, Leaf]]:
+        """Leaves of backups that can still be restored."""
+        rows = self._database.read("SELECT id, leaf FROM gone")
+        leaves = [(_uuid(name), _leaf(name, leaf)) for name, leaf in rows]
+        return [(own, leaf) for own, leaf in leaves if leaf.status is Status.SNAPSHOT]
+
     # --- what was done about it ---
 
     def journal(self, instance: str, event: str, detail: str) -> None:
@@ -205,6 +214,17 @@ class States:
                 "INSERT INTO journal (at, instance, event, detail) VALUES (?, ?, ?, ?)",
                 (at, instance, event, detail),
             )
+
+    def journalled(self, *events: str) -> tuple[str, str, str] | None:
+        """The last of these: when it was (ISO 8601), which, and its detail."""
+        marks = ", ".join("?" * len(events))
+        rows = self._database.read(
+            f"SELECT at, event, detail FROM journal WHERE event IN ({marks}) "  # noqa: S608 - marks
+            "ORDER BY number DESC LIMIT 1",
+            *events,
+        )
+        row = rows.fetchone()
+        return None if row is None else (row[0], row[1], row[2])
 
 
 def _put(db: sqlite3.Connection, chain: str, recorded: Recorded) -> None:

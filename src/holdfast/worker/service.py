@@ -27,7 +27,6 @@ from holdfast.errors import (
     HostError,
     IntegrityError,
     ProtocolError,
-    by_name,
 )
 from holdfast.frontend.cancelling import Canceller
 from holdfast.frontend.controls import ContainerControls
@@ -47,13 +46,13 @@ from holdfast.tpm2.constants import AK_HANDLE, MEASURED_PCRS
 from holdfast.tpm2.structures import PcrSelection
 from holdfast.worker import manufacture
 from holdfast.worker.build import boot_and_build
+from holdfast.worker.keys import KeyChannel
 from holdfast.worker.relay import DeviceTpm
 from holdfast.worker.serving import Ends, Serving, serve_driver
 from holdfast.worker.tpm import DurableTpm
 
 FAULT_STATUS: Final = 70  # EX_SOFTWARE
 DAEMON_WAIT: Final = 15.0  # seconds a commit waits for a new daemon
-KEY_WAIT: Final = 10.0  # seconds the keeper may take
 _READ_AT_ONCE: Final = 8  # PCRs in one PCR_Read response
 
 
@@ -81,7 +80,7 @@ class Worker:
         self._owner = Owner(instance, "", b"")
         self._ends = ends
         self.daemon = socket.socket(fileno=ends.daemon)
-        self._keys = socket.socket(fileno=ends.keys)
+        self._keys = KeyChannel(ends.keys)
         self._page = SharedPage(ends.page)
         self._engine = engine
         self._loop = Loop(self._page.used)
@@ -92,7 +91,7 @@ class Worker:
         self._relay: DeviceTpm | None = None
         self._serving: Serving | None = None
         self._data_key = b""
-        self._wrapped = b""
+        self._wrapped = b""  # as the next commit says it; empty: the store has it already
         self._newest = 0, b""  # epoch of the state that the keeper knows to be, and its SHA-256
         self._epoch = 0
         self._digest = b""  # SHA-256 of the sealed state that was committed last
@@ -104,6 +103,9 @@ class Worker:
             lc.InstallCertificates: self._install_certificates,
             lc.PowerOn: self._power_on,
             lc.Restore: self._restore,
+            lc.Attend: lambda _: ipc.Done(),
+            lc.Reseal: self._reseal,
+            lc.Rekey: self._rekey,
             lc.Relay: self._begin_relay,
             lc.Introduce: self._introduce,
             lc.Quote: self._quote,
@@ -128,8 +130,11 @@ class Worker:
         if not data:
             raise Ended  # the spawner is gone, and with it whoever could end us
         message = ipc.decode(data)
-        if not isinstance(message, lc.NewDaemon) or len(fds) != 1:
+        if not isinstance(message, lc.NewDaemon | lc.NewKeys) or len(fds) != 1:
             raise ProtocolError(f"{type(message).__name__} from the spawner")
+        if isinstance(message, lc.NewKeys):
+            self._keys.renew(fds[0])
+            return
         if self.daemon.fileno() >= 0:
             self._loop.unwatch(self.daemon.fileno())
             self.daemon.close()
@@ -200,7 +205,7 @@ class Worker:
             verdict = self._verdict(epoch) if asked else None
             if verdict is not None:
                 if verdict:
-                    self._epoch = epoch
+                    self._epoch, self._wrapped = epoch, b""
                 return verdict
             self._await_daemon(deadline)
 
@@ -240,33 +245,34 @@ class Worker:
         The same commit is then asked again: the store knows an epoch that it already has.
         """
         left = deadline - time.monotonic()
+        if left <= 0 or not self._spawner_speaks(left):
+            raise IntegrityError("no daemon came to make a change durable")
+        self._on_spawner()
+
+    def _spawner_speaks(self, seconds: float) -> bool:
         ready = select.epoll()
         ready.register(self._spawner.fileno(), select.EPOLLIN)
         try:
-            if left <= 0 or not ready.poll(left):
-                raise IntegrityError("no daemon came to make a change durable")
+            return bool(ready.poll(seconds))
         finally:
             ready.close()
-        self._on_spawner()
 
     def _have_key(self) -> None:
         """Take this instance's data key, once; the spawner has asked the keeper for it."""
         if self._data_key:
             return
-        self._keys.settimeout(KEY_WAIT)
-        try:
-            data, _ = channel.receive(self._keys)
-        except OSError as error:
-            raise HostError(f"the keeper gave no key: {error.strerror}") from None
-        finally:
-            self._keys.close()
-        answer = ipc.decode(data) if data else ipc.Refused("HostError", "it closed the channel")
-        if isinstance(answer, ipc.Refused):
-            raise by_name(answer.error, f"the keeper gave no key: {answer.why}")
-        if not isinstance(answer, ipc.KeyGrant):
-            raise ProtocolError(f"{type(answer).__name__} from the keeper")
-        self._data_key, self._wrapped = answer.data_key, answer.wrapped
-        self._newest = answer.epoch, answer.digest
+        granted = self._keys.take()
+        self._data_key, self._wrapped = granted.data_key, granted.wrapped
+        self._newest = granted.epoch, granted.digest
+
+    def _successor(self) -> ipc.KeyGrant:
+        """A data key and the one that is to follow it, which the spawner has just asked for."""
+        while self._spawner_speaks(0):  # it has, before the daemon asked us
+            self._on_spawner()
+        granted = self._keys.take()
+        if not granted.successor:
+            raise ProtocolError("the keeper gave no key that is to follow")
+        return granted
 
     # --- manufacture ---
 
@@ -332,6 +338,7 @@ class Worker:
 
     def _begin_run(self, message: lc.PowerOn | lc.Wake) -> None:
         self._epoch = message.epoch
+        self._wrapped = b""
         self._owner = Owner(self._instance, message.profile, message.terms)
         self._tpm.clears = message.clears
 
@@ -350,6 +357,35 @@ class Worker:
         if not self._commit(state):
             return ipc.Refused("HostError", "the store refused the restored state")
         return ipc.Done()
+
+    # --- another data key ---
+
+    def _rekey(self, _message: lc.Rekey) -> ipc.Message:
+        """What is durable is sealed under another data key, which is ours from now on.
+
+        If that is refused, it may have become durable all the same. So we do not go back: the next
+        commit brings state and key together.
+        """
+        self._running()
+        granted = self._successor()
+        self._data_key, self._wrapped = granted.successor, granted.wrapped
+        if not self._commit(self._tpm.durable):
+            return ipc.Refused("HostError", "the store refused the state under another data key")
+        return ipc.Done()
+
+    def _reseal(self, message: lc.Reseal) -> ipc.Message:
+        """The same of what is not run here: a snapshot, or the state of a vTPM that is off."""
+        granted = self._successor()
+        owner = Owner(self._instance, message.profile, message.terms)
+        if (granted.epoch, granted.digest) != (
+            message.epoch, hashlib.sha256(message.sealed).digest()
+        ):  # fmt: skip
+            raise IntegrityError("what is to have another data key is not what the keeper knows")
+        state = unseal(
+            granted.data_key, owner, message.epoch, Kind.PERMANENT, message.sealed
+        )  # fmt: skip
+        sealed = seal(granted.successor, owner, message.following, Kind.PERMANENT, state)
+        return lc.Resealed(sealed, granted.wrapped)
 
     def _introduce(self, message: lc.Introduce) -> ipc.Message:
         """Answer the kernel's driver with a TPM that is nobody's, and is never kept."""

@@ -65,6 +65,11 @@ class DurableTpm:
         """This state is durable now."""
         self._durable = permanent
 
+    @property
+    def durable(self) -> bytes:
+        """The permanent state that was committed last."""
+        return self._durable
+
     def stir(self) -> None:
         response(Cc.StirRandom, self._engine.process(stir_random(os.urandom(STIR_BYTES))))
 
