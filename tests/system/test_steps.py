@@ -141,6 +141,14 @@ class Story:
         body = {"reason": "a test"}
         self.host.call("POST", "/v1/vtpms/spare/snapshots/s/restore", body)
 
+    def rekey(self) -> None:
+        """Of all that there is; what a kill has left is finished by doing it again."""
+        self.host.call("POST", "/v1/rekey", {"root": True, "data": True})
+        until("keys are changed", self._rekeyed, SECONDS)
+
+    def _rekeyed(self) -> bool:
+        return bool(self.host.call("GET", "/v1/rekey")["done"])
+
     # --- around it ---
 
     def prepare(self, operation: str) -> None:
@@ -154,13 +162,13 @@ class Story:
             self.host.start()
             self.on = False
         there = self.spare_is_there()
-        wanted = operation in ("destroy", "restore")
+        wanted = operation in ("destroy", "restore", "rekey")
         if there and not wanted:
             self.destroy()
         if wanted and not there:
             self.create()
         snapshots = "/v1/vtpms/spare/snapshots"
-        if operation == "restore" and not self.host.call("GET", snapshots)["snapshots"]:
+        if operation in ("restore", "rekey") and not self.host.call("GET", snapshots)["snapshots"]:
             self.host.call("POST", snapshots, {"name": "s"})
         # Off and on again: a worker that is replaced six times within a minute is not replaced.
         self.power_off()
@@ -195,6 +203,9 @@ class Story:
         self.epoch = epoch
         if done and operation in ("create", "destroy"):
             assert self.spare_is_there() == (operation == "create")
+        if operation == "rekey":
+            self.rekey()  # on the running vTPM, whose state and key go on together
+            self.restore()
         if self.spare_is_there():
             host.power_on("spare")
             host.call("POST", "/v1/vtpms/spare/stop", {})
@@ -219,6 +230,7 @@ def operation_of(step: Step) -> str:
 
 
 HERE: Final = tuple(step for step in Step if step not in ELSEWHERE)
+COMMITTING: Final = (Step.COMMIT_WRITTEN, Step.KEEPER_ADVANCED, Step.COMMIT_EXTENDED)
 
 
 @pytest.mark.parametrize("victim", VICTIMS)
@@ -226,8 +238,22 @@ HERE: Final = tuple(step for step in Step if step not in ELSEWHERE)
 def test_a_kill_at_this_step_loses_nothing_that_was_acknowledged(
     story: tuple[Story, Steps], step: Step, victim: str
 ) -> None:
+    killed(story, step, victim, operation_of(step))
+
+
+@pytest.mark.parametrize("victim", VICTIMS)
+@pytest.mark.parametrize("step", COMMITTING, ids=lambda step: step.name.lower())
+def test_a_kill_while_a_state_is_committed_under_another_key_loses_neither(
+    story: tuple[Story, Steps], step: Step, victim: str
+) -> None:
+    """State and key go on together, or both stay."""
+    killed(story, step, victim, "rekey")
+
+
+def killed(story: tuple[Story, Steps], step: Step, victim: str, operation: str) -> None:
+    """Do it, kill at the step, and look at what is there."""
     told, steps = story
-    host, operation = told.host, operation_of(step)
+    host = told.host
     told.prepare(operation)
     pids = host.children() | dict.fromkeys(("worker",), next(iter(host.workers()), 0))
 

@@ -20,6 +20,7 @@ from holdfast.cli import (
     policy,
     predicting,
     recovering,
+    rekeying,
     state,
     verifying,
     vtpms,
@@ -45,7 +46,7 @@ _COMMANDS: Final[tuple[Callable[..., None], ...]] = (
     host.init, host.serve, host.status, host.doctor,
     vtpms.create, vtpms.clone, vtpms.start, vtpms.stop, vtpms.sleep, vtpms.retry, vtpms.rm,
     vtpms.ls, vtpms.inspect, vtpms.logs, vtpms.attest, vtpms.cdi, verifying.verify,
-    recovering.recover,
+    recovering.recover, rekeying.rekey,
 )  # fmt: skip
 for _command in _COMMANDS:
     app.command()(_command)

@@ -154,6 +154,16 @@ def progress(what: str) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def counted(what: str) -> Iterator[Callable[[int, int], None]]:
+    """The same for what can be counted: to be told how many there are, of how many."""
+    if ERR.is_terminal:
+        with ERR.status(what) as status:
+            yield lambda some, of: status.update(f"{what}: {some} of {of}")
+    else:
+        yield lambda _some, _of: None
+
+
 def _plain(text: str, mark: str = "") -> Text:
     """Text that is no markup and has no control characters, for names may come from anywhere;
     after a `mark` of ours, which is markup."""

@@ -59,6 +59,7 @@ from holdfast.instance.committer import Committer, destroyed
 from holdfast.instance.introduction import introduce
 from holdfast.instance.lifecycle import Event, State, after
 from holdfast.instance.links import Peer
+from holdfast.instance.rekeying import Rekeying
 from holdfast.instance.sleep import Limits, Sleep
 from holdfast.instance.snapshots import Snapshots
 from holdfast.instance.vtpm import Run, Surroundings, VirtualTpm
@@ -129,6 +130,9 @@ class Host:
         self._closed = closed
         banks = tuple(int(HASHES_BY_NAME[bank]) for bank in DEFAULT_BANKS)
         self._ahead = Ahead(self.spawner, self.keeper, banks, config.workers.manufactured)
+        self.rekeying = Rekeying(
+            self._around, self._vtpms.values, self.sleep, self._make_others_ahead
+        )
         # Threads of their own: a container that is slow to measure holds up no other work.
         self._measuring = ThreadPoolExecutor(MEASURING_MAX, "measure")
 
@@ -268,6 +272,7 @@ class Host:
     async def stop(self) -> None:
         """End in order: every vTPM off and sealed, every mount and CDI file gone."""
         self.sleep.end()
+        await self.rekeying.close()
         await asyncio.gather(*(self._stop_one(vtpm) for vtpm in self._vtpms.values()))
         await self._ahead.close()
         try:
@@ -278,6 +283,11 @@ class Host:
         self.spawner.close()
         self.keeper.close()
         self._registry.close()
+
+    async def _make_others_ahead(self) -> None:
+        """End those that were made ahead: nobody's yet, they have data keys all the same."""
+        await self._ahead.close()
+        self._ahead.refill()
 
     async def _stop_one(self, vtpm: VirtualTpm) -> None:
         vtpm.give_up()

@@ -1,4 +1,4 @@
-"""The API's calls about states: snapshots, backups, recovery.
+"""The API's calls about states: snapshots, backups, recovery, other keys.
 
 To take a snapshot and to list them is an owner's too; all that sets something back, takes it away
 or lets it out of the registry is root's alone.
@@ -21,6 +21,7 @@ from holdfast.daemon.keeping import Keeping, reason_of
 from holdfast.daemon.requests import Caller, body_of, caller, hexed, typed
 from holdfast.errors import InvalidInput
 from holdfast.ids import instance_id
+from holdfast.instance.rekeying import DATA, ROOT, Progress
 from holdfast.instance.snapshots import Restored
 from holdfast.instance.vtpm import VirtualTpm
 from holdfast.store.snapshots import Snapshot
@@ -33,6 +34,7 @@ _BACKUP: Final[Mapping[str, type]] = {
 }  # fmt: skip
 _RECOVER: Final[Mapping[str, type]] = {"link": str, "reason": str, "signature": str}
 _FORGET: Final[Mapping[str, type]] = {"name": str, "reason": str}
+_REKEY: Final[Mapping[str, type]] = {ROOT: bool, DATA: bool}
 Audit = Callable[..., None]
 
 
@@ -57,6 +59,8 @@ class StateCalls:
             web.get("/v1/recovery", self._recovery),
             web.post("/v1/recovery", self._recover),
             web.post("/v1/recovery/forget", self._forget),
+            web.get("/v1/rekey", self._rekeying),
+            web.post("/v1/rekey", self._rekey),
         ]
 
     # --- snapshots ---
@@ -145,6 +149,34 @@ class StateCalls:
         value = await recovery.forget(self._host, name, reason)
         self._audit(who, "forget", name, reason=reason)
         return web.json_response(value)
+
+    # --- other keys ---
+
+    async def _rekey(self, request: web.Request) -> web.Response:
+        who = _root(request, "rekey")
+        body = await body_of(request)
+        typed(body, _REKEY)
+        parts = [part for part in (ROOT, DATA) if body.get(part)]
+        if not parts:
+            raise InvalidInput("which keys? root, data, or both")
+        progress = self._host.rekeying.begin(parts)
+        self._audit(who, "rekey", "", parts=", ".join(progress.parts))
+        return web.json_response(_progress(progress), status=202)
+
+    async def _rekeying(self, request: web.Request) -> web.Response:
+        """How far it is; the error that it ended with, if it did."""
+        _root(request, "rekey")
+        progress = self._host.rekeying.progress
+        if progress.error is not None:
+            raise progress.error
+        return web.json_response(_progress(progress))
+
+
+def _progress(progress: Progress) -> dict[str, Any]:
+    return {
+        "keys": list(progress.parts), "vtpms": progress.vtpms, "of": progress.of,
+        "left": progress.left, "anchored": progress.anchored, "done": progress.done,
+    }  # fmt: skip
 
 
 def _root(request: web.Request, what: str) -> Caller:
