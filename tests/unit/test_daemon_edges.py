@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from holdfast.daemon import config
 from holdfast.daemon.__main__ import API_ROOM
-from holdfast.daemon.inside import ROOM as EVIDENCE_ROOM
 from holdfast.daemon.doctor import brief
 from holdfast.daemon.ground import is_virtual
+from holdfast.daemon.inside import ROOM as EVIDENCE_ROOM
 from holdfast.daemon.listening import Present, Room
 from holdfast.errors import InvalidInput
 

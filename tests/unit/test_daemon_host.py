@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from uuid import UUID
@@ -15,6 +17,7 @@ from structlog.testing import capture_logs
 from holdfast.attest.collector import Collector
 from holdfast.daemon.config import Config, Paths
 from holdfast.daemon.host import Host
+from holdfast.daemon.leases import open_process, start_time
 from holdfast.daemon.starting import container_edits, our_hook, plain_run
 from holdfast.errors import Conflict, NotFound
 from holdfast.frontend.attach import detach
@@ -117,6 +120,42 @@ def test_who_waited_while_a_vtpm_was_destroyed_does_nothing_to_what_is_gone(
     assert [type(answer) for answer in answers[1:]] == [NotFound] * 5
     assert [type(message) for message in asked] == [lc.Release]
     assert not there
+
+
+def test_a_daemon_that_ends_makes_no_device_that_it_had_not_come_to(tmp_path: Path) -> None:
+    async def ends() -> list[ipc.Message]:
+        host = Host(config(tmp_path), lambda *_: None, lambda _: None)
+        spawner = Says(tmp_path / "spawner.sock")
+        host.committer = committer(host._registry)
+        web = a_vtpm(host._registry, spawner, tmp_path)
+        other = InstanceId(UUID(int=2))
+        failed = replace(record(State.FAILED), id=other, name=instance_name("first"))
+        first = VirtualTpm(failed, web._around)
+        host._vtpms |= {first.record.name: first, WEB: web}
+        async with first.lock:
+            making = asyncio.ensure_future(host._attach_all())
+            ending = asyncio.ensure_future(host.stop())
+            while not any(message == lc.Release(web.record.id) for message in spawner.asked):
+                await asyncio.sleep(0)
+        await asyncio.gather(making, ending)
+        detach(host.config.paths.vtpm(WEB))
+        return spawner.asked
+
+    with capture_logs() as logs:
+        asked = asyncio.run(ends())
+    assert [type(message) for message in asked] == [lc.Release] * 2
+    assert logs == []  # for who is not root, it could not have been made
+
+
+def test_a_process_is_known_again_by_its_pid_and_the_time_of_its_start() -> None:
+    before = set(os.listdir("/proc/self/fd"))
+    pid, began = os.getpid(), start_time(os.getpid())
+    same = open_process(pid, began)
+    assert same is not None
+    os.close(same)
+    assert open_process(pid, began + 1) is None
+    assert open_process(1 << 22, began) is None  # one more than the kernel's largest
+    assert set(os.listdir("/proc/self/fd")) == before
 
 
 def test_a_fault_nobody_thought_of_makes_a_vtpm_fail_and_not_hang(

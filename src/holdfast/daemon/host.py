@@ -2,22 +2,20 @@
 
 Rules: nothing measured means nothing starts; the lease of a run is its container's init process,
 held by pidfd; what a dead daemon left is taken up or put in order before the API opens.
+
+Not here: how a run is taken up (`predecessor`), its open ends (`ends`), what it is known again by
+(`leases`, `runs`), and what one vTPM does (`instance.vtpm`).
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import datetime
-import json
 import os
-import signal
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any, Final
 from uuid import UUID, uuid4
 
@@ -26,37 +24,19 @@ import structlog
 from holdfast.daemon import passthrough
 from holdfast.daemon.boots import EarlierBoot
 from holdfast.daemon.config import Config
-from holdfast.daemon.reservations import Reservations
-from holdfast.daemon.starting import (
-    HostLog,
-    container_edits,
-    measured_run,
-    plain_run,
-    provider,
-    relayed_run,
-    run_again,
-)
+from holdfast.daemon.ends import Closed, Ends, Opened
+from holdfast.daemon.leases import Lease, Leases
+from holdfast.daemon.predecessor import Predecessor
+from holdfast.daemon.runs import Runs
+from holdfast.daemon.starting import HostLog, measured_run, plain_run, provider, relayed_run
 from holdfast.daemon.wanted import DEFAULT_BANKS, Wanted
-from holdfast.errors import (
-    Conflict,
-    HoldfastError,
-    HostError,
-    IntegrityError,
-    NotFound,
-)
-from holdfast.eventlog.cel import encode_json
+from holdfast.errors import Conflict, HoldfastError, HostError, IntegrityError, NotFound
 from holdfast.evidence.freshness import Status
-from holdfast.frontend import attach as places
-from holdfast.frontend import cdi, ports
-from holdfast.frontend.attach import Attachment
-from holdfast.frontend.door import Door
 from holdfast.frontend.filter import Profile
-from holdfast.frontend.nodes import Asked, NodeKind, Nodes, Number, chosen, numbers, numbers_yet
 from holdfast.ids import InstanceId, InstanceName, instance_name
 from holdfast.instance.ahead import Ahead
 from holdfast.instance.background import background
 from holdfast.instance.committer import Committer, destroyed
-from holdfast.instance.introduction import introduce
 from holdfast.instance.lifecycle import Event, State, after
 from holdfast.instance.links import Peer
 from holdfast.instance.rekeying import Rekeying
@@ -66,10 +46,9 @@ from holdfast.instance.vtpm import Run, Surroundings, VirtualTpm
 from holdfast.instance.waiting import in_time
 from holdfast.linux.steps import Step, reached
 from holdfast.protocol import ipc
-from holdfast.protocol import lifecycle as lc
 from holdfast.protocol.oci_state import ContainerState
 from holdfast.store.asleep import Asleep
-from holdfast.store.registry import Instance, Registry
+from holdfast.store.registry import Registry
 from holdfast.store.states import Write
 from holdfast.tpm2.algorithms import HASHES_BY_NAME, Alg
 
@@ -77,23 +56,6 @@ LOG = structlog.get_logger()
 INSTANCES_MAX: Final = 10_000
 MEASURING_MAX: Final = 4  # containers at once
 ATTACH_DELAYS: Final = (0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0, 60.0)  # seconds before each try
-Opened = Callable[[VirtualTpm, Attachment], object]
-Closed = Callable[[VirtualTpm], object]
-
-
-@dataclass(eq=False)
-class Lease:
-    """A run's container, by its init's pidfd; -1 once nobody watches it."""
-
-    pidfd: int
-    container: str
-
-    def drop(self) -> None:
-        """Watch it no more."""
-        if self.pidfd >= 0:
-            asyncio.get_running_loop().remove_reader(self.pidfd)
-            os.close(self.pidfd)
-            self.pidfd = -1
 
 
 class Host:
@@ -123,11 +85,9 @@ class Host:
         self.sleep = Sleep(limits, self.spawner, self.counts.wakes, self._vtpms.values)
         self.left: dict[str, str] = {}  # rows that are no instances: name, and why
         self._refusals: dict[InstanceId, str] = {}
-        self._leases: dict[InstanceId, Lease] = {}
-        self._numbers: dict[InstanceId, tuple[Number, ...]] = {}  # of device nodes
-        self._reservations = Reservations(paths.run / "nodes")
-        self._opened = opened
-        self._closed = closed
+        self._leases = Leases(self._container_ended)
+        self._runs = Runs(paths.run / "runs")
+        self._ends = Ends(config, self.spawner, opened, closed)
         banks = tuple(int(HASHES_BY_NAME[bank]) for bank in DEFAULT_BANKS)
         self._ahead = Ahead(self.spawner, self.keeper, banks, config.workers.manufactured)
         self.rekeying = Rekeying(
@@ -147,8 +107,8 @@ class Host:
             LOG.warning("which states are the newest is not known", why=str(error))
         with contextlib.suppress(HoldfastError, OSError):  # `doctor` looks at it too, and says so
             await self.log_contradiction()
-        held, _ = await self.spawner.ask(lc.ListHeld(), lc.HeldList)
-        workers = {entry.instance: entry for entry in held.entries}
+        predecessor = Predecessor(self.spawner, self._runs, self._ends, self._leases, self.sleep)
+        await predecessor.look()
         records, wrong = self._registry.all()
         for name, why in wrong:
             self._leave(name, why)
@@ -159,18 +119,15 @@ class Host:
                 self._leave(record.name, str(error))
                 continue
             self._vtpms[record.name] = vtpm
-            entry = workers.pop(record.id, None)
             try:
-                if vtpm.on and await self._resume(vtpm, entry):
-                    continue
-                await self._put_in_order(vtpm, entry)
+                if not (vtpm.on and await predecessor.resume(vtpm)):
+                    await predecessor.let_go(record.id)
+                    await self._put_in_order(vtpm)
             except (HoldfastError, OSError) as error:
                 LOG.warning("not taken up", vtpm=record.name, why=str(error))
                 if vtpm.on or vtpm.state is State.OFF:
                     vtpm.fail(str(error))
-        for instance in workers:  # of instances that the registry does not know
-            await self.spawner.ask(lc.Kill(instance), ipc.Done)
-            await self.spawner.ask(lc.Release(instance), ipc.Done)
+        await predecessor.let_go_of_others({vtpm.record.id for vtpm in self._vtpms.values()})
         self._around.asleep.keep_only({v.record.id for v in self._vtpms.values() if v.on})
         self._ahead.refill()
         self.sleep.begin()
@@ -182,73 +139,41 @@ class Host:
         Whoever wants to start one meanwhile does not wait for the rest.
         """
         for vtpm in tuple(self._vtpms.values()):
-            async with vtpm.lock:
-                there = self._vtpms.get(vtpm.record.name) is vtpm
-                if there and vtpm.state is State.OFF:
-                    try:
-                        await self._make_reachable(vtpm)
-                    except (HoldfastError, OSError) as error:
-                        LOG.warning("has no device", vtpm=vtpm.record.name, why=str(error))
-            await asyncio.sleep(0)
+            await self._make_reachable(vtpm)
 
-    async def _make_reachable(self, vtpm: VirtualTpm) -> None:
-        """A vTPM that is off has a device from now on."""
-        if not vtpm.attached:
-            await self._attach(vtpm)
+    async def _attach_later(self, vtpm: VirtualTpm) -> None:
+        """The spawner was away: try again until it is back."""
+        for delay in ATTACH_DELAYS:
+            await asyncio.sleep(delay)
+            if await self._make_reachable(vtpm):
+                return
+        LOG.error("its device could not be made", vtpm=vtpm.record.name)
+
+    async def _make_reachable(self, vtpm: VirtualTpm) -> bool:
+        """A vTPM that is off, and not gone, has a device from now on; False if that failed."""
+        async with vtpm.lock:
+            if self._has(vtpm) and vtpm.state is State.OFF:
+                try:
+                    await self._ends.make_missing(vtpm)
+                except (HoldfastError, OSError) as error:
+                    LOG.warning("has no device", vtpm=vtpm.record.name, why=str(error))
+                    return False
+        return True
 
     def _leave(self, name: str, why: str) -> None:
         """A row of the registry that is no instance is neither used nor changed."""
         LOG.error("a row of the registry is no instance, and is left as it is", row=name, why=why)
         self.left[name] = why
 
-    async def _resume(self, vtpm: VirtualTpm, entry: lc.HeldEntry | None) -> bool:
-        """Take up with a run that outlived the old daemon; False if its container is gone."""
-        entry = entry or lc.HeldEntry(vtpm.record.id, 0, False, False, False)
-        saved = self._saved_run(vtpm)
-        if saved is None:
-            return False
-        run, started = saved
-        pidfd = _pidfd(run.init_pid, started) if run.init_pid else None
-        if run.init_pid and pidfd is None:
-            return False
-        try:
-            if not await self._reattach(vtpm, run, entry):
-                return False
-            if pidfd is not None:
-                self._watch(vtpm, Lease(pidfd, run.container))
-                pidfd = None
-        finally:
-            if pidfd is not None:
-                os.close(pidfd)
-        LOG.info("taken up", vtpm=vtpm.record.name, container=run.container)
-        return True
-
-    async def _reattach(self, vtpm: VirtualTpm, run: Run, entry: lc.HeldEntry) -> bool:
-        """Take up a run's device; False if the spawner ended too, and its device with it."""
-        try:
-            _, fds = await self.spawner.ask(lc.FetchHeld(vtpm.record.id), ipc.Done)
-        except NotFound:
-            return False
-        attachment = places.adopt(self.config.paths.vtpm(vtpm.record.name), fds)
-        attachment.close_listeners()
-        await vtpm.reattach(run, Door(attachment), entry)
-        if vtpm.state is State.ASLEEP:
-            self.sleep.took_up(vtpm, knocked=entry.knocked)
-        self._opened(vtpm, attachment)
-        return True
-
-    async def _put_in_order(self, vtpm: VirtualTpm, entry: lc.HeldEntry | None) -> None:
-        """No run goes on: end a worker without a container, let go of what is held for it."""
-        if entry is not None:
-            await self.spawner.ask(lc.Kill(vtpm.record.id), ipc.Done)
-            await self.spawner.ask(lc.Release(vtpm.record.id), ipc.Done)
+    async def _put_in_order(self, vtpm: VirtualTpm) -> None:
+        """No run of it goes on, and it has no worker any more."""
         if vtpm.on:
             await vtpm.power_off()
         leaf = self.committer.leaf(vtpm.record.id)
         gone = leaf is not None and leaf.status is Status.DESTROYED
         if vtpm.state is State.DEFINED or gone:  # half made, or half destroyed
             await self._forget(vtpm)
-            del self._vtpms[vtpm.record.name]
+            self._vtpms.pop(vtpm.record.name, None)
 
     async def _forget(self, vtpm: VirtualTpm) -> None:
         """Delete what there is of it; that it was there, the map remembers if it ever had a state.
@@ -273,7 +198,9 @@ class Host:
         """End in order: every vTPM off and sealed, every mount and CDI file gone."""
         self.sleep.end()
         await self.rekeying.close()
-        await asyncio.gather(*(self._stop_one(vtpm) for vtpm in self._vtpms.values()))
+        vtpms = tuple(self._vtpms.values())
+        self._vtpms.clear()  # whoever waits for one finds it gone: nothing is made any more
+        await asyncio.gather(*(self._stop_one(vtpm) for vtpm in vtpms))
         await self._ahead.close()
         try:
             await self.committer.close()
@@ -294,7 +221,7 @@ class Host:
         async with vtpm.lock:
             try:
                 await self._end(vtpm)
-                await self._detach(vtpm)
+                await self._ends.remove(vtpm)
             except (HoldfastError, OSError) as error:
                 LOG.warning("not ended in order", vtpm=vtpm.record.name, why=str(error))
 
@@ -330,9 +257,13 @@ class Host:
         """The vTPM of that name, locked; NotFound, also if it was destroyed meanwhile."""
         vtpm = self.find(name)
         async with vtpm.lock:
-            if self._vtpms.get(vtpm.record.name) is not vtpm:
+            if not self._has(vtpm):
                 raise NotFound(f"there is no vTPM named {name}")
             yield vtpm
+
+    def _has(self, vtpm: VirtualTpm) -> bool:
+        """Whether it is still one of ours; another may have its name."""
+        return self._vtpms.get(vtpm.record.name) is vtpm
 
     # --- making and destroying ---
 
@@ -347,20 +278,8 @@ class Host:
             await self._may_pass_through(wanted.device)
         alg_banks = tuple(HASHES_BY_NAME[bank] for bank in banks)
         parked = None if wanted.device else self._ahead.take(alg_banks)
-        record = Instance(
-            id=InstanceId(parked.instance if parked else uuid4()),
-            name=name,
-            state=State.DEFINED.value,
-            profile=wanted.profile.value,
-            owner=wanted.owner,
-            banks=banks,
-            created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            unlinked=wanted.unlinked,
-            start_policy=wanted.start_policy,
-            ports=wanted.ports,
-            nodes=wanted.nodes,
-            device=wanted.device,
-        )
+        own = InstanceId(parked.instance if parked else uuid4())
+        record = wanted.defined(own, banks)
         vtpm = VirtualTpm(record, self._around)
         try:
             self._registry.add(record)
@@ -375,11 +294,7 @@ class Host:
                 # While the worker looks for primes, the place where it will be met is made.
                 making = asyncio.create_task(vtpm.manufacture(parked))
                 try:
-                    attachment = await asyncio.to_thread(
-                        places.attach, self.config.paths.vtpm(name), name, record.owner,
-                        _node_kind(record), self._reservations.taken(),
-                    )  # fmt: skip
-                    await self._attach(vtpm, attachment)
+                    await self._ends.make(vtpm)
                     await making
                 except BaseException:
                     making.cancel()
@@ -387,20 +302,19 @@ class Host:
                     raise
         except BaseException:
             with contextlib.suppress(HoldfastError):
-                await self._detach(vtpm)
+                await self._ends.remove(vtpm)
             try:
                 await self._forget(vtpm)
             except HoldfastError as error:  # the next start of the daemon does it
                 LOG.warning("what was half made is still there", vtpm=name, why=str(error))
-            del self._vtpms[name]
+            self._vtpms.pop(name, None)
             raise
         self._ahead.refill()
         LOG.info("created", vtpm=name, id=str(record.id))
         return vtpm
 
     async def _check_device(self, device: str) -> None:
-        numbers = frozenset(number for each in self._numbers.values() for number in each)
-        ours = passthrough.Own(self.config.paths.run, numbers)
+        ours = passthrough.Own(self.config.paths.run, self._ends.all_numbers())
         await in_time(device, passthrough.check, device, self.config.host.tcti, ours)
 
     async def _may_pass_through(self, device: str) -> None:
@@ -429,14 +343,14 @@ class Host:
         """Forget a vTPM for good: its state, keys and names; how many snapshots went with it."""
         async with self.held(name) as vtpm:
             if vtpm.on:
-                raise Conflict(f"{name} is in use by {self._user(vtpm)}: stop it first")
+                raise Conflict(f"{name} is in use by {self._leases.user(vtpm)}: stop it first")
             after(vtpm.state, Event.DESTROYED)
             await self.committer.ready()  # or it would be half gone
-            self._drop(vtpm)
-            await self._detach(vtpm)
+            self._leases.drop(vtpm)
+            await self._ends.remove(vtpm)
             snapshots = len(self.snapshots.of(vtpm))
             await self._forget(vtpm)
-            del self._vtpms[vtpm.record.name]
+            self._vtpms.pop(vtpm.record.name, None)
             self._refusals.pop(vtpm.record.id, None)
             await self.committer.anchor_durably()
         LOG.info("destroyed", vtpm=name)
@@ -457,38 +371,26 @@ class Host:
                     raise HostError(f"{name} cannot be linked to this host: {wrong}")
             pidfd = os.pidfd_open(state.pid)
             try:
-                nodes = self._numbers.get(vtpm.record.id, ())
-                look = (
-                    partial(relayed_run, state, nodes)
-                    if device
-                    else partial(
-                        measured_run, vtpm.record, vtpm.banks, state, self.config, self.log, nodes
-                    )
-                )
+                look = partial(self._look, vtpm, state)
                 run = await asyncio.get_running_loop().run_in_executor(self._measuring, look)
-                if nodes:
-                    self._reservations.reserve(nodes, state.pid)
-                await self._open_ports(vtpm, state.pid)
-                await self._power_on(vtpm, run, _start_time(state.pid))
+                await self._ends.let_in(vtpm, state.pid)
+                await self._power_on(vtpm, run)
             except BaseException:
                 os.close(pidfd)
                 if vtpm.record.ports:
                     with contextlib.suppress(HoldfastError):
                         await vtpm.hold_ports(())  # or its network would live as long as they do
                 raise
-            self._watch(vtpm, Lease(pidfd, run.container))
+            self._leases.watch(vtpm, pidfd, run.container)
         LOG.info("started", vtpm=name, container=run.container, run=vtpm.record.run)
         return vtpm
 
-    async def _open_ports(self, vtpm: VirtualTpm, pid: int) -> None:
-        """Listen in the network of the container whose init this is, if that was asked for."""
-        if vtpm.record.ports:
-            sockets = await asyncio.to_thread(ports.listen, pid)
-            try:
-                await vtpm.hold_ports(tuple(sock.fileno() for sock in sockets))
-            finally:
-                for sock in sockets:
-                    sock.close()
+    def _look(self, vtpm: VirtualTpm, state: ContainerState) -> Run:
+        """What a container's run begins with; in a thread of its own."""
+        nodes = self._ends.numbers(vtpm)
+        if vtpm.record.device:
+            return relayed_run(state, nodes)
+        return measured_run(vtpm.record, vtpm.banks, state, self.config, self.log, nodes)
 
     async def log_contradiction(self) -> str | None:
         """Where the host's event log and its TPM disagree, if they do."""
@@ -511,55 +413,40 @@ class Host:
             if vtpm.on:
                 raise Conflict(f"{name} is on already")
             self._may_start(vtpm)
-            await self._make_reachable(vtpm)
-            await self._power_on(vtpm, plain_run(), 0)
+            await self._ends.make_missing(vtpm)
+            await self._power_on(vtpm, plain_run())
         return vtpm
 
     def _may_start(self, vtpm: VirtualTpm) -> None:
         if vtpm.on:
             raise Conflict(
-                f"{vtpm.record.name} is in use by {self._user(vtpm)}: "
+                f"{vtpm.record.name} is in use by {self._leases.user(vtpm)}: "
                 "a vTPM belongs to one container at a time"
             )
         if vtpm.state is State.FAILED:
             raise Conflict(f"{vtpm.record.name} has failed: {vtpm.record.why_failed}")
 
-    def _user(self, vtpm: VirtualTpm) -> str:
-        lease = self._leases.get(vtpm.record.id)
-        return f"container {lease.container}" if lease else "a program on this host"
-
-    async def _power_on(self, vtpm: VirtualTpm, run: Run, started: int) -> None:
-        self._save_run(vtpm, run, started)
+    async def _power_on(self, vtpm: VirtualTpm, run: Run) -> None:
+        self._runs.save(vtpm, run, self._ends.numbers(vtpm))
         await vtpm.power_on(run)
-        place = self.config.paths.vtpm(vtpm.record.name) / "run" / places.EVENT_LOG
         try:
-            place.write_text(encode_json(run.records))
+            self._ends.show_log(vtpm, run)
         except OSError:
             await vtpm.power_off()
             raise
-
-    def _watch(self, vtpm: VirtualTpm, lease: Lease) -> None:
-        """The run ends with its container's init."""
-        self._leases[vtpm.record.id] = lease
-
-        def ended() -> None:
-            lease.drop()
-            background(self._container_ended(vtpm, lease))
-
-        asyncio.get_running_loop().add_reader(lease.pidfd, ended)
 
     async def _container_ended(self, vtpm: VirtualTpm, lease: Lease) -> None:
         try:
             await self.end(vtpm.record.name, lease)
         except NotFound:
-            return  # destroyed meanwhile
+            return  # destroyed meanwhile, or the daemon ends all
         except (HoldfastError, OSError) as error:
             LOG.warning("not ended in order", vtpm=vtpm.record.name, why=str(error))
 
     async def end(self, name: str, lease: Lease | None = None) -> None:
         """Power off, and make the device anew for the next run."""
         async with self.held(name) as vtpm:
-            present = self._leases.get(vtpm.record.id)
+            present = self._leases.of(vtpm)
             if lease is not None and present is not lease:
                 return
             if present is None and vtpm.state is State.OFF:
@@ -574,27 +461,14 @@ class Host:
 
     async def _make_ends_anew(self, vtpm: VirtualTpm) -> None:
         """Who still has the old ones has nothing."""
-        await self._detach(vtpm, keep_cdi=True)
+        await self._ends.remove(vtpm, keep_cdi=True)
         if vtpm.state is State.OFF:
-            await self._attach(vtpm)
-
-    async def _attach_later(self, vtpm: VirtualTpm) -> None:
-        """The spawner was away: try again until it is back."""
-        for delay in ATTACH_DELAYS:
-            await asyncio.sleep(delay)
-            async with vtpm.lock:
-                there = self._vtpms.get(vtpm.record.name) is vtpm
-                if not there or vtpm.state is not State.OFF:
-                    return
-                with contextlib.suppress(HoldfastError, OSError):
-                    await self._make_reachable(vtpm)
-                    return
-        LOG.error("its device could not be made", vtpm=vtpm.record.name)
+            await self._ends.make(vtpm)
 
     async def end_of(self, name: str, container: str) -> bool:
         """End the run of this very container, if it is still the one: whether it was."""
         vtpm = self.find(name)
-        lease = self._leases.get(vtpm.record.id)
+        lease = self._leases.of(vtpm)
         if lease is None or lease.container != container:
             return False
         await self.end(name, lease)
@@ -604,126 +478,14 @@ class Host:
         """Let a failed vTPM be started again."""
         async with self.held(name) as vtpm:
             vtpm.retry()
-            await self._detach(vtpm, keep_cdi=True)
-            await self._attach(vtpm)
+            await self._make_ends_anew(vtpm)
 
     async def _end(self, vtpm: VirtualTpm) -> None:
-        self._drop(vtpm)
+        self._leases.drop(vtpm)
         if vtpm.on:
             await vtpm.power_off()
-        self._run_file(vtpm).unlink(missing_ok=True)
-
-    def _drop(self, vtpm: VirtualTpm) -> None:
-        """Its run, if there is one, has no container any more."""
-        lease = self._leases.pop(vtpm.record.id, None)
-        if lease is not None:
-            lease.drop()
-
-    # --- the place where a container meets it ---
-
-    async def _attach(self, vtpm: VirtualTpm, attachment: Attachment | None = None) -> None:
-        paths, name = self.config.paths, vtpm.record.name
-        if attachment is None:
-            kind, taken = _node_kind(vtpm.record), self._reservations.taken()
-            attachment = places.attach(paths.vtpm(name), name, vtpm.record.owner, kind, taken)
-        surplus = list(attachment.surplus)
-        try:
-            while surplus:  # in the order in which the kernel asks for them
-                await self._introduced(surplus[0])
-                self._reservations.keep(surplus.pop(0))
-            self._numbers[vtpm.record.id] = await self._introduced(attachment.nodes)
-        except BaseException:
-            attachment.close()
-            for nodes in surplus:
-                nodes.close()
-            raise
-        await vtpm.attach(Door(attachment))
-        self._opened(vtpm, attachment)
-        cdi.write_spec(self.cdi_of(vtpm), paths.cdi)
-
-    async def _introduced(self, nodes: Nodes) -> tuple[Number, ...]:
-        """The numbers of device nodes, once the kernel knows what is behind them."""
-        if nodes.kind is not NodeKind.VTPM_PROXY:
-            return numbers(nodes)
-        look = partial(numbers_yet, nodes)
-        return await introduce(self.spawner, nodes.fds, look)
+        self._runs.forget(vtpm)
 
     def cdi_of(self, vtpm: VirtualTpm) -> dict[str, Any]:
         """The CDI specification of a vTPM's device."""
-        name = vtpm.record.name
-        nodes = self._numbers.get(vtpm.record.id, ())
-        return cdi.cdi_spec(name, container_edits(name, self.config, nodes))
-
-    async def _detach(self, vtpm: VirtualTpm, *, keep_cdi: bool = False) -> None:
-        paths, name = self.config.paths, vtpm.record.name
-        self._closed(vtpm)
-        self._numbers.pop(vtpm.record.id, None)
-        try:
-            await vtpm.detach()
-        finally:
-            # Each mount that is taken away waits for all CPUs: others need not.
-            await asyncio.to_thread(places.detach, paths.vtpm(name))
-            if not keep_cdi:
-                cdi.remove_spec(name, paths.cdi)
-
-    # --- what a run was started with, for the next daemon ---
-
-    def _run_file(self, vtpm: VirtualTpm) -> Path:
-        return self.config.paths.run / "runs" / f"{vtpm.record.id}.json"
-
-    def _save_run(self, vtpm: VirtualTpm, run: Run, started: int) -> None:
-        file = self._run_file(vtpm)
-        file.parent.mkdir(mode=0o700, exist_ok=True)
-        value = {
-            "container": run.container,
-            "init_pid": run.init_pid,
-            "init_started": started,
-            "host_log": run.host_log.hex(),
-            "nodes": self._numbers.get(vtpm.record.id, ()),
-            "records": encode_json(run.records),
-        }
-        fresh = file.with_suffix(".new")
-        fresh.write_text(json.dumps(value))
-        fresh.rename(file)
-
-    def _saved_run(self, vtpm: VirtualTpm) -> tuple[Run, int] | None:
-        """The run and its init's start time; the numbers of its nodes are known again."""
-        run = plain_run()
-        try:
-            value = json.loads(self._run_file(vtpm).read_text())
-            if vtpm.record.device:
-                run = replace(run, container=value["container"], init_pid=value["init_pid"])
-            elif vtpm.record.profile == Profile.LINKED.value:
-                run = run_again(
-                    value["container"], value["init_pid"], bytes.fromhex(value["host_log"]),
-                    value["records"], vtpm.banks,
-                )  # fmt: skip
-            found = tuple(Number(int(major), int(minor)) for major, minor in value.get("nodes", ()))
-            self._numbers[vtpm.record.id] = found
-            return run, int(value["init_started"])
-        except (FileNotFoundError, ValueError, KeyError, TypeError):
-            return None  # none, or of another version
-
-
-def _node_kind(record: Instance) -> NodeKind:
-    """What to make a vTPM's device nodes by: what was asked for, where the kernel has it."""
-    return chosen(Asked(record.nodes or Asked.FUSE.value))
-
-
-def _start_time(pid: int) -> int:
-    """Field 22 of /proc/PID/stat: clock ticks since boot; tells one use of a pid from another."""
-    text = Path(f"/proc/{pid}/stat").read_text()
-    return int(text.rpartition(")")[2].split()[19])
-
-
-def _pidfd(pid: int, started: int) -> int | None:
-    """A pidfd of that very process, if it still lives."""
-    try:
-        fd = os.pidfd_open(pid)
-        signal.pidfd_send_signal(fd, 0)
-        if _start_time(pid) == started:
-            return fd
-    except (OSError, ValueError):
-        return None
-    os.close(fd)
-    return None
+        return self._ends.cdi_of(vtpm)

@@ -1,7 +1,11 @@
-"""A vTPM as somebody asks for it: read once, from what the API was sent."""
+"""A vTPM as somebody asks for it: read once, from what the API was sent.
+
+Not here: whether there can be one like that beside those there are (`host`).
+"""
 
 from __future__ import annotations
 
+import datetime
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
@@ -10,7 +14,8 @@ from holdfast.daemon.starting import check_policy
 from holdfast.errors import Conflict, InvalidInput
 from holdfast.frontend.filter import Profile
 from holdfast.frontend.nodes import Asked, chosen
-from holdfast.ids import InstanceName, instance_name
+from holdfast.ids import InstanceId, InstanceName, instance_name
+from holdfast.instance.lifecycle import State
 from holdfast.protocol.mssim import Dialect
 from holdfast.store.registry import Instance
 from holdfast.tpm2.algorithms import HASHES_BY_NAME
@@ -33,6 +38,23 @@ class Wanted:
     nodes: str
     device: str
     start_policy: dict[str, Any]
+
+    def defined(self, own: InstanceId, banks: tuple[str, ...]) -> Instance:
+        """As the registry first has it: named, and not made yet."""
+        return Instance(
+            id=own,
+            name=self.name,
+            state=State.DEFINED.value,
+            profile=self.profile.value,
+            owner=self.owner,
+            banks=banks,
+            created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            unlinked=self.unlinked,
+            start_policy=self.start_policy,
+            ports=self.ports,
+            nodes=self.nodes,
+            device=self.device,
+        )
 
 
 def wanted(body: Mapping[str, Any]) -> Wanted:
