@@ -22,8 +22,9 @@ from holdfast.frontend.door import Door
 from holdfast.ids import InstanceId, InstanceName
 from holdfast.instance.committer import Committer, destroyed
 from holdfast.instance.links import Peer
+from holdfast.instance.run import Run, host_extends
 from holdfast.instance.snapshots import Snapshots
-from holdfast.instance.vtpm import Run, Surroundings, VirtualTpm, host_extends
+from holdfast.instance.vtpm import Surroundings, VirtualTpm
 from holdfast.protocol import lifecycle as lc
 from holdfast.store.asleep import Asleep
 from holdfast.store.registry import Instance, Registry

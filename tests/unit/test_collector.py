@@ -27,7 +27,8 @@ from holdfast.evidence.round import round_extra_data
 from holdfast.hwtpm.anchor import Chain
 from holdfast.ids import InstanceId, instance_name
 from holdfast.instance.committer import Committer, Sealed, destroyed
-from holdfast.instance.vtpm import Run, Surroundings, VirtualTpm
+from holdfast.instance.run import Run
+from holdfast.instance.vtpm import Surroundings, VirtualTpm
 from holdfast.keeper.freshness import Freshness
 from holdfast.protocol import ipc
 from holdfast.protocol import lifecycle as lc

@@ -36,7 +36,8 @@ from holdfast.evidence.round import (
 from holdfast.instance.background import background
 from holdfast.instance.committer import Committer
 from holdfast.instance.links import Peer
-from holdfast.instance.vtpm import Run, VirtualTpm
+from holdfast.instance.run import Run
+from holdfast.instance.vtpm import VirtualTpm
 from holdfast.protocol import ipc
 from holdfast.tpm2.algorithms import Alg
 from holdfast.tpm2.constants import MEASURED_PCRS

@@ -395,9 +395,8 @@ def _summary(vtpm: VirtualTpm) -> dict[str, Any]:
 
 def _log_of(vtpm: VirtualTpm) -> dict[str, Any]:
     """The log of the last run: what was measured, whether or not it still runs."""
-    path = vtpm.log_directory / f"{vtpm.record.run:08d}.cel"
     try:
-        records, torn = decode_seq(path.read_bytes())
+        records, torn = decode_seq(vtpm.log_file(vtpm.record.run).read_bytes())
     except FileNotFoundError:
         records, torn = (), b""
     return {"run": vtpm.record.run, "torn": bool(torn), "events": [to_json(r) for r in records]}

@@ -28,7 +28,8 @@ from holdfast.frontend.door import Door
 from holdfast.frontend.nodes import Asked, NodeKind, Nodes, Number, chosen, numbers, numbers_yet
 from holdfast.instance.introduction import introduce
 from holdfast.instance.links import Peer
-from holdfast.instance.vtpm import Run, VirtualTpm
+from holdfast.instance.run import Run
+from holdfast.instance.vtpm import VirtualTpm
 from holdfast.protocol import ipc
 from holdfast.protocol import lifecycle as lc
 

@@ -40,9 +40,10 @@ from holdfast.instance.committer import Committer, destroyed
 from holdfast.instance.lifecycle import Event, State, after
 from holdfast.instance.links import Peer
 from holdfast.instance.rekeying import Rekeying
+from holdfast.instance.run import Run
 from holdfast.instance.sleep import Limits, Sleep
 from holdfast.instance.snapshots import Snapshots
-from holdfast.instance.vtpm import Run, Surroundings, VirtualTpm
+from holdfast.instance.vtpm import Surroundings, VirtualTpm
 from holdfast.instance.waiting import in_time
 from holdfast.linux.steps import Step, reached
 from holdfast.protocol import ipc

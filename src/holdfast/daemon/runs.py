@@ -1,6 +1,6 @@
 """What each present run was started with, on disk: for the daemon after this one.
 
-Not here: the log, which is durable before anything is extended (`instance.vtpm`), and whether a run
+Not here: the log, which is durable before anything is extended (`instance.run`), and whether a run
 goes on (`predecessor`).
 """
 
@@ -16,7 +16,8 @@ from holdfast.daemon.starting import plain_run, run_again
 from holdfast.eventlog.cel import encode_json
 from holdfast.frontend.filter import Profile
 from holdfast.frontend.nodes import Number
-from holdfast.instance.vtpm import Run, VirtualTpm
+from holdfast.instance.run import Run
+from holdfast.instance.vtpm import VirtualTpm
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ from holdfast.eventlog.tcg2 import Tcg2Log
 from holdfast.frontend import cdi
 from holdfast.frontend.nodes import DEVICES, Number
 from holdfast.ids import InstanceName
-from holdfast.instance.vtpm import Run, host_extends
+from holdfast.instance.run import Run, host_extends
 from holdfast.linux.opening import open_in_root
 from holdfast.measure.cache import FileTreeCache
 from holdfast.measure.config import CONFIG_MAX, ConfigFacts, Hook, config_facts, hooks_after

@@ -16,7 +16,7 @@ import errno
 import hashlib
 import os
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -26,10 +26,7 @@ from typing import Final, Protocol
 import structlog
 
 from holdfast.errors import Conflict, HoldfastError, HostError, IntegrityError, NotFound
-from holdfast.eventlog.cel import encode_seq
-from holdfast.eventlog.records import Record
-from holdfast.eventlog.replay import PcrValues, initial, replay
-from holdfast.eventlog.tcg2 import Tcg2Log
+from holdfast.eventlog.replay import PcrValues
 from holdfast.evidence.freshness import EMPTY
 from holdfast.instance.ahead import Parked, begin
 from holdfast.instance.background import background
@@ -38,6 +35,7 @@ from holdfast.instance.committer import Committer, Done, Sealed
 from holdfast.instance.counts import Counts
 from holdfast.instance.lifecycle import ON, Event, State, after, stored
 from holdfast.instance.links import Peer
+from holdfast.instance.run import Run, write_log
 from holdfast.instance.waiting import in_time
 from holdfast.instance.worker_link import WorkerLink, not_yet, reattach, spawn
 from holdfast.linux.steps import Step, reached
@@ -48,7 +46,7 @@ from holdfast.store.registry import Instance, KeySet, Registry
 from holdfast.store.snapshots import Snapshot
 from holdfast.store.states import SealedState
 from holdfast.tpm2.algorithms import HASHES_BY_NAME, Alg
-from holdfast.tpm2.constants import HOST_PCRS, MEASURED_PCRS
+from holdfast.tpm2.constants import MEASURED_PCRS
 
 LOG = structlog.get_logger()
 QUOTES_PER_SECOND: Final = 5.0  # of one vTPM, for long: each costs the host TPM a signature
@@ -59,20 +57,6 @@ RESTART_DELAYS: Final = (0.0, 0.1, 0.5, 2.0, 5.0, 15.0)  # seconds before each r
 WORKER_END_SECONDS: Final = 5.0  # for an orderly end; the longest command takes less
 WAKES_MAX: Final = 4  # of a host at once: each takes a worker, which takes a CPU to make
 STEADY_SECONDS: Final = 60.0  # after which a worker's death counts as the first again
-Extends = Sequence[tuple[int, Mapping[Alg, bytes]]]
-
-
-@dataclass(frozen=True)
-class Run:
-    """What one run of a container's vTPM began with, and who uses it."""
-
-    container: str
-    init_pid: int
-    startup_locality: int
-    host_log: bytes
-    host_events: int
-    extends: tuple[tuple[int, Mapping[Alg, bytes]], ...]  # host's, then the container's
-    records: tuple[Record, ...]
 
 
 class Door(Protocol):
@@ -332,9 +316,9 @@ class VirtualTpm:
         if door is None:
             raise Conflict("the vTPM has no device to be reached by")
         await self._alone()
-        self._run_number, self._log_head = self.record.run + 1, EMPTY
+        self._run_number, self._log_head = self.record.run + 1, run.log_head
         if run.records:
-            self._log_head = self._write_log(run)
+            write_log(self.log_file(self._run_number), run.log)
         reached(Step.POWER_ON_BEGUN)
         self._stopping = False
         self.run = run
@@ -366,7 +350,7 @@ class VirtualTpm:
         around = self._around
         await around.committer.ready()
         state = around.registry.states.state(self.record.id)
-        ledger = replay(initial(self.banks, run.startup_locality), run.extends)
+        ledger = run.ledger(self.banks)
         task = lc.PowerOn(
             self.record.profile, self.record.terms, 0 if anew else state.clears,
             state.epoch, state.sealed, run.startup_locality,
@@ -419,30 +403,9 @@ class VirtualTpm:
         self._share()
         self.ledger = {}
 
-    def _write_log(self, run: Run) -> bytes:
-        """The write-ahead record: what is about to be extended, durable first; its SHA-256."""
-        directory = self.log_directory
-        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        name = f"{self.record.run + 1:08d}.cel"
-        # Whatever lies in the way is replaced and not followed.
-        place = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-        try:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(name, dir_fd=place)
-            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
-            with open(os.open(name, flags, 0o600, dir_fd=place), "wb") as file:
-                log = _log_of(run)
-                file.write(log)
-                file.flush()
-                os.fsync(file.fileno())
-            os.fsync(place)
-        finally:
-            os.close(place)
-        return hashlib.sha256(log).digest()
-
-    @property
-    def log_directory(self) -> Path:
-        return self._around.logs / str(self.record.id)
+    def log_file(self, run: int) -> Path:
+        """Where the log of its run of this number is, if anything was measured then."""
+        return self._around.logs / str(self.record.id) / f"{run:08d}.cel"
 
     def give_up(self) -> None:
         """Replace no worker any more: whoever waits for the lock is going to power off."""
@@ -695,8 +658,8 @@ class VirtualTpm:
         around = self._around
         self.run = run
         self._door = door
-        self._log_head = hashlib.sha256(_log_of(run)).digest() if run.records else EMPTY
-        self.ledger = replay(initial(self.banks, run.startup_locality), run.extends)
+        self._log_head = run.log_head
+        self.ledger = run.ledger(self.banks)
         if entry.pid:
             around.asleep.discard(self.record.id)  # a worker that lives has used it up, or will
             self._worker = await reattach(around.spawner, self.record.id, self._keep, self._died)
@@ -746,10 +709,6 @@ class VirtualTpm:
             await asyncio.wait([self._replacing])
 
 
-def _log_of(run: Run) -> bytes:
-    return b"".join(map(encode_seq, run.records))
-
-
 def _open_device(path: str) -> int:
     """The device, for this caller alone. Conflict if somebody has it, HostError if it is gone."""
     try:
@@ -762,12 +721,3 @@ def _open_device(path: str) -> int:
 
 def _extension(pcr: int, digests: Mapping[Alg, bytes]) -> lc.Extension:
     return lc.Extension(pcr, tuple(ipc.PcrValue(alg, pcr, value) for alg, value in digests.items()))
-
-
-def host_extends(log: Tcg2Log, banks: Sequence[Alg]) -> Extends:
-    """What a host's log extends in these banks."""
-    return tuple(
-        (event.pcr, {alg: value for alg, value in event.digests.items() if alg in banks})
-        for event in log.extends()
-        if event.pcr in HOST_PCRS
-    )
