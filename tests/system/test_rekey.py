@@ -294,7 +294,21 @@ def test_a_state_that_does_not_open_is_named_and_the_others_go_on(tmp_path: Path
         host.power_on("good")
 
 
-def test_only_root_may_and_one_at_a_time(tmp_path: Path) -> None:
+def test_what_was_not_finished_is_told_and_finished_with_whatever_is_changed_next() -> None:
+    with a_host() as host:
+        host.create("web")
+        sealed = rows(host)
+        with contextlib.closing(sqlite3.connect(host.database)) as db:  # as one that was killed
+            db.execute("INSERT INTO journal VALUES (NULL, 'then', '', 'rekey', 'root, data')")
+            db.commit()
+        assert "Run holdfast rekey again" in host.finding("rekey")["says"]
+        assert rekey(host, "--root")["keys"] == ["root", "data"]
+        assert rows(host) != sealed
+        findings = host.call("GET", "/v1/doctor")["findings"]
+        assert not [each for each in findings if each["what"] == "rekey"]
+
+
+def test_an_empty_request_is_refused_and_so_is_a_second_one_meanwhile() -> None:
     with a_host() as host:
         with pytest.raises(HoldfastError, match="which keys"):
             host.call("POST", "/v1/rekey", {})

@@ -238,8 +238,20 @@ async def _kernel(_seen: Seen) -> list[Finding]:
     return list(kernel())
 
 
+async def _rekeying(seen: Seen) -> list[Finding]:
+    """Whether keys were being changed when something ended."""
+    unfinished = seen.host.rekeying.unfinished
+    if not unfinished or seen.host.rekeying.running:
+        return []
+    says = (
+        "changing keys was begun and not finished: what was root's before may open what is there. "
+        "Run holdfast rekey again"
+    )
+    return [Finding("rekey", "warning", says)]
+
+
 # What is looked at, in the order in which it is told. None of them raises for what it finds.
 Check = Callable[[Seen], Awaitable[list[Finding]]]
 CHECKS: Final[tuple[Check, ...]] = (
-    _keeper, _host_log, _spawner, _store, _freshness, _wear, _vtpms, _kernel,
+    _keeper, _host_log, _spawner, _store, _freshness, _wear, _rekeying, _vtpms, _kernel,
 )  # fmt: skip
