@@ -28,13 +28,14 @@ import structlog
 from holdfast.errors import Conflict, HoldfastError, HostError, IntegrityError, NotFound
 from holdfast.eventlog.replay import PcrValues
 from holdfast.evidence.freshness import EMPTY
-from holdfast.instance.ahead import Parked, begin
+from holdfast.instance.ahead import Parked
 from holdfast.instance.background import background
 from holdfast.instance.bucket import Bucket
 from holdfast.instance.committer import Committer, Done, Sealed
 from holdfast.instance.counts import Counts
 from holdfast.instance.lifecycle import ON, Event, State, after, stored
 from holdfast.instance.links import Peer
+from holdfast.instance.manufacture import Manufacture
 from holdfast.instance.run import Run, write_log
 from holdfast.instance.waiting import in_time
 from holdfast.instance.worker_link import WorkerLink, not_yet, reattach, spawn
@@ -128,7 +129,7 @@ class VirtualTpm:
         self.ledger: PcrValues = {}
         self._around = around
         self._worker: WorkerLink | None = None
-        self._maker: WorkerLink | None = None
+        self._maker: WorkerLink | None = None  # which made or changed its state, and serves nobody
         self._restarts: list[float] = []
         self._door: Door | None = None
         self._stopping = False
@@ -189,81 +190,24 @@ class VirtualTpm:
         if self.record.device:
             self._move(Event.MANUFACTURED)  # by somebody else
             return
-        await self._around.committer.ready()
-        made = parked or await self._park()
-        try:
-            keys = await self._certify(made)
-        except NotFound:
-            if made is not parked:
-                raise
-            made = await self._park()  # the keeper began anew, and forgot whose keys these were
-            keys = await self._certify(made)
+        around = self._around
+        await around.committer.ready()
+        making = Manufacture(self.record, around.spawner, around.keeper, self._keep)
+        keys, worker = await making.make(parked)
         state = after(self.state, Event.MANUFACTURED)
         self.record = replace(self.record, state=state.value)
-        self._around.registry.put_keys(self.record, keys)
+        around.registry.put_keys(self.record, keys)
         reached(Step.CREATE_MADE)
-        self._maker = made.worker
+        self._maker = worker
 
     async def _alone(self) -> None:
-        """Wait until the worker that made the TPM has ended, which has the key until then."""
+        """Wait until the worker that had one task, and has the key until then, has ended."""
         maker, self._maker = self._maker, None
         if maker is not None and not maker.ended.is_set():
             try:
                 await asyncio.wait_for(maker.ended.wait(), WORKER_END_SECONDS)
             except TimeoutError:
                 await maker.kill(self._around.spawner)
-
-    async def _park(self) -> Parked:
-        around, banks = self._around, tuple(int(alg) for alg in self.banks)
-        return await begin(around.spawner, around.keeper, self.record.id, banks)
-
-    async def _certify(self, parked: Parked) -> KeySet:
-        """Have it made whole; if that fails, it is discarded."""
-        parked.worker.keep = self._keep
-        try:
-            return await self._certified(parked)
-        except BaseException:
-            await parked.discard(self._around.spawner)
-            raise
-
-    async def _certified(self, parked: Parked) -> KeySet:
-        """Have all keys certified, and the EKs' certificates put into the TPM, which then ends.
-
-        A signature of a host TPM takes as long as much else here, so the keeper is never idle:
-        it certifies the elliptic keys while the worker looks for primes, or else the AK while the
-        worker writes the others' certificates.
-        """
-        made = parked.made
-
-        async def certify(public: bytes) -> ipc.Certified:
-            question = ipc.Certify(self.record.id, self.record.name, public)
-            return (await self._around.keeper.ask(question, ipc.Certified))[0]
-
-        async def certify_rsa() -> ipc.Certified:
-            return await certify(await parked.ek_rsa)
-
-        # The RSA key's comes first if that key is there, and else when it is.
-        wanted = (certify_rsa(), certify(made.ek_ecc), certify(made.ak))
-        tasks = [asyncio.ensure_future(each) for each in wanted]
-        try:
-            ek_rsa, ek_ecc = await tasks[0], await tasks[1]
-            certificates = lc.InstallCertificates(
-                self.record.profile,
-                self.record.terms,
-                ek_rsa.certificate,
-                ek_ecc.certificate,
-                ek_rsa.chain,
-            )
-            await parked.worker.link.ask(certificates, ipc.Done)
-            ak = await tasks[2]
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-        return KeySet(
-            await parked.ek_rsa, made.ek_ecc, made.ak,
-            ek_rsa.certificate, ek_ecc.certificate, ak.certificate, ek_rsa.chain,
-        )  # fmt: skip
 
     # --- the place where a container meets it ---
 
