@@ -10,6 +10,8 @@ import os
 import select
 import signal
 import socket
+import struct
+import threading
 import time
 from collections.abc import Iterator
 from functools import partial
@@ -257,6 +259,41 @@ def test_under_pressure_the_longest_idle_sleeps_first() -> None:
         assert [state(host, name) for name in "abc"] == ["asleep", "active", "active"]
         for sock in socks.values():
             sock.close()
+
+
+@contextlib.contextmanager
+def said_to_be_idle(worker: int) -> Iterator[None]:
+    """A worker that somebody has taken over, which says so whatever it does."""
+    places = (Path(f"/proc/{worker}/fd") / each for each in os.listdir(f"/proc/{worker}/fd"))
+    place = next(each for each in places if "holdfast-page" in os.readlink(each))
+    ending = threading.Event()
+    page = os.open(place, os.O_RDWR)
+
+    def say() -> None:
+        while not ending.wait(0.001):
+            os.pwrite(page, struct.pack("=d", 1.0), 24)
+
+    thread = threading.Thread(target=say)
+    thread.start()
+    try:
+        yield
+    finally:
+        ending.set()
+        thread.join()
+        os.close(page)
+
+
+def test_who_says_to_be_idle_and_will_not_sleep_takes_nobody_elses_turn() -> None:
+    with sleepy("idle_after = 0\nactive_max = 1") as host:
+        begin(host, "a")
+        (worker,) = host.workers()
+        sock = sock_of(host, "a")
+        sock.sendall(GET_RANDOM[:5])
+        with said_to_be_idle(worker):
+            begin(host, "b")
+            until("b sleeps", partial(sleeps, host, "b"), 10.0)  # before the half is given up
+            assert state(host, "a") == "active"
+        sock.close()
 
 
 def test_whom_an_administrator_names_sleeps_unless_it_is_off_or_in_use() -> None:

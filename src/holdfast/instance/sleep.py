@@ -35,6 +35,7 @@ LOOK_SECONDS: Final = 1.0
 FALLING_MAX: Final = 4  # that go to sleep at once
 RELIEVED_AT_ONCE: Final = 32  # in one look, for want of memory
 REST_SECONDS: Final = 1.0  # idle for less, one is in use, however short of memory the host is
+RESTLESS_SECONDS: Final = 5.0  # before one is tried again that was in use
 UNEASY_SECONDS: Final = 30.0  # before one is tried again that could not be put to sleep
 WAKE_DELAYS: Final = (0.1, 0.5, 2.0, 5.0, 15.0)  # seconds between tries to wake one
 _MEMORY: Final = Path("/proc/meminfo")
@@ -115,17 +116,22 @@ class Sleep:
             ((since, vtpm) for since, vtpm in awake if since is not None),
             key=lambda each: each[0],
         )
-        wanted = len(can) - limits.active_max
-        if limits.idle_after:
-            wanted = max(wanted, sum(now - since >= limits.idle_after for since, _ in can))
+        pressing = len(can) - limits.active_max
         if free < limits.memory_reserve:
-            wanted = max(wanted, RELIEVED_AT_ONCE)
-        return [
-            vtpm
-            for since, vtpm in can[: max(wanted, 0)]
+            pressing = max(pressing, RELIEVED_AT_ONCE)
+        pressing -= len(self._falling)  # they are on their way
+        # Who would not sleep just now takes nobody else's turn.
+        willing = [
+            (since, vtpm)
+            for since, vtpm in can
             if now - since >= REST_SECONDS
             and vtpm.record.id not in self._falling
             and self._uneasy.get(vtpm.record.id, 0.0) <= now
+        ]
+        return [
+            vtpm
+            for place, (since, vtpm) in enumerate(willing)
+            if place < pressing or (limits.idle_after and now - since >= limits.idle_after)
         ]
 
     def _fall(self, vtpm: VirtualTpm) -> asyncio.Task[HoldfastError | None]:
@@ -143,7 +149,8 @@ class Sleep:
                 await vtpm.sleep()
                 self._sleepers[instance] = vtpm
             self._uneasy.pop(instance, None)
-        except Conflict as error:  # in use after all: looked at again
+        except Conflict as error:  # in use after all, or it says so: looked at again
+            self._uneasy[instance] = time.monotonic() + RESTLESS_SECONDS
             return error
         except HoldfastError as error:
             self._uneasy[instance] = time.monotonic() + UNEASY_SECONDS
