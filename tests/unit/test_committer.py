@@ -128,6 +128,26 @@ def test_two_commits_of_one_vtpm_are_never_in_one_group(world: World) -> None:
     asyncio.run(scenario())
 
 
+def test_what_a_worker_asked_for_before_it_died_is_done_with_before_another_begins(
+    world: World,
+) -> None:
+    """Also behind a group of others', in which there was no room for it."""
+
+    async def scenario() -> None:
+        with world.on() as (registry, committer):
+            made = [vtpm(registry, f"v{n}") for n in range(3)]
+            await committer.ready()
+            for epoch in (1, 2, 3):
+                for each in made:
+                    committer.submit(sealed(each, epoch), lambda _: None)
+            await committer.behind(made[1])
+            assert registry.states.state(made[1]).epoch == 3
+            assert world.keeper.freshness.newest(made[1]) == committer.leaf(made[1])
+            await committer.behind(made[1])  # there is nothing more to wait for
+
+    asyncio.run(asyncio.wait_for(scenario(), 30))
+
+
 def test_writes_of_a_day_of_work_cost_two_durable_anchors(world: World) -> None:
     async def scenario() -> None:
         with world.on() as (registry, committer):

@@ -83,6 +83,8 @@ class Committer:
         self._per_day = per_day
         self._waiting: deque[tuple[Write | Sealed, Done]] = deque()
         self._flushing: asyncio.Task[None] | None = None
+        self._under_way: frozenset[UUID] = frozenset()  # of whom the present group is
+        self._over = asyncio.Event()  # that group; another then
         self._alone = asyncio.Lock()  # one link at a time
         self._disk = ThreadPoolExecutor(1, "disk")
         self._connection: Connection | None = None  # to the keeper that has our map
@@ -162,6 +164,19 @@ class Committer:
                         self._unsure |= {wanted.instance for wanted, _ in group}
                 for _, done in group:
                     done(error)
+                self._under_way = frozenset()
+                self._over.set()
+                self._over = asyncio.Event()
+
+    async def behind(self, instance: UUID) -> None:
+        """Wait until all that was asked for a vTPM is done with: a worker's last, that has died.
+
+        What is on disk before that is not what its next worker has to begin with.
+        """
+        while instance in self._under_way or any(
+            wanted.instance == instance for wanted, _ in self._waiting
+        ):
+            await self._over.wait()
 
     def _group(self) -> list[tuple[Write | Sealed, Done]]:
         """The next commits, of each vTPM one."""
@@ -171,6 +186,7 @@ class Committer:
                 break
             wanted, done = self._waiting.popleft()
             group[wanted.instance] = wanted, done
+        self._under_way = frozenset(group)
         return list(group.values())
 
     def _writes(self, group: list[tuple[Write | Sealed, Done]]) -> list[Write]:

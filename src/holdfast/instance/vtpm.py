@@ -16,10 +16,9 @@ import errno
 import hashlib
 import os
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Final, Protocol
 
@@ -293,38 +292,50 @@ class VirtualTpm:
             return
         around = self._around
         await around.committer.ready()
-        state = around.registry.states.state(self.record.id)
         ledger = run.ledger(self.banks)
-        task = lc.PowerOn(
-            self.record.profile, self.record.terms, 0 if anew else state.clears,
-            state.epoch, state.sealed, run.startup_locality,
-            tuple(_extension(pcr, digests) for pcr, digests in run.extends),
-            tuple(
-                ipc.PcrValue(alg, pcr, bank[pcr])
-                for alg, bank in ledger.items() for pcr in MEASURED_PCRS
-            ),
-        )  # fmt: skip
-        await self._start(task, state.wrapped)
+
+        def task() -> tuple[lc.PowerOn, bytes]:
+            state = around.registry.states.state(self.record.id)
+            return lc.PowerOn(
+                self.record.profile, self.record.terms, 0 if anew else state.clears,
+                state.epoch, state.sealed, run.startup_locality,
+                tuple(_extension(pcr, digests) for pcr, digests in run.extends),
+                tuple(
+                    ipc.PcrValue(alg, pcr, bank[pcr])
+                    for alg, bank in ledger.items() for pcr in MEASURED_PCRS
+                ),
+            ), state.wrapped  # fmt: skip
+
+        await self._start(task)
         self.ledger = ledger
 
-    async def _start(self, task: lc.PowerOn | lc.Wake, wrapped: bytes) -> None:
-        """Have a worker carry this out, and serve."""
-        started = partial(
-            spawn, self._around.spawner, self.record.id, self._keep, self._died,
-            wrapped, task, lc.PoweredOn,
-        )  # fmt: skip
+    async def _start(self, task: Callable[[], tuple[lc.PowerOn | lc.Wake, bytes]]) -> None:
+        """Have a worker carry a task out, with its wrapped key, and serve.
+
+        The task is asked for again when another worker is to try: the first one may have died with
+        a commit on its way.
+        """
+
+        async def start() -> None:
+            around = self._around
+            await around.committer.behind(self.record.id)
+            what, wrapped = task()
+            self._worker, _ = await spawn(
+                around.spawner, self.record.id, self._keep, self._died, wrapped, what, lc.PoweredOn
+            )
+
         try:
-            self._worker, _ = await started()
+            await start()
         except NotFound:  # a spawner that took a dead one's place holds nothing
             if self.record.ports:  # whose container's network is not ours to enter from here
                 raise HostError("the spawner has just been replaced: start it again") from None
             await self._hold()
-            self._worker, _ = await started()
+            await start()
         except HostError:
             # The keeper may have opened its TPM anew since, and know nothing of states.
             self._around.committer.suspect()
             await self._around.committer.ready()
-            self._worker, _ = await started()
+            await start()
         self._share()
 
     def _share(self) -> None:
@@ -511,12 +522,15 @@ class VirtualTpm:
         around = self._around
         await around.committer.ready()
         blob = around.asleep.read(self.record.id)
-        state = around.registry.states.state(self.record.id)
-        digest = hashlib.sha256(state.sealed).digest()
-        task = lc.Wake(
-            self.record.profile, self.record.terms, state.clears, state.epoch, digest, blob
-        )
-        await self._start(task, state.wrapped)
+
+        def task() -> tuple[lc.Wake, bytes]:
+            state = around.registry.states.state(self.record.id)
+            digest = hashlib.sha256(state.sealed).digest()
+            terms = self.record.terms
+            wake = lc.Wake(self.record.profile, terms, state.clears, state.epoch, digest, blob)
+            return wake, state.wrapped
+
+        await self._start(task)
 
     async def hold_asleep(self) -> None:
         """A spawner that took a dead one's place learns what it is to hold and to watch."""
