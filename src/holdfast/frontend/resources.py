@@ -8,7 +8,8 @@ Rules: every loop is bounded; a command that failed for want of a slot has had n
 sent again after a slot was freed; a session that its client saved itself belongs to whoever holds
 that context, as on a bare TPM.
 
-Pure but for `process`. Not here: the filter, frames, and who a client is.
+Pure but for `process`. Not here: the filter, frames, what a command names (`named`), who a client
+is.
 """
 
 from __future__ import annotations
@@ -19,9 +20,19 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from holdfast.errors import DecodeError
+from holdfast.frontend.named import (
+    CONTINUE_SESSION,
+    OWNED_KINDS,
+    SESSION_TYPES,
+    code_of,
+    handles_of,
+    loads_session,
+    names_nothing,
+    sessions_of,
+)
 from holdfast.protocol import hibernation as hb
 from holdfast.tpm2.commands import SHAPES, Cc, Shape
-from holdfast.tpm2.constants import HEADER_SIZE, ST_NO_SESSIONS, ST_SESSIONS, Cap, Ht, Rc, Rh
+from holdfast.tpm2.constants import HEADER_SIZE, ST_NO_SESSIONS, Cap, Ht, Rc
 from holdfast.tpm2.requests import command as build
 from holdfast.tpm2.requests import error_response, flush_context, get_capability
 from holdfast.tpm2.wire import Reader, u8, u16, u32
@@ -30,16 +41,13 @@ Process = Callable[[bytes], bytes]
 
 OBJECTS_MAX: Final = 64  # transient objects of one client
 SESSIONS_MAX: Final = 64  # libtpms' MAX_ACTIVE_SESSIONS, for all clients together
-AUTHS_MAX: Final = 3  # sessions in one command
 ATTEMPTS_MAX: Final = 16  # evictions and retries for one command
 _FIRST_VIRTUAL: Final = 0x80FF0000  # outside what the TPM hands out, as Linux does it
 _VIRTUAL_SPAN: Final = 0xFFFF
 _NUMBER: Final = 0xFFFFFF  # a handle without its type (Part 2, 7.2)
-_CONTINUE_SESSION: Final = 0x01
 _HIERARCHY_CHANGERS: Final = frozenset(
     {Cc.Clear, Cc.HierarchyControl, Cc.ChangeEPS, Cc.ChangePPS, Cc.Startup}
 )
-_SESSION_TYPES: Final = frozenset({Ht.HMAC_SESSION, Ht.POLICY_SESSION})
 # Commands whose success changes what clients have, or which name handles in their parameters.
 _FOLLOWED: Final = frozenset(
     {
@@ -51,13 +59,7 @@ _FOLLOWED: Final = frozenset(
         *_HIERARCHY_CHANGERS,
     }
 )
-_OWNED_KINDS: Final = frozenset({Ht.TRANSIENT, *_SESSION_TYPES})
-_ONE_EMPTY_PASSWORD: Final = bytes.fromhex("0000000940000009")
 _AUTH_CONTEXT: Final = 0x145  # TPM_RC_AUTH_CONTEXT: sessions are not used with this command
-_CODE: Final = slice(6, 10)
-_CONTEXT_LOAD: Final = Cc.ContextLoad.to_bytes(4, "big")
-_SAVED_TYPE: Final = slice(18, 19)  # in the savedHandle of its TPMS_CONTEXT (Part 2, 14.5)
-_SESSION_TYPES_ENCODED: Final = (b"\x02", b"\x03")
 
 
 @dataclass(eq=False)
@@ -168,9 +170,9 @@ class ResourceManager:
 
     def execute(self, client: Client, command: bytes) -> bytes:
         """Run a well-formed command (`filter.malformed`) for `client` and return the response."""
-        code = int.from_bytes(command[_CODE], "big")
+        code = code_of(command)
         shape = SHAPES[code]
-        if code not in _FOLLOWED and not shape.returns_handle and _names_nothing(command, shape):
+        if code not in _FOLLOWED and not shape.returns_handle and names_nothing(command, shape):
             return self._retrying(command, _NOTHING, client)
         if code == Cc.FlushContext:
             return self._flush(client, command)
@@ -181,16 +183,13 @@ class ResourceManager:
     # --- one command ---
 
     def _execute(self, client: Client, command: bytes, code: int, shape: Shape) -> bytes:
-        if shape.returns_handle and not _loads_session(command) and not self._room(client, code):
+        if shape.returns_handle and not loads_session(command) and not self._room(client, code):
             return error_response(
                 Rc.SESSION_HANDLES if code == Cc.StartAuthSession else Rc.OBJECT_MEMORY
             )
-        handles = [
-            int.from_bytes(command[start : start + 4], "big")
-            for start in range(HEADER_SIZE, HEADER_SIZE + 4 * shape.handles, 4)
-        ]
+        handles = handles_of(command, shape)
         try:
-            auths = _auth_sessions(command, shape.handles)
+            auths = sessions_of(command, shape)
         except DecodeError:
             return error_response(Rc.AUTHSIZE)
         wanted = self._wanted(client, handles, auths)
@@ -219,7 +218,7 @@ class ResourceManager:
             held: _Object | _Session | None
             if kind == Ht.TRANSIENT:
                 held = client.objects.get(handle)
-            elif kind in _SESSION_TYPES:
+            elif kind in SESSION_TYPES:
                 held = client.sessions.get(handle)
             else:
                 continue
@@ -241,7 +240,7 @@ class ResourceManager:
         if SHAPES[code].returns_handle:
             response = self._returned(client, response)
         for handle, attributes in auths:
-            if handle in client.sessions and not attributes & _CONTINUE_SESSION:
+            if handle in client.sessions and not attributes & CONTINUE_SESSION:
                 self._forget_session(client.sessions.pop(handle), flush=False)
         if code == Cc.SequenceComplete:
             client.objects.pop(handles[0], None)
@@ -257,7 +256,7 @@ class ResourceManager:
         """Record the handle a response returns; objects get one of the client's own."""
         real = int.from_bytes(response[HEADER_SIZE : HEADER_SIZE + 4], "big")
         now = client.made = next(self._clock)
-        if real >> 24 in _SESSION_TYPES:
+        if real >> 24 in SESSION_TYPES:
             session = self._sessions.setdefault(real, _Session(real))
             session.owner, session.context = client, b""
             session.used = session.made = now
@@ -423,13 +422,13 @@ class ResourceManager:
         if kind == Ht.TRANSIENT and handle in client.objects:
             real = client.objects.pop(handle).real
             return self._process(flush_context(real)) if real else error_response(Rc.SUCCESS)
-        if kind in _SESSION_TYPES:
+        if kind in SESSION_TYPES:
             session = self._numbered(client, handle)
             if session is not None:
                 client.sessions.pop(session.handle, None)
                 self._sessions.pop(session.handle, None)
                 return self._process(command)
-        if kind == Ht.TRANSIENT or kind in _SESSION_TYPES:
+        if kind == Ht.TRANSIENT or kind in SESSION_TYPES:
             return error_response(Rc.HANDLE_P1)
         return self._process(command)
 
@@ -439,7 +438,7 @@ class ResourceManager:
         Its type is not looked at: a list of saved sessions does not have it. One that its client
         saved is flushed by its bare handle, as on a bare TPM.
         """
-        for kind in _SESSION_TYPES:
+        for kind in SESSION_TYPES:
             session = self._sessions.get(kind << 24 | handle & _NUMBER)
             if session is not None and session.owner in (client, None):
                 return session
@@ -457,7 +456,7 @@ class ResourceManager:
             return self._execute(client, command, Cc.GetCapability, SHAPES[Cc.GetCapability])
         reader = Reader(command[area:], "TPM2_GetCapability")
         capability, prop, count = reader.u32(), reader.u32(), reader.u32()
-        if capability != Cap.HANDLES or prop >> 24 not in _OWNED_KINDS:
+        if capability != Cap.HANDLES or prop >> 24 not in OWNED_KINDS:
             return self._execute(client, command, Cc.GetCapability, SHAPES[Cc.GetCapability])
         if not plain:
             return error_response(_AUTH_CONTEXT)  # a signed list would show everybody's
@@ -489,42 +488,6 @@ def _kept_client(client: Client) -> hb.Client:
 def _kept_session(session: _Session) -> hb.Session:
     owned = session.owner is not None
     return hb.Session(session.handle, session.context, session.used, session.made, owned)
-
-
-def _loads_session(command: bytes) -> bool:
-    """A ContextLoad of a session, which is active already: it takes nothing that is not its own."""
-    return command[_CODE] == _CONTEXT_LOAD and command[_SAVED_TYPE] in _SESSION_TYPES_ENCODED
-
-
-def _names_nothing(command: bytes, shape: Shape) -> bool:
-    """Whether a command is authorized by one empty password at most, and names nothing owned."""
-    end = HEADER_SIZE + 4 * shape.handles
-    for start in range(HEADER_SIZE, end, 4):
-        if command[start] in _OWNED_KINDS:
-            return False
-    if command[1] == ST_NO_SESSIONS & 0xFF:
-        return True
-    return command[end : end + 8] == _ONE_EMPTY_PASSWORD
-
-
-def _auth_sessions(command: bytes, handles: int) -> list[tuple[int, int]]:
-    """(session handle, attributes) of each authorization that is a session of its own."""
-    if command[1] != ST_SESSIONS & 0xFF:
-        return []
-    reader = Reader(command, "authorization area")
-    reader.take(HEADER_SIZE + 4 * handles)
-    area = Reader(reader.take(reader.u32()), "authorization area")
-    found = []
-    for _ in range(AUTHS_MAX):
-        if not area.left:
-            break
-        handle = area.u32()
-        area.sized()
-        attributes = area.u8()
-        area.sized()
-        found.append((handle, attributes if handle != Rh.PW else _CONTINUE_SESSION))
-    area.end()
-    return found
 
 
 def _rewrite(client: Client, command: bytes, handles: list[int]) -> bytes:
