@@ -1,8 +1,11 @@
 # Every target sets up what it needs first (scripts/setup: Debian packages, virtual environment).
 # These run side by side, each list in one process and in this order: engine before whatever else has
-# a TPM in its process, swtpm_setup and podman in one process each. tests/system has the host alone.
+# a TPM in its process, swtpm_setup and podman in one process each. Of tests/system, those that have
+# a whole Holdfast of their own run beside the rest.
 BESIDE_A = tests/cli tests/engine tests/hwtpm tests/keeper tests/swtpm
 BESIDE_B = tests/clients tests/differential tests/unit
+HOSTS = steps sleep_steps sleep_host recover_commands rekey histories copied disk_faults \
+	host_tpm_faults wear power_cut doctor clone metrics
 .PHONY: help setup demo test lint bench lab soak clean
 
 help:
@@ -22,7 +25,8 @@ demo: setup
 test:
 	@scripts/setup tests
 	.venv/bin/python scripts/beside "$(BESIDE_A)" "$(BESIDE_B)"
-	.venv/bin/python -m pytest -q tests/system
+	.venv/bin/python scripts/beside "tests/system $(HOSTS:%=--ignore=tests/system/test_%.py)" \
+		"$(HOSTS:%=tests/system/test_%.py)"
 
 lint: setup
 	.venv/bin/ruff check .
