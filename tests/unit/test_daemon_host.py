@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import socket
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,9 +20,10 @@ from holdfast.daemon.config import Config, Paths
 from holdfast.daemon.host import Host
 from holdfast.daemon.leases import open_process, start_time
 from holdfast.daemon.starting import container_edits, our_hook, plain_run
-from holdfast.errors import Conflict, NotFound
-from holdfast.frontend.attach import detach
+from holdfast.errors import Conflict, HostError, NotFound
+from holdfast.frontend.attach import Attachment, detach
 from holdfast.frontend.bundle import with_vtpm
+from holdfast.frontend.door import Door
 from holdfast.ids import InstanceId, instance_name
 from holdfast.instance.background import background
 from holdfast.instance.committer import Sealed
@@ -172,6 +174,44 @@ def test_a_fault_nobody_thought_of_makes_a_vtpm_fail_and_not_hang(
     vtpm = asyncio.run(replace())
     assert vtpm.state is State.FAILED
     assert "ZeroDivisionError" in vtpm.record.why_failed
+
+
+class Slow(Peer):
+    """A spawner that is replaced while it is asked, by one that holds nothing yet."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__("spawner", path)
+        self.asked: list[type[ipc.Message]] = []
+
+    async def ask(
+        self, message: ipc.Message, expected: type[Any], fds: Sequence[int] = ()
+    ) -> tuple[Any, list[int]]:
+        self.asked.append(type(message))
+        if isinstance(message, lc.Hold):
+            return ipc.Done(), []
+        if lc.Hold in self.asked:
+            raise Conflict("that is the end of this test")
+        raise HostError("it is gone") if len(self.asked) == 1 else NotFound("nothing is held")
+
+
+def test_a_spawner_that_takes_its_time_to_come_back_is_given_the_ends_to_hold(
+    tmp_path: Path, registry: Registry
+) -> None:
+    async def replaced() -> tuple[list[type[ipc.Message]], str]:
+        spawner = Slow(tmp_path)
+        vtpm = a_vtpm(registry, spawner, tmp_path, State.ACTIVE)
+        sealed = Sealed(vtpm.record.id, SealedState(1, b"s", b"w"))
+        await vtpm._around.committer.commit(sealed)
+        vtpm.run = plain_run()
+        sockets = [socket.socket(socket.AF_UNIX) for _ in range(3)]
+        vtpm._door = Door(Attachment(tmp_path, os.eventfd(0), *sockets))
+        await vtpm._replace("its spawner ended")
+        vtpm._door.close()
+        return spawner.asked, vtpm.record.why_failed
+
+    asked, why = asyncio.run(replaced())
+    assert asked == [lc.Spawn, lc.Spawn, lc.Hold, lc.Spawn]
+    assert why == "that is the end of this test"
 
 
 def test_what_fails_in_the_background_is_logged() -> None:

@@ -57,6 +57,9 @@ RESTART_DELAYS: Final = (0.0, 0.1, 0.5, 2.0, 5.0, 15.0)  # seconds before each r
 WORKER_END_SECONDS: Final = 5.0  # for an orderly end; the longest command takes less
 WAKES_MAX: Final = 4  # of a host at once: each takes a worker, which takes a CPU to make
 STEADY_SECONDS: Final = 60.0  # after which a worker's death counts as the first again
+# What a worker is to begin with, and its wrapped key. Asked for again when another worker is to
+# try: the one before may have died with a commit on its way.
+Task = Callable[[], tuple[lc.PowerOn | lc.Wake, bytes]]
 
 
 class Door(Protocol):
@@ -309,34 +312,35 @@ class VirtualTpm:
         await self._start(task)
         self.ledger = ledger
 
-    async def _start(self, task: Callable[[], tuple[lc.PowerOn | lc.Wake, bytes]]) -> None:
-        """Have a worker carry a task out, with its wrapped key, and serve.
-
-        The task is asked for again when another worker is to try: the first one may have died with
-        a commit on its way.
-        """
-
-        async def start() -> None:
-            around = self._around
-            await around.committer.behind(self.record.id)
-            what, wrapped = task()
-            self._worker, _ = await spawn(
-                around.spawner, self.record.id, self._keep, self._died, wrapped, what, lc.PoweredOn
-            )
-
+    async def _start(self, task: Task) -> None:
+        """Have a worker carry a task out, and serve."""
         try:
-            await start()
-        except NotFound:  # a spawner that took a dead one's place holds nothing
-            if self.record.ports:  # whose container's network is not ours to enter from here
-                raise HostError("the spawner has just been replaced: start it again") from None
-            await self._hold()
-            await start()
+            self._worker = await self._started(task)
         except HostError:
             # The keeper may have opened its TPM anew since, and know nothing of states.
             self._around.committer.suspect()
             await self._around.committer.ready()
-            await start()
+            self._worker = await self._started(task)
         self._share()
+
+    async def _started(self, task: Task) -> WorkerLink:
+        """A worker, of whatever spawner there is now."""
+        try:
+            return await self._spawned(task)
+        except NotFound:  # a spawner that took a dead one's place holds nothing
+            if self.record.ports:  # whose container's network is not ours to enter from here
+                raise HostError("the spawner has just been replaced: start it again") from None
+            await self._hold()
+            return await self._spawned(task)
+
+    async def _spawned(self, task: Task) -> WorkerLink:
+        around = self._around
+        await around.committer.behind(self.record.id)
+        what, wrapped = task()
+        worker, _ = await spawn(
+            around.spawner, self.record.id, self._keep, self._died, wrapped, what, lc.PoweredOn
+        )
+        return worker
 
     def _share(self) -> None:
         """Have the door know the page that the worker writes."""
