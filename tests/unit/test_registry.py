@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import sqlite3
+import tracemalloc
 from contextlib import closing
 from pathlib import Path
 from uuid import uuid4
@@ -16,6 +17,7 @@ from holdfast.ids import InstanceId, instance_name
 from holdfast.store import schema
 from holdfast.store.database import Durability
 from holdfast.store.registry import Instance, KeySet, Registry
+from holdfast.store.snapshots import Snapshot, Snapshots
 from holdfast.store.states import Recorded, SealedState, Write
 
 KEYS = KeySet(b"1", b"2", b"3", b"4", b"5", b"6", (b"7", b"8"))
@@ -233,3 +235,24 @@ def test_a_long_log_is_copied_and_starts_over(path: Path, durability: Durability
         assert log.stat().st_size < 2 * 256 * 8192 * 1.1
     with closing(Registry(path)) as registry:
         assert registry.states.state(one.id).epoch == 1999
+
+
+def test_a_list_of_snapshots_reads_nothing_of_what_is_in_them(path: Path) -> None:
+    """An owner may ask for it as often as it likes, and every call waits for the one before."""
+    one, size, leaf = instance("one"), 200_000, Leaf(Status.SNAPSHOT, 1, EMPTY)
+    with closing(Registry(path)) as registry:
+        registry.add(one)
+        taken = [
+            Snapshot(uuid4(), one.id, f"s{number}", "now", 1, bytes(size), b"w")
+            for number in range(20)
+        ]
+        writes = [Write(each.id, leaf, None, each) for each in taken]
+        registry.states.write(writes, Recorded(b"link", b"mac"))
+        tracemalloc.start()
+        try:
+            listed = Snapshots(registry.database).listed(one.id)
+            _, peak = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+    assert [(each.name, each.size) for each in listed] == [(each.name, size) for each in taken]
+    assert peak < size

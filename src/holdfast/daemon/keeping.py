@@ -12,7 +12,7 @@ from holdfast.daemon.host import Host
 from holdfast.errors import Forbidden, InvalidInput, NotFound
 from holdfast.instance.snapshots import Restored
 from holdfast.instance.vtpm import VirtualTpm
-from holdfast.store.snapshots import Snapshot
+from holdfast.store.snapshots import Listed, Snapshot
 
 REASON_MAX: Final = 1024  # characters
 
@@ -30,7 +30,7 @@ class Keeping:
     def __init__(self, host: Host) -> None:
         self._host = host
 
-    def of(self, vtpm: VirtualTpm) -> list[Snapshot]:
+    def of(self, vtpm: VirtualTpm) -> list[Listed]:
         """A vTPM's snapshots, the oldest first."""
         return self._host.snapshots.of(vtpm)
 

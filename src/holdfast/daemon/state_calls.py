@@ -24,7 +24,7 @@ from holdfast.ids import instance_id
 from holdfast.instance.rekeying import DATA, ROOT, Progress
 from holdfast.instance.snapshots import Restored
 from holdfast.instance.vtpm import VirtualTpm
-from holdfast.store.snapshots import Snapshot
+from holdfast.store.snapshots import Listed, Snapshot
 
 _CREATE: Final[Mapping[str, type]] = {"name": str}
 _REASON: Final[Mapping[str, type]] = {"reason": str}
@@ -185,10 +185,10 @@ def _root(request: web.Request, what: str) -> Caller:
     return who
 
 
-def _snapshot(vtpm: VirtualTpm, snapshot: Snapshot) -> dict[str, Any]:
+def _snapshot(vtpm: VirtualTpm, snapshot: Snapshot | Listed) -> dict[str, Any]:
     return {
         "vtpm": vtpm.record.name, "name": snapshot.name, "created": snapshot.created,
-        "epoch": snapshot.epoch, "bytes": len(snapshot.sealed),
+        "epoch": snapshot.epoch, "bytes": snapshot.size,
     }  # fmt: skip
 
 

@@ -28,7 +28,7 @@ from holdfast.instance.committer import destroyed
 from holdfast.instance.lifecycle import State
 from holdfast.instance.vtpm import Surroundings, VirtualTpm
 from holdfast.linux.steps import Step, reached
-from holdfast.store.snapshots import Snapshot
+from holdfast.store.snapshots import Listed, Snapshot
 from holdfast.store.snapshots import Snapshots as Rows
 from holdfast.store.states import Write
 
@@ -59,9 +59,9 @@ class Snapshots:
         self._around = around
         self._rows = Rows(around.registry.database)
 
-    def of(self, vtpm: VirtualTpm) -> list[Snapshot]:
+    def of(self, vtpm: VirtualTpm) -> list[Listed]:
         """A vTPM's, the oldest first."""
-        return self._rows.of(vtpm.record.id)
+        return self._rows.listed(vtpm.record.id)
 
     async def create(self, vtpm: VirtualTpm, name: str) -> Snapshot:
         """Take one of a vTPM that is off. Conflict if the name is taken, or there are too many."""
@@ -162,21 +162,21 @@ class Snapshots:
     async def remove(self, vtpm: VirtualTpm, name: str) -> None:
         """Forget one: it cannot be restored any more, and the map remembers that."""
         snapshot = self._rows.named(vtpm.record.id, name)
-        await self._forget([snapshot])
+        await self._forget([snapshot.id])
         self._around.registry.database.empty_log()
 
     async def forget(self, instance: UUID) -> None:
         """Forget all of a vTPM that is being destroyed. Its backups are of no use without it."""
-        await self._forget(self._rows.of(instance))
+        await self._forget([each.id for each in self._rows.listed(instance)])
 
-    async def _forget(self, snapshots: list[Snapshot]) -> None:
+    async def _forget(self, snapshots: list[UUID]) -> None:
         committer = self._around.committer
         if snapshots:
             await committer.ready()
         for snapshot in snapshots:
-            leaf = committer.leaf(snapshot.id)
+            leaf = committer.leaf(snapshot)
             assert leaf is not None, "what is on disk is in the map"
-            await committer.commit(Write(snapshot.id, destroyed(leaf), None))
+            await committer.commit(Write(snapshot, destroyed(leaf), None))
 
 
 def _leaf(vtpm: VirtualTpm, made: Snapshot) -> Leaf:

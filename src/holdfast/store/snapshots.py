@@ -26,6 +26,21 @@ class Snapshot:
     sealed: bytes
     wrapped: bytes
 
+    @property
+    def size(self) -> int:
+        return len(self.sealed)
+
+
+@dataclass(frozen=True)
+class Listed:
+    """A snapshot without what is in it: `size` bytes, which an owner may have us look for often."""
+
+    id: UUID
+    name: str
+    created: str
+    epoch: int
+    size: int
+
 
 class Snapshots:
     """What `database` has of snapshots."""
@@ -41,6 +56,15 @@ class Snapshots:
             str(instance),
         )
         return [_snapshot(*row) for row in rows]
+
+    def listed(self, instance: UUID) -> list[Listed]:
+        """The same, without their contents."""
+        rows = self._database.read(
+            "SELECT id, name, created, epoch, length(sealed) FROM snapshots "
+            "WHERE instance = ? ORDER BY rowid",
+            str(instance),
+        )
+        return [Listed(UUID(own), *rest) for own, *rest in rows]
 
     def named(self, instance: UUID, name: str) -> Snapshot:
         """NotFound if it has none of that name."""
