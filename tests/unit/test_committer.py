@@ -817,3 +817,21 @@ def test_a_commit_asked_again_of_a_daemon_that_knows_less_of_the_run_is_once(
             await commit(committer, one, 2)
 
     asyncio.run(scenario())
+
+
+def test_what_nobody_expected_leaves_none_of_its_group_waiting(world: World) -> None:
+    """A run that no leaf can say, as somebody may have written it into the registry."""
+    with world.on() as (registry, committer):
+        bad, good = vtpm(registry, "bad"), vtpm(registry, "good")
+
+        async def both() -> list[object]:
+            await committer.ready()
+            wanted = replace(sealed(bad, 1), run=1 << 32), sealed(good, 1)
+            return await asyncio.wait_for(
+                asyncio.gather(*map(committer.commit, wanted), return_exceptions=True), 5
+            )
+
+        for error in asyncio.run(both()):
+            assert isinstance(error, Unsure)
+        asyncio.run(commit(committer, good, 1))
+        assert registry.states.state(good).epoch == 1

@@ -152,21 +152,29 @@ class Committer:
         while self._waiting:
             async with self._alone:
                 group = self._group()
-                try:
-                    await self._prepare()
-                    writes = self._writes(group)
-                    if writes:
-                        await self._commit(writes)
-                    error = None
-                except HoldfastError as failed:
-                    error = failed
-                    if isinstance(failed, Unsure):
-                        self._unsure |= {wanted.instance for wanted, _ in group}
+                error = await self._tried(group)
+                if isinstance(error, Unsure):
+                    self._unsure |= {wanted.instance for wanted, _ in group}
                 for _, done in group:
                     done(error)
                 self._under_way = frozenset()
                 self._over.set()
                 self._over = asyncio.Event()
+
+    async def _tried(self, group: list[tuple[Write | Sealed, Done]]) -> HoldfastError | None:
+        """Have the group committed; what went wrong, if anything, so that none of it waits on."""
+        try:
+            await self._prepare()
+            writes = self._writes(group)
+            if writes:
+                await self._commit(writes)
+        except HoldfastError as error:
+            return error
+        except Exception as error:  # the edge of a task: those who wait are told
+            LOG.exception("a commit failed unexpectedly")
+            self.suspect()
+            return Unsure(f"an unexpected {type(error).__name__}")
+        return None
 
     async def behind(self, instance: UUID) -> None:
         """Wait until all that was asked for a vTPM is done with: a worker's last, that has died.
