@@ -75,7 +75,7 @@ class Unpowered:
 
 
 class Door:
-    """What `instance.vtpm.Door` wants of an attachment."""
+    """What `instance.door.Door` wants of an attachment."""
 
     def __init__(self, attachment: Attachment) -> None:
         self._attachment = attachment

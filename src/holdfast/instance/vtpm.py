@@ -12,15 +12,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
 import hashlib
-import os
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Final, Protocol
+from typing import Final
 
 import structlog
 
@@ -32,11 +30,13 @@ from holdfast.instance.background import background
 from holdfast.instance.bucket import Bucket
 from holdfast.instance.committer import Committer, Done, Sealed
 from holdfast.instance.counts import Counts
+from holdfast.instance.door import Door
+from holdfast.instance.kept import Kept
 from holdfast.instance.lifecycle import ON, Event, State, after, stored
 from holdfast.instance.links import Peer
 from holdfast.instance.manufacture import Manufacture
+from holdfast.instance.relay import relay
 from holdfast.instance.run import Run, write_log
-from holdfast.instance.waiting import in_time
 from holdfast.instance.worker_link import WorkerLink, not_yet, reattach, spawn
 from holdfast.linux.steps import Step, reached
 from holdfast.protocol import ipc
@@ -60,45 +60,6 @@ STEADY_SECONDS: Final = 60.0  # after which a worker's death counts as the first
 # What a worker is to begin with, and its wrapped key. Asked for again when another worker is to
 # try: the one before may have died with a commit on its way.
 Task = Callable[[], tuple[lc.PowerOn | lc.Wake, bytes]]
-
-
-class Door(Protocol):
-    """The open ends of one run, and who answers at the device while no worker does."""
-
-    @property
-    def nodes(self) -> str:
-        """What makes its device nodes, as `lc.Hold` says it."""
-
-    def descriptors(self) -> tuple[int, ...]:
-        """/dev/fuse, data listener, control listener, nodes: for their holder."""
-
-    def held(self) -> None:
-        """Their holder has them."""
-
-    def share(self, page: int) -> None:
-        """Map the page that this run's worker writes; takes the descriptor over."""
-
-    def unshare(self) -> None:
-        """Its worker has gone in good order."""
-
-    @property
-    def words(self) -> tuple[int, int]:
-        """What is known of open files, as `lc.Hold` says it."""
-
-    def used(self) -> float:
-        """When the worker served somebody last (monotonic)."""
-
-    def fail_in_flight(self) -> None:
-        """Answer, with an error, what a worker took and did not answer."""
-
-    def answer(self) -> None:
-        """Answer at the device from now on: the vTPM is off."""
-
-    def leave(self) -> None:
-        """Answer no more."""
-
-    def close(self) -> None:
-        """Close our copies of the ends."""
 
 
 @dataclass(frozen=True)
@@ -135,6 +96,7 @@ class VirtualTpm:
         self._restarts: list[float] = []
         self._door: Door | None = None
         self._stopping = False
+        self._kept = Kept(record.id, around.spawner, around.asleep)
         self._asleep = False
         self._falling = False  # asleep: its worker may be gone in a moment
         self._attended = 0  # by how many of the host's own, who want it to stay awake
@@ -350,15 +312,7 @@ class VirtualTpm:
 
     async def _begin_relay(self) -> None:
         """Give the run a worker that serves the TPM behind the instance's device."""
-        around = self._around
-        device = await in_time(self.record.device, _open_device, self.record.device, late=os.close)
-        try:
-            self._worker, _ = await spawn(
-                around.spawner, self.record.id, self._keep, self._died, b"", lc.Relay(),
-                lc.PoweredOn, (device,),
-            )  # fmt: skip
-        finally:
-            os.close(device)
+        self._worker = await relay(self._around.spawner, self.record, self._died)
         self._share()
         self.ledger = {}
 
@@ -389,7 +343,7 @@ class VirtualTpm:
         finally:
             if worker is not None and not worker.ended.is_set():
                 await worker.kill(self._around.spawner)
-        self._around.asleep.discard(self.record.id)  # it slept on a state that was shut down
+        self._kept.discard()  # it slept on a state that was shut down
         self.run = None
         self.ledger = {}
         reached(Step.POWER_OFF_SEALED)
@@ -461,7 +415,7 @@ class VirtualTpm:
             self._falling = True
             try:
                 answer, _ = await worker.link.ask(lc.Sleep(), lc.Asleep)
-                await self._keep_asleep(worker, answer)
+                await self._kept.take(worker, answer)
             finally:
                 self._falling = False
             self._worker = None  # whose end is no death
@@ -474,21 +428,6 @@ class VirtualTpm:
                 await worker.kill(self._around.spawner)
             assert self._door is not None
             self._door.unshare()
-
-    async def _keep_asleep(self, worker: WorkerLink, asleep: lc.Asleep) -> None:
-        """Keep what it will be woken with, and its clients' connections; or have it go on."""
-        around, instance = self._around, self.record.id
-        try:
-            around.asleep.keep(instance, asleep.blob)
-            reached(Step.SLEEP_WRITTEN)
-            keep = lc.Keep(instance, asleep.spoken, asleep.numbers)
-            await around.spawner.ask(keep, ipc.Done)
-            reached(Step.SLEEP_HELD)
-        except HoldfastError as error:
-            around.asleep.discard(instance)
-            worker.link.tell(ipc.Refused("HostError", str(error)))
-            await self._drop_kept()
-            raise HostError(str(error)) from None
 
     async def wake(self) -> None:
         """Have it go on where it was; the caller has its lock.
@@ -508,24 +447,19 @@ class VirtualTpm:
                     self._around.counts.restarts += 1
                     self.record = replace(self.record, restarts=self.record.restarts + 1)
                     self._around.registry.update(self.record)
-                self._around.asleep.discard(self.record.id)
+                self._kept.discard()
                 await self._begin(self.run)
         reached(Step.WAKE_SERVING)
         self._slept_in_vain = False
-        self._around.asleep.discard(self.record.id)  # it was used up before anybody was served
+        self._kept.discard()  # it was used up before anybody was served
         self._move(Event.WOKEN)
-        await self._drop_kept()
-
-    async def _drop_kept(self) -> None:
-        """Its worker has its clients' connections now: nobody else needs them."""
-        with contextlib.suppress(HoldfastError):  # a spawner that is gone has none
-            await self._around.spawner.ask(lc.Drop(self.record.id), ipc.Done)
+        await self._kept.let_go()
 
     async def _go_on(self) -> None:
         """Wake a worker with what its predecessor left."""
         around = self._around
         await around.committer.ready()
-        blob = around.asleep.read(self.record.id)
+        blob = self._kept.blob()
 
         def task() -> tuple[lc.Wake, bytes]:
             state = around.registry.states.state(self.record.id)
@@ -545,7 +479,7 @@ class VirtualTpm:
                 self.fail("the spawner was replaced, and its ports are gone: start it again")
             else:
                 await self._hold()
-                await self._around.spawner.ask(lc.Keep(self.record.id, (), ()), ipc.Done)
+                await self._kept.watch_again()
 
     @asynccontextmanager
     async def _awake(self) -> AsyncIterator[WorkerLink]:
@@ -604,7 +538,7 @@ class VirtualTpm:
     def fail(self, why: str) -> None:
         """Stay as it is, say why, and let clients see errors instead of waiting."""
         self.run = None
-        self._around.asleep.discard(self.record.id)
+        self._kept.discard()
         with contextlib.suppress(HostError):  # a disk that is full does not keep it from failing
             self._move(Event.FAILED, why_failed=why)
         if self._door is not None and not self.worker_alive:
@@ -623,11 +557,11 @@ class VirtualTpm:
         self._log_head = run.log_head
         self.ledger = run.ledger(self.banks)
         if entry.pid:
-            around.asleep.discard(self.record.id)  # a worker that lives has used it up, or will
+            self._kept.discard()  # a worker that lives has used it up, or will
             self._worker = await reattach(around.spawner, self.record.id, self._keep, self._died)
             self._share()
             if entry.asleep:
-                await self._drop_kept()
+                await self._kept.let_go()
         elif entry.asleep:
             self._move(Event.SLEPT)
         else:
@@ -669,16 +603,6 @@ class VirtualTpm:
         """Wait for replacements that are under way."""
         while self._replacing is not None and not self._replacing.done():
             await asyncio.wait([self._replacing])
-
-
-def _open_device(path: str) -> int:
-    """The device, for this caller alone. Conflict if somebody has it, HostError if it is gone."""
-    try:
-        return os.open(path, os.O_RDWR | os.O_CLOEXEC)
-    except OSError as error:
-        if error.errno == errno.EBUSY:
-            raise Conflict(f"{path} is in use by another program") from None
-        raise HostError(f"{path}: {error.strerror}") from None
 
 
 def _extension(pcr: int, digests: Mapping[Alg, bytes]) -> lc.Extension:

@@ -1,0 +1,57 @@
+"""What is kept of a vTPM while it sleeps: a sealed blob on disk, and its clients' connections.
+
+Not here: what is in the blob (the worker), what becomes of the vTPM (`vtpm`), and when (`sleep`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+from uuid import UUID
+
+from holdfast.errors import HoldfastError, HostError
+from holdfast.instance.links import Peer
+from holdfast.instance.worker_link import WorkerLink
+from holdfast.linux.steps import Step, reached
+from holdfast.protocol import ipc
+from holdfast.protocol import lifecycle as lc
+from holdfast.store.asleep import Asleep
+
+
+class Kept:
+    """Of one vTPM."""
+
+    def __init__(self, instance: UUID, spawner: Peer, blobs: Asleep) -> None:
+        self._instance = instance
+        self._spawner = spawner
+        self._blobs = blobs
+
+    async def take(self, worker: WorkerLink, asleep: lc.Asleep) -> None:
+        """Take both over from a worker that is about to end. If that fails it goes on: HostError"""
+        try:
+            self._blobs.keep(self._instance, asleep.blob)
+            reached(Step.SLEEP_WRITTEN)
+            keep = lc.Keep(self._instance, asleep.spoken, asleep.numbers)
+            await self._spawner.ask(keep, ipc.Done)
+            reached(Step.SLEEP_HELD)
+        except HoldfastError as error:
+            self.discard()
+            worker.link.tell(ipc.Refused("HostError", str(error)))
+            await self.let_go()
+            raise HostError(str(error)) from None
+
+    async def watch_again(self) -> None:
+        """Have a spawner that took a dead one's place watch its ends. Connections are gone."""
+        await self._spawner.ask(lc.Keep(self._instance, (), ()), ipc.Done)
+
+    def blob(self) -> bytes:
+        """What it is woken with; NotFound if there is none."""
+        return self._blobs.read(self._instance)
+
+    def discard(self) -> None:
+        """The blob is used up, or good for nothing any more."""
+        self._blobs.discard(self._instance)
+
+    async def let_go(self) -> None:
+        """A worker has the connections now: nobody else needs them."""
+        with contextlib.suppress(HoldfastError):  # a spawner that is gone has none
+            await self._spawner.ask(lc.Drop(self._instance), ipc.Done)
