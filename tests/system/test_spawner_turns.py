@@ -94,8 +94,6 @@ class Turns:
         held = (*self.spawner._peers, self.spawner._listener, self.daemon, *self._ends)
         for sock in (*held, self.spawner._wake, self.spawner._waker):
             sock.close()
-        if self.spawner._keeper is not None:
-            self.spawner._keeper.close()
         self.spawner._selector.close()
 
 

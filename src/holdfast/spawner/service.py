@@ -19,13 +19,13 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 from uuid import UUID
 
-from holdfast.errors import Conflict, HoldfastError, HostError, NotFound, ProtocolError
+from holdfast.errors import Conflict, HoldfastError, NotFound, ProtocolError
 from holdfast.frontend.nodes import NodeKind
 from holdfast.frontend.page import NO_WORDS, SharedPage, Words
 from holdfast.frontend.page import create as create_page
@@ -35,13 +35,13 @@ from holdfast.linux.descriptors import take_connection
 from holdfast.protocol import fuse, ipc
 from holdfast.protocol import lifecycle as lc
 from holdfast.protocol.hibernation import Spoken
+from holdfast.spawner.leases import Leases
 from holdfast.spawner.pool import GROUP, Blank, Pool, ended, ending
 from holdfast.spawner.watch import Watch
 
 PEERS_MAX: Final = 8
 QUIET_SECONDS: Final = 0.02
 LATE_SECONDS: Final = 0.25  # without quiet, after which a blank worker is made regardless
-KEEPER_SECONDS: Final = 10.0
 KNOCK_SECONDS: Final = 1.0  # that a daemon may take to hear
 FAILURES_MAX: Final = 5  # blank workers in a row, after which they get a new mother
 MADE_IN_A_CROWD: Final = 2  # blank workers at once, when requests come faster than it gets quiet
@@ -79,8 +79,7 @@ class Spawner:
     def __init__(self, pool: Pool, listener: socket.socket, keeper: Path) -> None:
         self._pool = pool
         self._listener = listener
-        self._keeper_path = keeper
-        self._keeper: socket.socket | None = None
+        self._leases = Leases(keeper, self._living)
         self._entries: dict[UUID, Entry] = {}
         self._peers: set[socket.socket] = set()
         self._selector = selectors.DefaultSelector()
@@ -181,6 +180,7 @@ class Spawner:
             for fd in (*entry.held, *entry.ports, *entry.kept):
                 os.close(fd)
         self._entries.clear()
+        self._leases.close()
         self._watch.close()
         self._pool.close()
         cgroup.sweep(GROUP)
@@ -426,7 +426,7 @@ class Spawner:
             fds = (its_end, key_worker.fileno(), page, *held)
             channel.send(blank.channel, begin.encode(), fds)
             # While the worker looks at that: without a lease it gets no key, and is ended.
-            self._tell_keeper(ipc.Lease(message.instance), key_keeper.fileno(), blank.pidfd)
+            self._leases.tell(ipc.Lease(message.instance), key_keeper.fileno(), blank.pidfd)
 
     def _bring_keys(self, message: lc.BringKeys) -> Reply:
         instance = message.instance
@@ -439,47 +439,13 @@ class Spawner:
         with key_worker, key_keeper:
             channel.send(key_worker, request.encode())
             channel.send(entry.worker.channel, lc.NewKeys().encode(), (key_worker.fileno(),))
-            self._tell_keeper(ipc.MoreKeys(instance), key_keeper.fileno())
+            self._leases.tell(ipc.MoreKeys(instance), key_keeper.fileno())
         return ipc.Done(), ()
 
-    def _tell_keeper(self, message: ipc.Message, *fds: int) -> None:
-        """Announce a key channel at the keeper; HostError if it cannot be reached."""
-        for fresh in (False, True):
-            try:
-                if self._keeper is None or fresh:
-                    self._keeper = self._connect()
-                answer = self._ask_keeper(self._keeper, message, *fds)
-            except OSError as error:
-                if fresh:
-                    self._keeper = None
-                    raise HostError(f"the keeper cannot be reached: {error.strerror}") from None
-                continue
-            if isinstance(answer, ipc.Refused):
-                raise Conflict(f"the keeper refuses a lease: {answer.why}")
-            return
-
-    def _connect(self) -> socket.socket:
-        """Connect to the keeper, and tell a new one first which workers live already.
-
-        Their key channels lead nowhere: they have their keys.
-        """
-        keeper = channel.connect(self._keeper_path)
-        keeper.settimeout(KEEPER_SECONDS)
+    def _living(self) -> Iterator[tuple[UUID, int]]:
         for instance, entry in self._entries.items():
             if entry.worker is not None and not ended(entry.worker.pidfd):
-                ours, theirs = channel.pair()
-                with ours, theirs:
-                    fds = theirs.fileno(), entry.worker.pidfd
-                    self._ask_keeper(keeper, ipc.Lease(instance), *fds)
-        return keeper
-
-    @staticmethod
-    def _ask_keeper(keeper: socket.socket, message: ipc.Message, *fds: int) -> ipc.Message:
-        channel.send(keeper, message.encode(), fds)
-        data, _ = channel.receive(keeper)
-        if not data:
-            raise ConnectionResetError(0, "it closed the channel")
-        return ipc.decode(data)
+                yield instance, entry.worker.pidfd
 
     def _reattach(self, message: lc.Reattach) -> Reply:
         self._reap(message.instance)
