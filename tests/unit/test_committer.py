@@ -695,6 +695,27 @@ def test_what_is_older_is_accepted_by_the_recovery_key_alone_and_shows_from_then
     asyncio.run(scenario())
 
 
+@pytest.mark.parametrize("sequence", [10**6, 2**64 - 1])
+def test_a_recovery_counts_on_from_what_this_host_has_written(world: World, sequence: int) -> None:
+    """Counts on disk may be anybody's; with one that does not go on nothing could be recovered."""
+    with world.on() as (registry, committer):
+        own = vtpm(registry, "web")
+        asyncio.run(commit(committer, own, 1))
+        durable, counted = registry.states.links()[1], committer.anchor.sequence
+    assert durable is not None
+    link = Link.decode(durable.link)
+    for macs in (durable.mac, b"nobody's"):
+        forged = replace(link, anchor=replace(link.anchor, sequence=sequence)).encode()
+        with closing(sqlite3.connect(world.path)) as db, db:
+            db.execute("UPDATE links SET link = ? WHERE chain = 'hybrid'", (forged,))
+            db.execute("UPDATE links SET mac = ? WHERE chain = 'durable'", (macs,))
+        with world.on() as (_, committer):
+            asked, _ = asyncio.run(committer.recovery())
+            asyncio.run(committer.recover(asked, "the disk was changed", RECOVERY))
+            if macs == durable.mac:
+                assert committer.anchor.sequence <= counted + 2
+
+
 def test_a_state_other_than_its_leaf_says_is_accepted_with_a_higher_lineage(world: World) -> None:
     async def scenario() -> None:
         with world.on() as (registry, committer):

@@ -48,6 +48,7 @@ from holdfast.protocol import ipc
 
 LEAVES_MAX: Final = 1 << 20  # that a daemon may tell of, destroyed ones included
 REASON_MAX: Final = 1024  # characters
+SEQUENCE_MAX: Final = 1 << 62  # groups that are counted on from, whatever is on disk
 KEY_SIZE: Final = 32
 _KEY_TAG: Final = b"holdfast/pending/1"
 _RECOVER_TAG: Final = b"holdfast/recover/1"
@@ -313,7 +314,11 @@ class Freshness:
         if value is None:
             raise HostError("the durable chain is not in this host TPM: it was cleared or replaced")
         links = [link for link in (told.hybrid, told.durable) if link is not None]
-        known = max((link.anchor for link in links), key=_sequence, default=GENESIS.anchor)
+        # What this host wrote itself, if there is any of it: anybody may have counted in the rest.
+        macs = {told.hybrid: told.hybrid_mac, told.durable: told.durable_mac}
+        ours = [link for link in links if self._ours(macs[link], link)]
+        known = max((link.anchor for link in ours or links), key=_sequence, default=GENESIS.anchor)
+        known = replace(known, sequence=min(known.sequence, SEQUENCE_MAX))
         anchor = replace(
             known.after(told.newest.root), boot=self._chains.boot(),
             recoveries=known.recoveries + 1,
