@@ -6,37 +6,40 @@ and texts are the log's own, and not verified.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from itertools import zip_longest
+from collections.abc import Collection
+from typing import Final
 
 from holdfast.eventlog.predict import name_of
 from holdfast.eventlog.tcg2 import Tcg2Event, Tcg2Log
 from holdfast.tpm2.algorithms import Alg
 
-_BANK = Alg.SHA256
+_BANK: Final = Alg.SHA256
 
 
-def differences(before: Tcg2Log, now: Tcg2Log, pcrs: Iterable[int]) -> tuple[str, ...]:
+def differences(before: Tcg2Log, now: Tcg2Log, pcrs: Collection[int]) -> tuple[str, ...]:
     """For each of these PCRs that differs, the first event in which it does."""
     found = []
-    if before.startup_locality != now.startup_locality and 0 in (pcrs := tuple(pcrs)):
+    if before.startup_locality != now.startup_locality and 0 in pcrs:
         found.append(
             f"PCR 0: the TPM was started at locality {now.startup_locality}, before at "
             f"{before.startup_locality}"
         )
     for pcr in pcrs:
-        pairs = zip_longest(_events(before, pcr), _events(now, pcr))
-        for was, there in pairs:
-            if was is None and there is not None:
-                found.append(f"PCR {pcr}: {_called(*there)} is new")
-            elif there is None and was is not None:
-                found.append(f"PCR {pcr}: {_called(*was)} is not there any more")
-            elif was and there and _digest(was[1]) != _digest(there[1]):
-                found.append(f"PCR {pcr}: {_called(*there)} is another")
-            else:
-                continue
-            break
+        what = _first(_events(before, pcr), _events(now, pcr))
+        if what:
+            found.append(f"PCR {pcr}: {what}")
     return tuple(found)
+
+
+def _first(before: list[tuple[int, Tcg2Event]], now: list[tuple[int, Tcg2Event]]) -> str:
+    for was, there in zip(before, now, strict=False):
+        if _digest(was[1]) != _digest(there[1]):
+            return f"{_called(*there)} is another"
+    if len(now) > len(before):
+        return f"{_called(*now[len(before)])} is new"
+    if len(before) > len(now):
+        return f"{_called(*before[len(now)])} is not there any more"
+    return ""
 
 
 def _events(log: Tcg2Log, pcr: int) -> list[tuple[int, Tcg2Event]]:
