@@ -92,7 +92,7 @@ class Host:
         banks = tuple(int(HASHES_BY_NAME[bank]) for bank in DEFAULT_BANKS)
         self._ahead = Ahead(self.spawner, self.keeper, banks, config.workers.manufactured)
         self.rekeying = Rekeying(
-            self._around, self._vtpms.values, self.sleep, self._make_others_ahead
+            self._around, self._vtpms.values, self.sleep, self._ahead.begin_anew
         )
         # Threads of their own: a container that is slow to measure holds up no other work.
         self._measuring = ThreadPoolExecutor(MEASURING_MAX, "measure")
@@ -211,11 +211,6 @@ class Host:
         self.spawner.close()
         self.keeper.close()
         self._registry.close()
-
-    async def _make_others_ahead(self) -> None:
-        """End those that were made ahead: nobody's yet, they have data keys all the same."""
-        await self._ahead.close()
-        self._ahead.refill()
 
     async def _stop_one(self, vtpm: VirtualTpm) -> None:
         vtpm.give_up()

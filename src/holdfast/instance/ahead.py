@@ -116,9 +116,15 @@ class Ahead:
                 raise
             self._waiting.append(parked)
 
+    async def begin_anew(self) -> None:
+        """End those that wait, and make others: nobody's yet, they have data keys all the same."""
+        await self.close()
+        self.refill()
+
     async def close(self) -> None:
         """End those that wait: they were never anybody's."""
         if self._refilling is not None:
             self._refilling.cancel()
+            await asyncio.gather(self._refilling, return_exceptions=True)
         while self._waiting:
             await self._waiting.popleft().discard(self._spawner)
