@@ -625,6 +625,36 @@ def test_an_anchor_beyond_the_day_s_budget_is_owed(world: World) -> None:
     asyncio.run(scenario())
 
 
+@pytest.mark.parametrize("days", [-3650, -1, 1, 3650])
+def test_a_clock_that_is_set_gives_a_new_day_and_stops_no_anchor_for_ever(
+    world: World, monkeypatch: pytest.MonkeyPatch, days: int
+) -> None:
+    """And no more than that: which states are the newest has nothing to do with it."""
+    now = [1.7e9]
+    monkeypatch.setattr("holdfast.store.states.time.time", lambda: now[0])
+
+    async def scenario() -> None:
+        world.per_day = 2
+        with world.on() as (registry, committer):
+            one = vtpm(registry, "one")
+            await commit(committer, one, 1)
+            assert await committer.anchor_durably()
+            assert not await committer.anchor_durably()
+            now[0] += days * 86_400 + days
+            for used in (0, 1):
+                assert committer.durable_writes() == (used, 2)
+                assert await committer.anchor_durably()
+            assert not await committer.anchor_durably()  # what was in another day is not added
+            await commit(committer, one, 2)
+        now[0] -= days * 86_400 + days  # and right again
+        with world.on() as (registry, committer):
+            await commit(committer, one, 3)
+            assert (committer.found, registry.states.state(one).epoch) == ("same", 3)
+            assert await committer.anchor_durably()
+
+    asyncio.run(scenario())
+
+
 def test_a_daemon_whose_map_is_another_is_refused(world: World) -> None:
     async def scenario() -> None:
         with world.on() as (registry, committer):
