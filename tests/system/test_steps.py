@@ -26,6 +26,7 @@ from tests.asking import until
 
 from .serve import Serve, a_host
 from .test_faults import GET_RANDOM, Stream, define, read, write
+from .test_rekey_recovery import keys_of
 
 # Of an administrator's recovery, which has nothing to do with what else goes on: visited, and
 # survived, in tests/unit/test_committer.py and tests/system/test_recover_commands.py. Of sleep and
@@ -38,7 +39,7 @@ OPERATIONS: Final = {
     "CREATE": "create", "POWER_ON": "power_on", "POWER_OFF": "power_off", "COMMIT": "write",
     "KEEPER_ADVANCED": "write", "ANCHOR": "destroy", "KEEPER_SETTLED": "destroy",
     "DESTROY": "destroy", "RESTORE": "restore",
-    "REKEY": "rekey",
+    "REKEY_SUCCEEDED": "succeed", "REKEY_CARRIED": "succeed", "REKEY": "rekey",
 }  # fmt: skip
 SECONDS: Final = 60.0
 KILLS_MAX: Final = 8
@@ -99,6 +100,8 @@ class Story:
         self.epoch = 0
         self.on = False
         self.kills = 0
+        self.keys = keys_of(host)
+        self.given: tuple[str, ...] = ()
         host.create("main")
         self.power_on()
         with self._wire() as wire:
@@ -148,6 +151,16 @@ class Story:
 
     def _rekeyed(self) -> bool:
         return bool(self.host.call("GET", "/v1/rekey")["done"])
+
+    def succeed(self) -> None:
+        """Another recovery key."""
+        self.given = self.keys.change()
+        self._succeed()
+
+    def _succeed(self) -> None:
+        done = self.host.cli(*self.given)
+        assert done.returncode == 0, done.stderr
+        self.keys.took()
 
     # --- around it ---
 
@@ -203,6 +216,8 @@ class Story:
         self.epoch = epoch
         if done and operation in ("create", "destroy"):
             assert self.spare_is_there() == (operation == "create")
+        if operation == "succeed" and not done:
+            self._succeed()
         if operation == "rekey":
             self.rekey()  # on the running vTPM, whose state and key go on together
             self.restore()
@@ -230,6 +245,9 @@ def operation_of(step: Step) -> str:
 
 
 HERE: Final = tuple(step for step in Step if step not in ELSEWHERE)
+SUCCEEDING: Final = (
+    Step.COMMIT_WRITTEN, Step.KEEPER_ADVANCED, Step.ANCHOR_WRITTEN, Step.KEEPER_SETTLED,
+)  # fmt: skip
 COMMITTING: Final = (Step.COMMIT_WRITTEN, Step.KEEPER_ADVANCED, Step.COMMIT_EXTENDED)
 
 
@@ -248,6 +266,14 @@ def test_a_kill_while_a_state_is_committed_under_another_key_loses_neither(
 ) -> None:
     """State and key go on together, or both stay."""
     killed(story, step, victim, "rekey")
+
+
+@pytest.mark.parametrize("victim", ["daemon", "keeper"])
+@pytest.mark.parametrize("step", SUCCEEDING, ids=lambda step: step.name.lower())
+def test_a_kill_while_new_chains_begin_leaves_what_the_old_ones_ended_with(
+    story: tuple[Story, Steps], step: Step, victim: str
+) -> None:
+    killed(story, step, victim, "succeed")
 
 
 def killed(story: tuple[Story, Steps], step: Step, victim: str, operation: str) -> None:

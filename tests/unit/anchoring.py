@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from holdfast.errors import HoldfastError, HostError, by_name
-from holdfast.evidence.freshness import EMPTY, GENESIS
+from holdfast.evidence.freshness import EMPTY, GENESIS, Anchor
 from holdfast.hwtpm.anchor import Chain, ChainValues
 from holdfast.instance.committer import Committer
 from holdfast.keeper.freshness import Freshness
@@ -55,17 +55,26 @@ class Keeper:
 
     def __init__(self, tpm: HostTpm) -> None:
         self.tpm = tpm
+        self.carried: Anchor | None = None
         self.restart()
 
     def restart(self) -> None:
-        self.freshness = Freshness(self.tpm, SECRET)
+        self.freshness = Freshness(self.tpm, SECRET, self.carried)
         self.link: Any = object()
+
+    def succeed(self, _message: ipc.Succeed) -> ipc.Message:
+        """Go over to new chains, as with another recovery key."""
+        self.carried = self.freshness.ended()
+        self.tpm.values = {Chain.DURABLE: GENESIS.value, Chain.HYBRID: None}
+        self.restart()
+        return ipc.Done()
 
     async def ask(self, message: ipc.Message, expected: type[Any]) -> tuple[Any, list[int]]:
         handlers: dict[type[ipc.Message], Callable[[Any], ipc.Message]] = {
             ipc.MapLeaves: self.freshness.tell, ipc.OpenMap: self.freshness.open,
             ipc.Advance: self.freshness.advance, ipc.Settle: self.freshness.settle,
             ipc.AskRecovery: lambda _: self.freshness.ask_recovery(),
+            ipc.Succeed: self.succeed,
             ipc.Recover: lambda m: self.freshness.recover(m, lambda _, made: made == RECOVERY),
         }  # fmt: skip
         message = ipc.decode(message.encode())

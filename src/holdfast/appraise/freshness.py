@@ -64,7 +64,10 @@ def check_host_map(fresh: Freshness, earlier: Progress) -> None:
     """Of step 13: what a host has counted goes on; of one in version 1 nothing was known."""
     anchor = fresh.anchor
     if earlier.index_name not in (b"", fresh.index_name):
-        raise IntegrityError("the host's map is anchored in another index than before")
+        raise IntegrityError(
+            "the host's map is anchored in another index than before: if its administrator says "
+            "that its recovery key was changed, begin a new progress"
+        )
     for what, now, before in (
         ("unclean boots", anchor.unclean, earlier.unclean),
         ("recoveries", anchor.recoveries, earlier.recoveries),

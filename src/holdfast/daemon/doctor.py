@@ -30,6 +30,7 @@ _FOUND: Final = {  # `keeper.freshness.Found`
     "clean": "all was in order when the host ended last",
     _UNCLEAN: "",  # which is told at more length
     "recovered": "an administrator had them accepted in this boot",
+    "carried": "as the chains had it that were there before another recovery key's",
 }
 _POWER_CUT: Final = "if the power fails, an older disk put back would take them back unseen"
 _AT_ONCE: Final = 64  # vTPMs looked at before others have their turn

@@ -21,7 +21,7 @@ from holdfast.daemon.keeping import Keeping, reason_of
 from holdfast.daemon.requests import Caller, body_of, caller, hexed, typed
 from holdfast.errors import InvalidInput
 from holdfast.ids import instance_id
-from holdfast.instance.rekeying import DATA, ROOT, Progress
+from holdfast.instance.rekeying import PARTS, Progress
 from holdfast.instance.snapshots import Restored
 from holdfast.instance.vtpm import VirtualTpm
 from holdfast.store.snapshots import Listed, Snapshot
@@ -34,7 +34,7 @@ _BACKUP: Final[Mapping[str, type]] = {
 }  # fmt: skip
 _RECOVER: Final[Mapping[str, type]] = {"link": str, "reason": str, "signature": str}
 _FORGET: Final[Mapping[str, type]] = {"name": str, "reason": str}
-_REKEY: Final[Mapping[str, type]] = {ROOT: bool, DATA: bool}
+_REKEY: Final[Mapping[str, type]] = dict.fromkeys(PARTS, bool)
 Audit = Callable[..., None]
 
 
@@ -156,9 +156,9 @@ class StateCalls:
         who = _root(request, "rekey")
         body = await body_of(request)
         typed(body, _REKEY)
-        parts = [part for part in (ROOT, DATA) if body.get(part)]
+        parts = [part for part in PARTS if body.get(part)]
         if not parts:
-            raise InvalidInput("which keys? root, data, or both")
+            raise InvalidInput(f"which keys? some of {', '.join(PARTS)}")
         progress = self._host.rekeying.begin(parts)
         self._audit(who, "rekey", "", parts=", ".join(progress.parts))
         return web.json_response(_progress(progress), status=202)

@@ -72,17 +72,21 @@ class ChainValues:
 
 
 class Anchor:
-    """The three indices in one open context, from `define` or `open` on.
+    """The three indices in one open context, from `define` or `open` on; `first`: the writer's
+    number, which those of the chains follow.
 
     `names` are the writer's, and the chains' as they are before they are written.
     """
 
-    def __init__(self, context: Context, sessions: Sessions) -> None:
+    def __init__(self, context: Context, sessions: Sessions, first: int = WRITER_INDEX) -> None:
         self._context = context
         self._sessions = sessions
-        self._writer = SignedIndex(context, WRITER_INDEX, "anchor's writer index")
+        self._writer = SignedIndex(context, first, "anchor's writer index")
         self._indices = {
-            chain: NvIndex(context, chain, f"{chain.name.lower()} chain's index") for chain in Chain
+            chain: NvIndex(
+                context, first + chain - WRITER_INDEX, f"{chain.name.lower()} chain's index"
+            )
+            for chain in Chain
         }
         self._publics: dict[Chain, NvPublic] = {}
         self._secret: Entity | None = None
@@ -103,10 +107,10 @@ class Anchor:
             raise ValueError("an anchor secret has 32 bytes, the last of which is not 0")
         self._sessions.end()  # writing by a signature needs room for a session of ESAPI's
         self._writer.define(signer, _WRITTEN_ONCE, secret)
-        self._secret = Entity(WRITER_INDEX, self._writer.name, secret)
+        self._secret = Entity(self._writer.number, self._writer.name, secret)
         wanted = policy.chain_policy(self._writer.name)
         for chain, index in self._indices.items():
-            public = NvPublic(chain, _ATTRIBUTES[chain], wanted, DIGEST_SIZE)
+            public = NvPublic(index.number, _ATTRIBUTES[chain], wanted, DIGEST_SIZE)
             index.make(public)
             self._publics[chain] = public
 
@@ -121,7 +125,7 @@ class Anchor:
     ) -> None:
         """Find the indices again; HostError says which is gone or another."""
         self._writer.open(writer_name)
-        entity = Entity(WRITER_INDEX, writer_name, secret)
+        entity = Entity(self._writer.number, writer_name, secret)
         try:
             self._value(entity, SIGNED_SIZE)  # the TPM compares Name and secret
         except TpmError:

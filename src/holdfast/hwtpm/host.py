@@ -41,6 +41,7 @@ from holdfast.hwtpm.context import (
     tss_signature,
 )
 from holdfast.hwtpm.endorsement import find_persistent
+from holdfast.hwtpm.nvindex import NvIndex
 from holdfast.hwtpm.session import Entity, PolicySession, Room, Sessions
 from holdfast.hwtpm.version import VERSION_INDEX, VersionIndex
 from holdfast.tpm2 import requests as rq
@@ -55,6 +56,8 @@ T = TypeVar("T")
 AUTH_SIZE: Final = 32
 PCR_TRIES: Final = 10
 INDICES: Final = (VERSION_INDEX, WRITER_INDEX, DURABLE_INDEX, HYBRID_INDEX)
+# Where they are of every other recovery key: those of the next are made beside those of the last.
+OTHER_INDICES: Final = tuple(number + len(INDICES) for number in INDICES)
 QUOTED_PCRS: Final = tuple(range(PCR_COUNT))
 _NO_TICKET: Final = u16(ST_HASHCHECK) + u32(Rh.NULL) + sized(b"")  # TPMT_TK_HASHCHECK
 _BASE: Final = (
@@ -112,18 +115,28 @@ def _root_key_template(recovery_name: bytes) -> Public:
 class HostTpm:
     """The keeper's hand on the host TPM, from `open_primary` on."""
 
-    def __init__(self, context: Context, owner_auth: bytes = b"") -> None:
+    def __init__(
+        self, context: Context, owner_auth: bytes = b"", indices: int = VERSION_INDEX
+    ) -> None:
+        """`indices`: the number of the version index, which those of the anchor follow."""
         self._context = context
         self._esapi = context.esapi
         self._esapi.tr_set_auth(ESYS_TR.OWNER, owner_auth)
-        self.index = VersionIndex(context)
+        self.index = VersionIndex(context, indices)
         self._sessions = Sessions(context)
-        self.anchor = Anchor(context, self._sessions)
+        self.anchor = Anchor(context, self._sessions, indices + 1)
         self._primary: Any = None
         self._parent: Entity | None = None  # the primary, as our own sessions know it
         self._ak: Any = None
         self._ca: Any = None
         self._ticket: tuple[Approval, bytes, bytes, bytes] | None = None
+
+    def move(self, indices: int) -> None:
+        """Have other indices in hand from now on: `define` or `open` them."""
+        self.index = VersionIndex(self._context, indices)
+        ak = self.anchor.ak
+        self.anchor = Anchor(self._context, self._sessions, indices + 1)
+        self.anchor.ak = ak
 
     def describe(self) -> str:
         """Manufacturer, vendor string and firmware as the TPM gives them; nothing is believed."""
@@ -145,7 +158,15 @@ class HostTpm:
     def remains(self) -> tuple[int, ...]:
         """Which NV indices are there at the numbers of ours."""
         there = self._context.handles(VERSION_INDEX)
-        return tuple(number for number in INDICES if number in there)
+        return tuple(number for number in (*INDICES, *OTHER_INDICES) if number in there)
+
+    def remove(self, first: int) -> None:
+        """Remove the indices at `first` and the three numbers after it, where there are some."""
+        for number in range(first, first + len(INDICES)):
+            index = NvIndex(self._context, number, "retired index")
+            if index.look() is not None:
+                index.opened()
+                index.undefine()
 
     # --- the primary, and objects under it ---
 
@@ -319,7 +340,8 @@ class HostTpm:
         try:
             session.satisfy(Cc.PolicyPCR, sized(b"") + selection)
             # With an empty password, as anybody may read the index.
-            session.satisfy(Cc.PolicyNV, operand, (VERSION_INDEX, VERSION_INDEX), (rq.Auth(),))
+            index = self.index.number
+            session.satisfy(Cc.PolicyNV, operand, (index, index), (rq.Auth(),))
             session.satisfy(Cc.PolicyAuthorize, approved_by)
             session.satisfy(Cc.PolicyAuthValue)
         except TpmError as error:

@@ -19,5 +19,5 @@ VERSION_INDEX: Final = 0x01804846  # in the owner's range; "HF"
 class VersionIndex(SignedIndex):
     """Writing it sets the version: what was approved for a lower one is retired."""
 
-    def __init__(self, context: Context) -> None:
-        super().__init__(context, VERSION_INDEX, "version index")
+    def __init__(self, context: Context, number: int = VERSION_INDEX) -> None:
+        super().__init__(context, number, "version index")

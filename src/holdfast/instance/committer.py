@@ -447,6 +447,20 @@ class Committer:
         self._durable, self._marked, self._owed = link.value, not clean, False
         self.unanchored = 0
 
+    async def succeed(self) -> None:
+        """Have the keeper go on under another recovery key, if one was prepared.
+
+        With other chains, which begin with what these end with; nothing is committed meanwhile.
+        """
+        async with self._alone:
+            await self._open()
+            await self._keeper.ask(ipc.Succeed(), ipc.Done)
+            self._connection = None  # it has opened anew
+            await self._open()
+            reached(Step.REKEY_CARRIED)
+            if not self._marked:
+                await self._settle(clean=False)
+
     @property
     def anchor_owed(self) -> bool:
         """Whether something is not remembered durably because the day's budget is used up."""

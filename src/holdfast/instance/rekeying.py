@@ -8,6 +8,9 @@ knows its keys is under way:
            is on goes on, one that sleeps is woken for it, and what is off stays off
     root   its keys are wrapped anew, as they are
 
+For another recovery key, what it signs was made before (`keeper.succession`): the keeper goes over
+to that first, with chains that begin with what the ones before end with.
+
 When no key is under the present root key any more, the keeper forgets that. Whatever is interrupted
 is finished by doing it again: what is done already is only done once more. The journal says that
 something was begun; who begins again does what is not finished too.
@@ -49,8 +52,10 @@ BEGUN: Final = "rekey"  # in the journal, until REKEYED
 AT_ONCE: Final = 1024  # keys in one message
 LOOKS_MAX: Final = 5  # before it is given up that all keys are under one root key
 RETRY_DELAYS: Final = (0.5, 2.0, 5.0)  # seconds, while somebody who has died comes back
+RECOVERY: Final = "recovery"
 ROOT: Final = "root"
 DATA: Final = "data"
+PARTS: Final = (RECOVERY, ROOT, DATA)  # in the order in which they are done
 
 
 @dataclass
@@ -95,14 +100,14 @@ class Rekeying:
         last = self._around.registry.states.journalled(BEGUN, REKEYED)
         if last is None or last[1] == REKEYED:
             return ()
-        return tuple(part for part in (ROOT, DATA) if part in last[2].split(", "))
+        return tuple(part for part in PARTS if part in last[2].split(", "))
 
     def begin(self, parts: Iterable[str]) -> Progress:
         """Do it in the background, with what is not finished yet. Conflict while it is done."""
         if self.running:
             raise Conflict("keys are being changed already: wait until that has ended")
         wanted = {*parts, *self.unfinished}
-        self.progress = Progress(tuple(part for part in (ROOT, DATA) if part in wanted))
+        self.progress = Progress(tuple(part for part in PARTS if part in wanted))
         self._task = background(self._do(self.progress))
         return self.progress
 
@@ -130,26 +135,33 @@ class Rekeying:
         await around.committer.ready()
         around.registry.states.journal("", BEGUN, ", ".join(parts))
         reached(Step.REKEY_BEGUN)
+        if RECOVERY in parts:
+            await around.committer.succeed()
         if ROOT in parts:
             await around.keeper.ask(ipc.BeginRekey(), ipc.Done)
             await self._drop_ahead()  # whose keys are older, and on no disk
-        vtpms = list(self._everybody())  # one that is made later has keys of now
-        progress.of = len(vtpms)
-        for vtpm in vtpms:
-            await self._one(vtpm, progress)
-            progress.vtpms += 1
-        if DATA in parts:
-            await self._end_backups()
-        if ROOT in parts:
-            await self._look_for_others()
-        around.registry.database.empty_log()
-        reached(Step.REKEY_REWRAPPED)
+        if ROOT in parts or DATA in parts:
+            await self._all(progress)
         if ROOT in parts:
             await around.keeper.ask(ipc.EndRekey(), ipc.Done)
         reached(Step.REKEY_DONE)
         progress.anchored = await around.committer.anchor_durably()
         around.registry.states.journal("", REKEYED, ", ".join(parts))
         LOG.warning("keys were changed", what=parts, vtpms=progress.vtpms)
+
+    async def _all(self, progress: Progress) -> None:
+        """Give every vTPM others, and leave nothing of the old ones on the disk."""
+        vtpms = list(self._everybody())  # one that is made later has keys of now
+        progress.of = len(vtpms)
+        for vtpm in vtpms:
+            await self._one(vtpm, progress)
+            progress.vtpms += 1
+        if DATA in progress.parts:
+            await self._end_backups()
+        if ROOT in progress.parts:
+            await self._look_for_others()
+        self._around.registry.database.empty_log()
+        reached(Step.REKEY_REWRAPPED)
 
     # --- one vTPM ---
 

@@ -29,6 +29,7 @@ from holdfast.keeper.provision import DEFAULT_PCRS, Site, authorize, provision
 from holdfast.keeper.service import PEERS_MAX, Keeper, log
 from holdfast.keeper.signing import sign_recovery
 from holdfast.keeper.sole import claim
+from holdfast.keeper.succession import succeed
 from holdfast.linux import channel, process
 from holdfast.linux.secret import Kind, SecretMemory
 from holdfast.sandbox import keeper as sandbox
@@ -47,6 +48,7 @@ def main(arguments: list[str]) -> int:
     process.set_dumpable(False)
     actions: Mapping[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
         "provision": _provision, "authorize": _authorize, "boot-state": _boot_state,
+        "succeed": _succeed,
         "sign-recovery": _sign_recovery, "write-archive": _write_archive,
         "read-archive": _read_archive,
     }  # fmt: skip
@@ -94,6 +96,13 @@ def _authorize(options: argparse.Namespace) -> dict[str, Any]:
     return authorize(
         options.dir, options.tcti, options.identity, options.recovery_file,
         retire=options.retire, values=_values(options.values), other_pcrs=options.other_pcrs,
+    )  # fmt: skip
+
+
+def _succeed(options: argparse.Namespace) -> dict[str, Any]:
+    return succeed(
+        options.dir, options.tcti, options.identity, options.recovery_file,
+        options.site_root_key, options.recovery_recipient, options.out,
     )  # fmt: skip
 
 
@@ -226,6 +235,12 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     allowed.add_argument("--values", type=Path, help="JSON file with PCR values to approve")
     allowed.add_argument("--other-pcrs", action="store_true")
     allowed.add_argument("--retire", action="store_true")
+    followed = actions.add_parser("succeed", parents=[common])
+    followed.add_argument("--identity", type=Path, required=True)
+    followed.add_argument("--recovery-file", type=Path, required=True)
+    followed.add_argument("--site-root-key", type=Path, required=True)
+    followed.add_argument("--recovery-recipient", required=True)
+    followed.add_argument("--out", type=Path, required=True)
     signed = actions.add_parser("sign-recovery", parents=[place])
     signed.add_argument("--link", type=bytes.fromhex, required=True)
     signed.add_argument("--reason", required=True)

@@ -30,6 +30,7 @@ from holdfast.errors import (
     NotFound,
     TpmError,
 )
+from holdfast.evidence.freshness import Anchor as FreshnessAnchor
 from holdfast.evidence.round import round_extra_data
 from holdfast.hwtpm.anchor import SECRET_SIZE, Anchor, Chain
 from holdfast.hwtpm.context import Context
@@ -100,7 +101,7 @@ class Custody:
                 "this host was initialised before freshness was kept: run holdfast policy "
                 "authorize with the recovery key"
             )
-        tpm = HostTpm(self._context, made.owner_auth)
+        tpm = HostTpm(self._context, made.owner_auth, made.indices)
         ek_name = Public.decode(made.ek_public).name
         tpm.open_primary(made.unique, made.primary_auth, made.primary_name, ek_name)
         tpm.index.open(made.index_name)
@@ -139,6 +140,8 @@ class Custody:
         if self._root.has_next:
             return
         with vault.changing(directory) as made:
+            if vault.succeeded(directory):
+                raise Conflict("another recovery key is to follow first: holdfast rekey --recovery")
             auth = fresh_auth()
             recovery_name = Public.decode(made.recovery_public).name
             self._tpm.drop_ca()  # whose slot it takes
@@ -174,6 +177,41 @@ class Custody:
             self._made.save(directory)
         self._root.promote()
         reached(Step.REKEY_ENDED)
+
+    # --- another recovery key ---
+
+    def succeed(self, directory: Path, anchor: FreshnessAnchor) -> None:
+        """Have what was prepared in `directory` be what is there; then this is to be closed.
+
+        `anchor`: what both chains know, for the new ones to begin with.
+        """
+        with vault.changing(directory):
+            successor = vault.load(directory, vault.SUCCESSOR)
+            replace(successor, carried=anchor.encode()).save(directory)
+            (directory / vault.SUCCESSOR).unlink()
+        reached(Step.REKEY_SUCCEEDED)
+
+    def tidy(self, directory: Path) -> None:
+        """Remove what was the recovery key's before this one: it is of no use any more."""
+        if not self._made.retired:
+            return
+        with vault.changing(directory) as made:
+            self._tpm.remove(made.retired)
+            self._made = replace(made, retired=0)
+            self._made.save(directory)
+
+    def carried_over(self, directory: Path) -> None:
+        """The new chains have what the ones before ended with."""
+        if not self._made.carried:
+            return
+        with vault.changing(directory) as made:
+            self._made = replace(made, carried=b"")
+            self._made.save(directory)
+
+    @property
+    def carried(self) -> FreshnessAnchor | None:
+        """What the chains before these ended with, while these do not have it."""
+        return FreshnessAnchor.decode(self._made.carried) if self._made.carried else None
 
     # --- freshness ---
 

@@ -62,6 +62,7 @@ class Found(Enum):
     CLEAN = "clean"  # the TPM was reset, after everything had been put in order
     UNCLEAN = "unclean"  # it was reset, and what the durable chain had not seen is taken on trust
     RECOVERED = "recovered"  # an administrator had what is older accepted
+    CARRIED = "carried"  # the chains are new, and what the ones before ended with is known
 
 
 class Chains(Protocol):
@@ -95,9 +96,11 @@ class _Told:
 class Freshness:
     """The map of one host, from `open` on."""
 
-    def __init__(self, chains: Chains, secret: bytes) -> None:
+    def __init__(self, chains: Chains, secret: bytes, carried: Anchor | None = None) -> None:
+        """`carried`: what other chains ended with, for which these are there now."""
         self._chains = chains
         self._secret = secret
+        self._carried = carried
         self._leaves: dict[UUID, Leaf] = {}
         self._anchored: dict[UUID, Leaf] = {}
         self._told: _Told | None = None
@@ -151,6 +154,8 @@ class Freshness:
     def _compare(self, told: _Told) -> Found:
         """What was found; only then is a chain extended, by what it was about to take in."""
         values = self._chains.read()
+        if self._carried is not None and values.durable == GENESIS.value:
+            return self._carry(told, self._carried, values.hybrid)
         durable, value = self._settled(told, values.durable), values.hybrid
         finished = durable.value != values.durable
         self._marked = False
@@ -185,6 +190,31 @@ class Freshness:
             boot=boot, unclean=unclean, clean=False,
         )  # fmt: skip
         return found
+
+    def _carry(self, told: _Told, carried: Anchor, value: bytes | None) -> Found:
+        """New chains: the durable one has but its first link, and the hybrid one perhaps a second.
+
+        What the ones before ended with is exactly what is to be shown, with whatever links.
+        """
+        found, anchor, value = Found.CARRIED, carried, value or EMPTY
+        if value != EMPTY:
+            link, found = self._unreset(told, value), Found.SAME
+            if link.value != value:
+                self._chains.extend(Chain.HYBRID, link.anchor.digest)
+            anchor, value = link.anchor, link.value
+        elif told.newest.root != carried.root:
+            raise IntegrityError(_older("the recovery key before this one"))
+        else:
+            sequence = max(carried.sequence, self._reached(told))
+            anchor = replace(carried, sequence=sequence, boot=self._chains.boot(), clean=False)
+        self._durable_value, self._anchor, self._value = GENESIS.value, anchor, value
+        self._marked = False
+        return found
+
+    @property
+    def carried_over(self) -> bool:
+        """Whether the durable chain has taken in what was carried."""
+        return self._map is not None and self._durable_value != GENESIS.value
 
     def _reached(self, told: _Told) -> int:
         """How far groups were counted in the boot before, in which nothing was put in order.
@@ -264,6 +294,13 @@ class Freshness:
         reached(Step.KEEPER_SETTLED)
         self._durable_value, self._marked = link.value, not link.anchor.clean
         return ipc.Done()
+
+    def ended(self) -> Anchor:
+        """What both chains end with, for others to begin with; as of `present` else."""
+        root, values = self.present.root, self._chains.read()
+        if values.durable != self._durable_value or (values.hybrid or EMPTY) != self._value:
+            raise HostError("the chains do not hold what the keeper extended them by")
+        return replace(self._anchor, root=root)
 
     @property
     def present(self) -> FreshnessMap:

@@ -143,8 +143,8 @@ def _make(context: Context, site: Site, undo: contextlib.ExitStack) -> tuple[Vau
     undo.callback(_take_back, tpm.index)
     undo.callback(_take_back, tpm.anchor)
     tpm.index.define(signer, 1)
-    secret = _anchor(tpm, signer)
-    approval = _approve(signer, _current(tpm, site.pcrs), 1, tpm.index.name)
+    secret = anchored(tpm, signer)
+    approval = approve(signer, current(tpm, site.pcrs), 1, tpm.index.name)
     tpm.approve(signer.public, approval)
 
     root_blob = tpm.create_root_key(signer.public.name, os.urandom(ROOT_KEY_SIZE) + secret)
@@ -191,7 +191,7 @@ def _refuse_remains(tpm: HostTpm) -> None:
         )
 
 
-def _anchor(tpm: HostTpm, signer: RecoverySigner) -> bytes:
+def anchored(tpm: HostTpm, signer: RecoverySigner) -> bytes:
     """Make the anchor, and the durable chain's first value; returns the anchor secret."""
     secret = fresh_auth()
     tpm.anchor.define(signer, secret)
@@ -216,14 +216,14 @@ def _activate(context: Context, ak_handle: Any, ak: Public) -> Public:
         return ek
 
 
-def _current(tpm: HostTpm, pcrs: tuple[int, ...]) -> Mapping[int, bytes]:
+def current(tpm: HostTpm, pcrs: tuple[int, ...]) -> Mapping[int, bytes]:
     banks = tpm.read_pcrs((Alg.SHA256,))
     if Alg.SHA256 not in banks:
         raise HostError("the host TPM has no SHA-256 bank")
     return {pcr: banks[Alg.SHA256][pcr] for pcr in pcrs}
 
 
-def _approve(
+def approve(
     signer: RecoverySigner, values: Mapping[int, bytes], version: int, index_name: bytes
 ) -> Approval:
     signature = signer.approve(approved_policy(values, version, index_name))
@@ -243,20 +243,22 @@ def authorize(
     with contextlib.ExitStack() as stack:
         made = stack.enter_context(vault.changing(directory))
         signer = signer_of(made, recovery_file, identity)
+        if vault.succeeded(directory):
+            raise Conflict("another recovery key is to follow: finish holdfast rekey --recovery")
         if values is not None and not other_pcrs:
             _same_pcrs(values, made.approvals[0].values)
-        stack.enter_context(_room_beside_the_keeper(tcti))
+        stack.enter_context(room_beside_the_keeper(tcti))
         transport = Transport(tcti)
         stack.callback(transport.close)
         context = Context(transport, alone=False)  # the keeper may be serving
         stack.callback(context.close)
-        tpm = HostTpm(context, made.owner_auth)
+        tpm = HostTpm(context, made.owner_auth, made.indices)
         ek_name = Public.decode(made.ek_public).name
         tpm.open_primary(made.unique, made.primary_auth, made.primary_name, ek_name)
         tpm.index.open(made.index_name)
-        wanted = values or _current(tpm, tuple(sorted(made.approvals[0].values)))
+        wanted = values or current(tpm, tuple(sorted(made.approvals[0].values)))
         version = made.version + 1 if retire else made.version
-        approval = _approve(signer, wanted, version, made.index_name)
+        approval = approve(signer, wanted, version, made.index_name)
         others = tuple(a for a in made.approvals if retire or a.values != approval.values)
         if len(others) >= APPROVALS_MAX:
             raise Conflict(f"{APPROVALS_MAX} boot states are approved: retire the old ones")
@@ -283,7 +285,7 @@ def _same_pcrs(values: Mapping[int, bytes], approved: Mapping[int, bytes]) -> No
 
 
 @contextlib.contextmanager
-def _room_beside_the_keeper(tcti: str) -> Iterator[None]:
+def room_beside_the_keeper(tcti: str) -> Iterator[None]:
     """A TPM without a resource manager may have three slots, and a keeper that serves has some."""
     try:
         yield
@@ -306,11 +308,11 @@ def _with_anchor(tpm: HostTpm, made: Vault, signer: RecoverySigner) -> Vault:
             "the host TPM has an anchor that the keeper's file does not know, as an authorize that "
             f"was killed leaves it; remove it with: {removal(*sorted(there))}"
         )
-    values = _current(tpm, tuple(sorted(made.approvals[0].values)))
-    tpm.approve(signer.public, _approve(signer, values, made.version, made.index_name))
+    values = current(tpm, tuple(sorted(made.approvals[0].values)))
+    tpm.approve(signer.public, approve(signer, values, made.version, made.index_name))
     room = bytearray(ROOT_KEY_SIZE + SPARE)
     size = tpm.unseal(made.root_key, room)
-    secret = _anchor(tpm, signer)
+    secret = anchored(tpm, signer)
     blob = tpm.create_root_key(signer.public.name, bytes(room[:size]) + secret)
     room[:] = bytes(len(room))
     writer_name, durable_name, hybrid_name = tpm.anchor.names

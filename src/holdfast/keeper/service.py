@@ -89,14 +89,15 @@ class Keeper:
             ipc.HostPcrs: lambda _: self._open().pcrs(),
             ipc.HostIdentityRequest: lambda _: self._open().identity(),
             ipc.MapLeaves: lambda m: self._fresh().tell(m),
-            ipc.OpenMap: lambda m: self._fresh().open(m),
+            ipc.OpenMap: lambda m: self._carried_over(self._fresh().open(m)),
             ipc.Advance: lambda m: self._fresh().advance(m),
-            ipc.Settle: lambda m: self._fresh().settle(m),
+            ipc.Settle: lambda m: self._carried_over(self._fresh().settle(m)),
             ipc.AskRecovery: lambda _: self._fresh().ask_recovery(),
             ipc.Recover: lambda m: self._fresh().recover(m, self._open().signed_for_recovery),
             ipc.BeginRekey: self._begin_rekey,
             ipc.Rewrap: lambda m: ipc.Rewrapped(self._open().rewrap(m.keys)),
             ipc.EndRekey: self._end_rekey,
+            ipc.Succeed: self._succeed,
         }
 
     def run(self) -> None:
@@ -139,8 +140,9 @@ class Keeper:
             self._stand_in = made.stand_in
             if self._transport is None:
                 self._transport = Transport(self._tcti)
-            self._custody = Custody(made, self._transport, self._memory)
-            self._freshness = Freshness(self._custody.chains, self._custody.anchor_secret)
+            custody = Custody(made, self._transport, self._memory)
+            self._freshness = Freshness(custody.chains, custody.anchor_secret, custody.carried)
+            self._custody = custody
         except (HoldfastError, OSError) as error:
             if str(error) != self._why_not:
                 log(f"not open: {error}")
@@ -152,6 +154,14 @@ class Keeper:
             log(f"open: {self._custody.description} at {self._tcti}")
             self._why_not = ""
             self._retry_after = RETRY_SECONDS
+            self._tidy(self._custody)
+
+    def _tidy(self, custody: Custody) -> None:
+        """Remove what is left of another recovery key; if that fails, the next opening does."""
+        try:
+            custody.tidy(self._directory)
+        except (HoldfastError, OSError) as error:
+            log(f"indices of the recovery key before are still there: {error}")
 
     def _renew_transport(self) -> None:
         """A device that was unplugged needs a new descriptor; the old one serves if we get none."""
@@ -205,6 +215,24 @@ class Keeper:
     def _end_rekey(self, _message: ipc.EndRekey) -> ipc.Message:
         self._changing(lambda: self._open().end_rekey(self._directory))
         return ipc.Done()
+
+    def _succeed(self, _message: ipc.Succeed) -> ipc.Message:
+        """Open anew as what was prepared; Done if nothing was."""
+        custody, fresh = self._open(), self._fresh()
+        if vault.succeeded(self._directory):
+            anchor = fresh.ended()
+            self._changing(lambda: custody.succeed(self._directory, anchor))
+            log("another recovery key: opened anew")
+            custody.close()
+            self._custody, self._why_not, self._retry_at = None, "", 0.0
+        return ipc.Done()
+
+    def _carried_over(self, answer: ipc.Message) -> ipc.Message:
+        """What the chains before these ended with is not needed once these have it."""
+        custody = self._open()
+        if custody.carried is not None and self._fresh().carried_over:
+            self._changing(lambda: custody.carried_over(self._directory))
+        return answer
 
     @staticmethod
     def _changing(action: Callable[[], None]) -> None:

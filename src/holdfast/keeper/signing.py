@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Final
 
-from holdfast.errors import DecodeError, InvalidInput
+from holdfast.errors import Conflict, DecodeError, InvalidInput
 from holdfast.evidence.freshness import Link
 from holdfast.hwtpm.policy import RECOVERY_KEY_SIZE, RecoverySigner, sha256
 from holdfast.keeper import recovery, vault
@@ -18,15 +18,33 @@ from holdfast.keeper.vault import Vault
 RECOVERY_FILE: Final = "recovery.age"
 
 
-def signer_of(made: Vault, recovery_file: Path, identity: Path) -> RecoverySigner:
-    """This host's recovery key, from its encrypted file; InvalidInput if that holds another."""
+def signer_in(recovery_file: Path, identity: Path) -> RecoverySigner:
+    """Whatever recovery key an encrypted file holds; InvalidInput if it holds none."""
     key = recovery.read_encrypted(recovery_file, identity)
     if len(key) != RECOVERY_KEY_SIZE:
         raise InvalidInput(f"{recovery_file} holds no recovery key: init wrote {RECOVERY_FILE}")
-    signer = RecoverySigner(key)
+    return RecoverySigner(key)
+
+
+def signer_of(made: Vault, recovery_file: Path, identity: Path) -> RecoverySigner:
+    """This host's recovery key, from its encrypted file.
+
+    InvalidInput if that holds another, Conflict if it holds the one before.
+    """
+    signer = signer_in(recovery_file, identity)
+    check(made, signer, recovery_file)
+    return signer
+
+
+def check(made: Vault, signer: RecoverySigner, recovery_file: Path) -> None:
+    """That what the file holds is the present one; errors as of `signer_of`."""
+    if signer.public.encode() == made.recovery_before:
+        raise Conflict(
+            f"this host's recovery key is another by now: {recovery_file} is the one before; "
+            "holdfast rekey --recovery wrote the present one"
+        )
     if signer.public.encode() != made.recovery_public:
         raise InvalidInput(f"{recovery_file} is not this host's recovery key")
-    return signer
 
 
 def sign_recovery(

@@ -20,9 +20,11 @@ from typing import Any, Final
 from holdfast.errors import Conflict, IntegrityError, NotFound
 from holdfast.hwtpm.host import Approval, Blob
 from holdfast.hwtpm.policy import Signature
+from holdfast.hwtpm.version import VERSION_INDEX
 from holdfast.keeper.recovery import sync
 
 FILE: Final = "keeper.json"
+SUCCESSOR: Final = "successor.json"  # what it will be once the recovery key is another
 VERSION: Final = 2
 _ANCHOR_NAMES: Final = ("writer_name", "durable_name", "hybrid_name")
 
@@ -60,22 +62,27 @@ class Vault:
     hybrid_name: bytes
     recipient: str = ""  # the public key to which `init` encrypted; a host of before has kept none
     next_root_key: Blob | None = None  # under which data keys are being wrapped anew
+    indices: int = VERSION_INDEX  # the number of the first of four
+    # Of a recovery key that follows another:
+    retired: int = 0  # the first of four indices that are to be removed
+    recovery_before: bytes = b""  # TPMT_PUBLIC of the one before
+    carried: bytes = b""  # the anchor that the chains before it ended with, until the new have it
 
     @property
     def anchored(self) -> bool:
         """Whether there is an anchor, and its secret sealed after the root key: since version 2."""
         return bool(self.writer_name)
 
-    def save(self, directory: Path) -> None:
+    def save(self, directory: Path, name: str = FILE) -> None:
         """Replace the file, durably."""
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        fresh = directory / f"{FILE}.new"
+        fresh = directory / f"{name}.new"
         fd = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600)
         with os.fdopen(fd, "w") as file:
             json.dump({"version_of_file": VERSION, **_to_json(self)}, file, indent=1)
             file.flush()
             os.fsync(file.fileno())
-        fresh.rename(directory / FILE)
+        fresh.rename(directory / name)
         sync(directory)
 
 
@@ -83,22 +90,27 @@ def exists(directory: Path) -> bool:
     return (directory / FILE).exists()
 
 
-def load(directory: Path) -> Vault:
+def succeeded(directory: Path) -> bool:
+    """Whether there is a file that is to follow, of another recovery key."""
+    return (directory / SUCCESSOR).exists()
+
+
+def load(directory: Path, name: str = FILE) -> Vault:
     """Read the file; NotFound before `holdfast init`, IntegrityError if it makes no sense."""
     try:
-        data = (directory / FILE).read_bytes()
+        data = (directory / name).read_bytes()
     except FileNotFoundError:
         raise NotFound("this host is not initialised: run holdfast init") from None
     try:
         value = json.loads(data)
         version = value.pop("version_of_file")
         if version not in (1, VERSION):
-            raise Conflict(f"{FILE} was written by another version of Holdfast")
+            raise Conflict(f"{name} was written by another version of Holdfast")
         if version == 1:
             value |= dict.fromkeys(_ANCHOR_NAMES, "")
         return _from_json(value)
     except (ValueError, KeyError, TypeError, AttributeError):
-        raise IntegrityError(f"{directory / FILE} is damaged: restore it from a backup") from None
+        raise IntegrityError(f"{directory / name} is damaged: restore it from a backup") from None
 
 
 @contextmanager
@@ -139,7 +151,10 @@ def _to_json(vault: Vault) -> dict[str, Any]:
 
 
 _BLOBS: Final = ("root_key", "ca_key", "ak", "next_root_key")
-_PLAIN: Final = ("site", "host", "service", "crl", "stand_in", "tcti", "version", "recipient")
+_PLAIN: Final = (
+    "site", "host", "service", "crl", "stand_in", "tcti", "version", "recipient", "indices",
+    "retired",
+)  # fmt: skip
 
 
 def _from_json(value: Mapping[str, Any]) -> Vault:

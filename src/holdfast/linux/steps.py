@@ -43,6 +43,8 @@ class Step(Enum):
     KEEPER_SETTLED = "durable anchor: the keeper has extended the chain, and not said so"
     ANCHOR_EXTENDED = "durable anchor: in the chain, not noted"
     REKEY_SEALED = "rekey: the keeper has kept the next root key, and not said so"
+    REKEY_SUCCEEDED = "rekey: the keeper has another recovery key in its file, and has not opened"
+    REKEY_CARRIED = "rekey: new chains are found, and have taken in nothing"
     REKEY_BEGUN = "rekey: journalled, no key is another"
     REKEY_RESEALED = "rekey: one vTPM has another data key"
     REKEY_REWRAPPED = "rekey: every data key is under the next root key, which is not the root key"

@@ -480,6 +480,14 @@ class EndRekey(Message, code=63):
 
 
 @dataclass(frozen=True)
+class Succeed(Message, code=65):
+    """Another recovery key was prepared: go on with its objects, indices and chains, if it was.
+
+    Answered with Done; then the keeper opens anew, and all leaves are to be shown.
+    """
+
+
+@dataclass(frozen=True)
 class HostIdentityRequest(Message, code=40):
     """Who is the host TPM? Answered with HostIdentity."""
 
