@@ -122,6 +122,30 @@ def test_a_kill_at_this_step_is_a_sleep_a_wake_or_a_reset_that_is_counted(
     assert told.serves()
 
 
+def test_one_whose_workers_die_at_every_wake_fails_and_is_not_tried_for_ever(
+    night: tuple[Night, Steps],
+) -> None:
+    """As they would of what a taken-over worker left for its successor."""
+    told, steps = night
+    host = told.host
+    told.prepare()
+    until("it sleeps", partial(sleeps, host, NAME), SECONDS)
+
+    def kill() -> None:
+        for worker in host.workers():
+            os.kill(worker, signal.SIGKILL)
+        steps.arm(Step.COMMIT_WRITTEN, kill)  # each that is to wake commits before it serves
+
+    steps.arm(Step.COMMIT_WRITTEN, kill)
+    with contextlib.closing(Stream(host.place(NAME))):
+        until("it fails", lambda: host.inspect(NAME)["state"] == "failed", 2 * SECONDS)
+    steps.arm(Step.COMMIT_WRITTEN, lambda: None)
+    assert "keeps dying" in host.inspect(NAME)["why_failed"]
+    host.call("POST", f"/v1/vtpms/{NAME}/retry", {})
+    told.prepare()
+    assert told.serves()
+
+
 def test_every_step_of_sleep_and_wake_was_visited(night: tuple[Night, Steps]) -> None:
     _, steps = night
     assert set(HERE) <= steps.visited

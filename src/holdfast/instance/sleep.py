@@ -27,6 +27,7 @@ from holdfast.instance.counts import Times
 from holdfast.instance.lifecycle import State
 from holdfast.instance.links import LATER, Peer
 from holdfast.instance.vtpm import VirtualTpm
+from holdfast.instance.worker_link import WorkerLost
 from holdfast.protocol import ipc
 from holdfast.protocol import lifecycle as lc
 
@@ -38,6 +39,7 @@ REST_SECONDS: Final = 1.0  # idle for less, one is in use, however short of memo
 RESTLESS_SECONDS: Final = 2.0  # before one is tried again that was in use
 UNEASY_SECONDS: Final = 30.0  # before one is tried again that could not be put to sleep
 WAKE_DELAYS: Final = (0.1, 0.5, 2.0, 5.0, 15.0)  # seconds between tries to wake one
+LOST_MAX: Final = 6  # workers that may die of one's waking, as of a running one's
 _MEMORY: Final = Path("/proc/meminfo")
 
 
@@ -182,8 +184,11 @@ class Sleep:
             background(self._wake(vtpm))
 
     async def _wake(self, vtpm: VirtualTpm) -> None:
-        """Wake it, however long that takes: somebody waits."""
-        began = time.monotonic()
+        """Wake it, however long that takes: somebody waits.
+
+        But not for one that its workers die of: each takes one of a few places, and a new mother.
+        """
+        began, lost = time.monotonic(), 0
         try:
             for delay in itertools.chain(WAKE_DELAYS, itertools.repeat(WAKE_DELAYS[-1])):
                 async with vtpm.lock:
@@ -195,6 +200,10 @@ class Sleep:
                         break
                     except (HostError, OSError) as error:
                         LOG.warning("cannot be woken yet", vtpm=vtpm.record.name, why=str(error))
+                        lost += isinstance(error, WorkerLost)
+                        if lost == LOST_MAX:
+                            vtpm.fail(f"its worker keeps dying: {error}")
+                            break
                     except HoldfastError as error:
                         vtpm.fail(str(error))
                         break

@@ -34,6 +34,10 @@ _SERVING: Final = (lc.PowerOn, lc.Relay, lc.Wake)  # tasks of workers that serve
 Keep = Callable[[SealedState, Done], None]
 
 
+class WorkerLost(HostError):
+    """A worker ended, or was ended because it did not answer, before it had done its first task."""
+
+
 class WorkerLink:
     """One worker, from its channel's making to the end of its process."""
 
@@ -147,7 +151,8 @@ async def spawn(
     """Get a fresh worker for the instance, which finds its data key and its first task waiting.
 
     `given`: descriptors that go with the task; `snapshot`: the one whose state it is to open.
-    Returns it with its answer to that task; if anything goes wrong there is no worker.
+    Returns it with its answer to that task; if anything goes wrong there is no worker. WorkerLost
+    if that is because of itself.
     """
     ours, theirs = channel.pair()
     worker = WorkerLink(instance, keep, ours, died)
@@ -163,14 +168,17 @@ async def spawn(
             raise
     try:
         answer, _ = await doing
-    except BaseException:
+    except BaseException as error:
+        lost = isinstance(error, HostError) and not worker.link.open
         with contextlib.suppress(HoldfastError):
             await worker.kill(spawner)
+        if lost:
+            raise WorkerLost(str(error)) from None
         raise
     # One that is to serve and ended with its answer did so before anybody knew whom to replace;
     # one that has restored a state ends by itself.
     if worker.ended.is_set() and isinstance(task, _SERVING):
-        raise HostError(f"the worker is gone: {worker.link.last_words or 'it ended'}")
+        raise WorkerLost(f"the worker is gone: {worker.link.last_words or 'it ended'}")
     return worker, answer
 
 
