@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shutil
 import signal
 from collections.abc import Iterator
@@ -29,7 +30,7 @@ from holdfast.tpm2.constants import Cap
 from tests.asking import connect, exchange, rc
 from tests.commands import handle_of
 
-from .serve import Serve, a_host
+from .serve import Serve, a_host, build_images, container
 from .test_faults import Stream, define, read, write
 
 NONCE = "0123456789abcdef"
@@ -250,3 +251,41 @@ def test_a_disk_from_the_moment_before_is_refused_after_it(host: Serve, tmp_path
     assert host.finding("freshness")["level"] == "problem"
     with pytest.raises(HoldfastError):
         host.power_on("web")
+
+
+@pytest.mark.skipif(not shutil.which("podman"), reason="podman is not installed")
+def test_evidence_is_accepted_by_the_same_policy_and_by_progress_begun_anew(
+    tmp_path: Path,
+) -> None:
+    """Of a vTPM whose certificates are of the issuing CA before, and of one of the present one."""
+    build_images()
+    with a_host(cdi=Path("/run/cdi")) as host:
+        given = ("--nonce", NONCE, "--site-root", str(host.directory / "out/site-root-ca.pem"))
+
+        def judged(name: str, evidence: Path, progress: str) -> tuple[int, str]:
+            done = host.cli("attest", name, "--nonce", NONCE, "--out", str(evidence))
+            assert done.returncode == 0, done.stderr
+            policy = str(tmp_path / name)  # which names the configuration of its container
+            if not Path(policy).exists():
+                software = ("--software-host-tpm", host.made["host_ak_name"], "--out", policy)
+                made = host.cli("policy", "create", str(evidence), *given, *software)
+                assert made.returncode == 0, made.stderr
+            done = host.cli(
+                "verify", str(evidence), "--policy", policy, "--nonce", NONCE,
+                "--progress", str(tmp_path / progress),
+            )  # fmt: skip
+            return done.returncode, done.stdout
+
+        old, new = f"old{os.getpid()}", f"new{os.getpid()}"
+        host.create(old, "linked")
+        with container(old):
+            assert judged(old, tmp_path / "1", "first")[0] == 0
+            assert judged(old, tmp_path / "2", "first")[0] == 0
+            changed(keys_of(host))
+            code, says = judged(old, tmp_path / "3", "first")
+            assert (code, "begin a new progress" in says) == (7, True), says
+            assert judged(old, tmp_path / "4", "second")[0] == 0
+            assert judged(old, tmp_path / "5", "second")[0] == 0
+        host.create(new, "linked")
+        with container(new):
+            assert judged(new, tmp_path / "6", "third")[0] == 0
