@@ -1,4 +1,7 @@
-"""Commands about the host: set it up, run Holdfast on it, look at it."""
+"""Commands about the host: set it up, run Holdfast on it, look at it.
+
+Not here: what they do. Each is one call of the API, or one program of ours (`programs`).
+"""
 
 from __future__ import annotations
 

@@ -2,6 +2,8 @@
 
 A boot state that is not approved is a digest that is another one; which event made it so, only two
 logs together tell. Nothing is decided by what is kept here: whoever changes it changes words.
+
+Not here: what differs (`eventlog.difference`), and which boot states are approved (the keeper).
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""What was looked at, and found: the words of `doctor` and `status`."""
+"""What was looked at, and found: the words of `doctor` and `status`.
+
+Not here: looking (`doctor`, `ground`, `instances`).
+"""
 
 from __future__ import annotations
 

@@ -3,6 +3,8 @@
 One application for all of them; a request's vTPM is that of the socket by which it came. A run's
 socket ends with the run, and every connection to it: what is made for the next run is nobody's who
 was in the one before.
+
+Not here: the application (`api`), and counting connections (`listening`).
 """
 
 from __future__ import annotations

@@ -2,6 +2,8 @@
 
 A PCR tells only that something differs. With the log of the boot before, what can be named. Types
 and texts are the log's own, and not verified.
+
+Not here: what the next boot will be (`predict`).
 """
 
 from __future__ import annotations

@@ -112,11 +112,6 @@ class Committer:
         """What the hybrid chain has taken in last."""
         return self._anchor
 
-    @property
-    def why_refused(self) -> str:
-        """Why the keeper does not believe what is on disk; empty if it does."""
-        return str(self._refused[1]) if self._refused else ""
-
     def durable_writes(self) -> tuple[int, int]:
         """How often the durable chain was written within a day, and how often it may be."""
         return self._states.durable_writes(), self._per_day

@@ -1,4 +1,7 @@
-"""A TPM of this machine's, passed through: its device, open for one worker that serves it."""
+"""A TPM of this machine's, passed through: its device, open for one worker that serves it.
+
+Not here: which may be (`daemon.passthrough`).
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Taking a descriptor out of another process, which need not be able to give it."""
+"""Taking a descriptor out of another process, which need not be able to give it.
+
+Not here: sending one (`channel`).
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,8 @@
 """The ends of vTPMs that sleep: who comes first is noticed, and nothing of what it brings is read.
 
 One descriptor for all of them (epoll), so that thousands cost the spawner's loop nothing.
+
+Not here: whom that wakes (`instance.sleep`).
 """
 
 from __future__ import annotations
