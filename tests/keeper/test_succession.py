@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import signal
 from typing import Any
 
 import pyrage
 import pytest
 
+from holdfast.evidence.freshness import Anchor
 from holdfast.hwtpm.host import INDICES, OTHER_INDICES
 from holdfast.keeper import vault
 from holdfast.protocol import ipc
@@ -138,3 +140,18 @@ def test_it_waits_until_the_root_key_is_changed(box: Box) -> None:
         client.ask(ipc.BeginRekey(), ipc.Done)
     box.stop()
     assert "finish holdfast rekey first" in prepare(box, ok=False)["why"]
+
+
+def test_what_the_new_chains_begin_with_is_believed_of_the_keeper_alone(box: Box) -> None:
+    """Whoever can write the keeper's file, and not open the root key, says nothing about states."""
+    prepare(box)
+    file = box.keeper / vault.FILE
+    (box.keeper / vault.SUCCESSOR).rename(file)
+    value = json.loads(file.read_text())
+    value["carried"] = (Anchor(7, bytes(32), clean=True).encode() + bytes(32)).hex()
+    file.write_text(json.dumps(value))
+    box.start()
+    with box.connect() as client:
+        state = client.ask(ipc.KeeperStatus(), ipc.KeeperState)
+    assert not state.open
+    assert "does not say what its chains began with" in state.why_not

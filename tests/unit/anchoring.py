@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from holdfast.errors import HoldfastError, HostError, by_name
-from holdfast.evidence.freshness import EMPTY, GENESIS, Anchor
+from holdfast.evidence.freshness import EMPTY, GENESIS, SUCCESSION, Anchor
 from holdfast.hwtpm.anchor import Chain, ChainValues
 from holdfast.instance.committer import Committer
 from holdfast.keeper.freshness import Freshness
@@ -65,7 +65,7 @@ class Keeper:
     def succeed(self, _message: ipc.Succeed) -> ipc.Message:
         """Go over to new chains, as with another recovery key."""
         self.carried = self.freshness.ended()
-        self.tpm.values = {Chain.DURABLE: GENESIS.value, Chain.HYBRID: None}
+        self.tpm.values = {Chain.DURABLE: SUCCESSION.value, Chain.HYBRID: None}
         self.restart()
         return ipc.Done()
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from holdfast.errors import HostError, IntegrityError
-from holdfast.evidence.freshness import GENESIS
+from holdfast.evidence.freshness import SUCCESSION
 from holdfast.hwtpm.anchor import Chain
 from holdfast.instance import committer as module
 from holdfast.linux.steps import Step
@@ -47,7 +47,7 @@ def test_counts_go_on_and_nothing_is_unclean(world: World, tmp_path: Path) -> No
             assert now.root == before.root
             assert now.sequence == before.sequence + 1
             assert (now.unclean, now.recoveries, now.boot) == (0, 0, before.boot)
-            assert world.tpm.values[Chain.DURABLE] != GENESIS.value
+            assert world.tpm.values[Chain.DURABLE] != SUCCESSION.value
             await commit(committer, registry.all()[0][0].id, 3)
         world.tpm.reset()
         with world.on() as (_, committer):
@@ -90,7 +90,7 @@ def test_cut_short_anywhere_it_is_what_there_was(
             anchor = committer.anchor
             assert (anchor.unclean, anchor.recoveries) == (0, 0)
             assert anchor.boot == world.tpm.boot()
-            assert world.tpm.values[Chain.DURABLE] != GENESIS.value
+            assert world.tpm.values[Chain.DURABLE] != SUCCESSION.value
 
     asyncio.run(scenario())
 
@@ -128,6 +128,26 @@ def test_once_the_new_chain_has_it_what_was_carried_says_nothing_any_more(
             await committer.ready()
         world.tpm.values = {Chain.DURABLE: None, Chain.HYBRID: None}
         with world.on() as (_, committer), pytest.raises(IntegrityError):
+            await committer.ready()
+
+    asyncio.run(scenario())
+
+
+def test_prepared_chains_without_what_they_carry_believe_nothing(
+    world: World, tmp_path: Path
+) -> None:
+    """A disk's thief puts the prepared file in the keeper's place, and an older registry."""
+
+    async def scenario() -> None:
+        await begun(world, tmp_path / "old")
+        world.put_back(tmp_path / "old")
+        with world.on() as (registry, _), registry.database.durable() as db:
+            db.execute("DELETE FROM links")
+        world.tpm.values = {Chain.DURABLE: SUCCESSION.value, Chain.HYBRID: None}
+        with (
+            world.on() as (_, committer),
+            pytest.raises(IntegrityError, match="recovery key before"),
+        ):
             await committer.ready()
 
     asyncio.run(scenario())

@@ -155,6 +155,8 @@ class Link:
 
 # What the durable chain begins with, at `init`: no vTPM, nothing counted.
 GENESIS: Final = Link(EMPTY, Anchor(0, EMPTY, clean=True))
+# What it begins with when it follows another one: nothing is new then, and all is known.
+SUCCESSION: Final = Link(EMPTY, Anchor(0, _hash(b"holdfast/succession/1")))
 
 
 def key_of(instance: UUID) -> bytes:

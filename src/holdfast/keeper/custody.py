@@ -54,6 +54,8 @@ from holdfast.tpm2.templates import AK_P256, EK_P256, EK_RSA2048
 ENROLMENTS_MAX: Final = 1024
 CREDENTIAL_SIZE: Final = 32
 QUOTE_TRIES: Final = 5
+_CARRIED_TAG: Final = b"holdfast/carried/1"
+_MAC: Final = 32
 _EC_BITS: Final = 256
 _KINDS: Final = 3  # of keys: RSA EK, ECC EK, AK
 
@@ -140,7 +142,7 @@ class Custody:
         if self._root.has_next:
             return
         with vault.changing(directory) as made:
-            if vault.succeeded(directory):
+            if vault.succeeded(directory) or made.carried:
                 raise Conflict("another recovery key is to follow first: holdfast rekey --recovery")
             auth = fresh_auth()
             recovery_name = Public.decode(made.recovery_public).name
@@ -187,7 +189,8 @@ class Custody:
         """
         with vault.changing(directory):
             successor = vault.load(directory, vault.SUCCESSOR)
-            replace(successor, carried=anchor.encode()).save(directory)
+            carried = anchor.encode()
+            replace(successor, carried=carried + self._carried_mac(carried)).save(directory)
             (directory / vault.SUCCESSOR).unlink()
         reached(Step.REKEY_SUCCEEDED)
 
@@ -210,8 +213,19 @@ class Custody:
 
     @property
     def carried(self) -> FreshnessAnchor | None:
-        """What the chains before these ended with, while these do not have it."""
-        return FreshnessAnchor.decode(self._made.carried) if self._made.carried else None
+        """What the chains before these ended with, while these do not have it.
+
+        IntegrityError if it is not what the keeper wrote: the root key stays the same over this.
+        """
+        if not self._made.carried:
+            return None
+        carried, mac = self._made.carried[:-_MAC], self._made.carried[-_MAC:]
+        if not hmac.compare_digest(mac, self._carried_mac(carried)):
+            raise IntegrityError("the keeper's file does not say what its chains began with")
+        return FreshnessAnchor.decode(carried)
+
+    def _carried_mac(self, carried: bytes) -> bytes:
+        return self._root.mac(_CARRIED_TAG + carried)
 
     # --- freshness ---
 

@@ -36,6 +36,7 @@ from holdfast.errors import (
 from holdfast.evidence.freshness import (
     EMPTY,
     GENESIS,
+    SUCCESSION,
     Anchor,
     FreshnessMap,
     Leaf,
@@ -154,7 +155,9 @@ class Freshness:
     def _compare(self, told: _Told) -> Found:
         """What was found; only then is a chain extended, by what it was about to take in."""
         values = self._chains.read()
-        if self._carried is not None and values.durable == GENESIS.value:
+        if values.durable == SUCCESSION.value:
+            if self._carried is None:
+                raise IntegrityError(_older("the recovery key before this one"))
             return self._carry(told, self._carried, values.hybrid)
         durable, value = self._settled(told, values.durable), values.hybrid
         finished = durable.value != values.durable
@@ -207,14 +210,14 @@ class Freshness:
         else:
             sequence = max(carried.sequence, self._reached(told))
             anchor = replace(carried, sequence=sequence, boot=self._chains.boot(), clean=False)
-        self._durable_value, self._anchor, self._value = GENESIS.value, anchor, value
+        self._durable_value, self._anchor, self._value = SUCCESSION.value, anchor, value
         self._marked = False
         return found
 
     @property
     def carried_over(self) -> bool:
         """Whether the durable chain has taken in what was carried."""
-        return self._map is not None and self._durable_value != GENESIS.value
+        return self._map is not None and self._durable_value != SUCCESSION.value
 
     def _reached(self, told: _Told) -> int:
         """How far groups were counted in the boot before, in which nothing was put in order.

@@ -30,7 +30,7 @@ from holdfast.errors import (
     InvalidInput,
     TpmError,
 )
-from holdfast.evidence.freshness import GENESIS
+from holdfast.evidence.freshness import GENESIS, Link
 from holdfast.hwtpm import endorsement
 from holdfast.hwtpm.anchor import Anchor, Chain
 from holdfast.hwtpm.context import Context
@@ -191,11 +191,11 @@ def _refuse_remains(tpm: HostTpm) -> None:
         )
 
 
-def anchored(tpm: HostTpm, signer: RecoverySigner) -> bytes:
-    """Make the anchor, and the durable chain's first value; returns the anchor secret."""
+def anchored(tpm: HostTpm, signer: RecoverySigner, first: Link = GENESIS) -> bytes:
+    """Make the anchor, and the durable chain's first link; returns the anchor secret."""
     secret = fresh_auth()
     tpm.anchor.define(signer, secret)
-    tpm.anchor.extend(Chain.DURABLE, GENESIS.anchor.digest)
+    tpm.anchor.extend(Chain.DURABLE, first.anchor.digest)
     tpm.end_sessions()
     return secret
 

@@ -64,6 +64,12 @@ class RootKey:
         self._memory.wipe()
         self.has_next = False
 
+    def mac(self, message: bytes) -> bytes:
+        """HMAC-SHA256 of what the keeper's file has, and nobody else can have put there."""
+        code = bytearray(SIZE)
+        _hmac(self.sealed[:SIZE], message, memoryview(code))
+        return bytes(code)
+
     # --- another root key ---
 
     @contextmanager

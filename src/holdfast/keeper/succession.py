@@ -24,6 +24,7 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from holdfast.errors import Conflict, InvalidInput
+from holdfast.evidence.freshness import SUCCESSION
 from holdfast.hwtpm.context import Context
 from holdfast.hwtpm.host import INDICES, OTHER_INDICES, Approval, HostTpm
 from holdfast.hwtpm.policy import RECOVERY_KEY_SIZE, RecoverySigner
@@ -128,7 +129,7 @@ def _make(
 
     present.move(first)
     present.index.define(new, made.version)
-    secret = anchored(present, new)
+    secret = anchored(present, new, SUCCESSION)
     root_blob = present.create_root_key(new.public.name, bytes(room[:ROOT_KEY_SIZE]) + secret)
     room[:] = bytes(len(room))
     ca_blob = present.create_ca_key(new.public.name)
