@@ -10,6 +10,7 @@ import json
 import shutil
 import socket
 import sqlite3
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +28,7 @@ from tests.scanning import in_files, patterns
 
 from .known import INDEX, Stored, data_key, put_secrets_in, stored, unsealed
 from .serve import Serve, a_host
+from .test_faults import Stream, define, read, write
 
 NAMES = ("awake", "asleep", "off")
 
@@ -257,6 +259,41 @@ def test_data_keys_alone_leave_the_root_key(tmp_path: Path) -> None:
             )
 
 
+def test_a_client_that_never_pauses_notices_nothing_and_loses_nothing() -> None:
+    with a_host() as host:
+        host.create("web")
+        host.power_on("web")
+        wire = Stream(host.place("web"))
+        define(wire)
+        stop, written = threading.Event(), [0]
+        answers: set[int] = set()
+
+        def go_on() -> None:
+            while not stop.is_set():
+                answers.add(write(wire, written[0] + 1))
+                written[0] += 1
+
+        client = threading.Thread(target=go_on)
+        client.start()
+        try:
+            before = written[0]
+            for _ in range(3):
+                rekey(host)
+            assert written[0] > before
+        finally:
+            stop.set()
+            client.join()
+        assert answers == {0}
+        assert read(wire) == written[0]
+        wire.close()
+        assert host.inspect("web")["restarts"] == 0
+        host.call("POST", "/v1/vtpms/web/stop", {})
+        host.power_on("web")
+        wire = Stream(host.place("web"))
+        assert read(wire) == written[0]
+        wire.close()
+
+
 def test_a_copy_of_the_old_disk_does_not_start(tmp_path: Path) -> None:
     with a_host() as host:
         host.create("web")
@@ -312,6 +349,8 @@ def test_an_empty_request_is_refused_and_so_is_a_second_one_meanwhile() -> None:
     with a_host() as host:
         with pytest.raises(HoldfastError, match="which keys"):
             host.call("POST", "/v1/rekey", {})
+        with pytest.raises(HoldfastError, match="run holdfast rekey again"):
+            host.call("GET", "/v1/rekey")
         host.create("web")
         host.call("POST", "/v1/rekey", {"root": True, "data": True})
         with pytest.raises(HoldfastError, match="already"):

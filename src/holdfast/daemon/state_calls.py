@@ -19,7 +19,7 @@ from holdfast.daemon import recovery
 from holdfast.daemon.host import Host
 from holdfast.daemon.keeping import Keeping, reason_of
 from holdfast.daemon.requests import Caller, body_of, caller, hexed, typed
-from holdfast.errors import InvalidInput
+from holdfast.errors import Conflict, InvalidInput
 from holdfast.ids import instance_id
 from holdfast.instance.rekeying import PARTS, Progress
 from holdfast.instance.snapshots import Restored
@@ -169,6 +169,11 @@ class StateCalls:
         progress = self._host.rekeying.progress
         if progress.error is not None:
             raise progress.error
+        if not (progress.done or self._host.rekeying.running):
+            raise Conflict(
+                "no keys are being changed: if that was begun, and something ended meanwhile, run "
+                "holdfast rekey again"
+            )
         return web.json_response(_progress(progress))
 
 

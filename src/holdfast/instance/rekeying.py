@@ -25,6 +25,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 from collections.abc import Awaitable, Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Final
 from uuid import UUID, uuid4
@@ -53,6 +54,7 @@ AT_ONCE: Final = 1024  # keys in one message
 LOOKS_MAX: Final = 5  # before it is given up that all keys are under one root key
 RETRY_DELAYS: Final = (0.5, 2.0, 5.0)  # seconds, while somebody who has died comes back
 RECOVERY: Final = "recovery"
+UNREST_DELAYS: Final = (0.0, 0.05, 0.5)  # seconds before it is asked whether one is at rest
 ROOT: Final = "root"
 DATA: Final = "data"
 PARTS: Final = (RECOVERY, ROOT, DATA)  # in the order in which they are done
@@ -196,10 +198,15 @@ class Rekeying:
             else:
                 await self._rewrap(self._keys.of(instance))
         if slept and DATA in parts:
-            try:
+            await self._put_back(vtpm)
+
+    async def _put_back(self, vtpm: VirtualTpm) -> None:
+        """Have it sleep on, unless somebody has come to it: then it falls asleep as any other."""
+        for delay in UNREST_DELAYS:
+            await asyncio.sleep(delay)
+            with suppress(Conflict):
                 await self._sleep.put(vtpm)
-            except Conflict:
-                return  # it has got something to do
+                return
 
     async def _renew_state(self, vtpm: VirtualTpm, worker: WorkerLink) -> None:
         around, instance = self._around, vtpm.record.id
