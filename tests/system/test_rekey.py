@@ -18,11 +18,11 @@ from typing import Any
 
 import pytest
 
-from holdfast.errors import HoldfastError, IntegrityError
+from holdfast.errors import Conflict, HoldfastError, IntegrityError
 from holdfast.store.sealing import Kind, Owner, unseal
 from holdfast.tpm2 import requests as rq
 from holdfast.tpm2.constants import Rh
-from tests.asking import connect, exchange, rc
+from tests.asking import connect, exchange, rc, until
 from tests.commands import handle_of
 from tests.scanning import in_files, patterns
 
@@ -64,6 +64,13 @@ def nv(host: Serve, name: str) -> bytes:
     return answer[16:48]
 
 
+def falls_asleep(host: Serve, name: str) -> bool:
+    """Whether it is at rest by now: its clients' ends may be still to be seen."""
+    with contextlib.suppress(Conflict):
+        host.call("POST", f"/v1/vtpms/{name}/sleep", {})
+    return bool(host.inspect(name)["state"] == "asleep")
+
+
 def ready(changed: Changed) -> None:
     """One that serves a client with a session, one that sleeps, one that is off with snapshots."""
     host = changed.host
@@ -78,7 +85,7 @@ def ready(changed: Changed) -> None:
         host.call("POST", f"/v1/vtpms/{name}/stop", {})
         host.call("POST", f"/v1/vtpms/{name}/snapshots", {"name": "earlier"})
         host.power_on(name)
-    host.call("POST", "/v1/vtpms/asleep/sleep", {})
+    until("it sleeps", lambda: falls_asleep(host, "asleep"))
     (changed.worker,) = host.workers()
     sock = connect(host.place("awake") / "run/tpm.sock")
     changed.session = sock, handle_of(exchange(sock, rq.start_policy_session()))
