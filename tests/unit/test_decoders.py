@@ -92,6 +92,11 @@ def examples() -> dict[str, tuple[bytes, ...]]:
     }
 
 
+def test_an_nv_index_keeps_attributes_that_have_no_name_here() -> None:
+    every = bytes.fromhex("01804848000bffffffff00000020")
+    assert PROPERTIES["nv_public"](every)
+
+
 @pytest.mark.parametrize("name", PROPERTIES)
 def test_what_is_valid_parses(name: str) -> None:
     for data in examples()[name]:

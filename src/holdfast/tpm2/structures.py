@@ -234,8 +234,9 @@ class NvPublic:
 
     def as_written(self, written: bool) -> NvPublic:
         """The same index, written or not."""
-        attributes = self.attributes & ~NvAttr.WRITTEN
-        return replace(self, attributes=attributes | NvAttr.WRITTEN if written else attributes)
+        # By numbers: ~ of a flag has none of the bits that have no name here.
+        rest = int(self.attributes) & ~int(NvAttr.WRITTEN)
+        return replace(self, attributes=NvAttr(rest | NvAttr.WRITTEN if written else rest))
 
 
 @dataclass(frozen=True)
