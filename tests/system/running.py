@@ -73,6 +73,8 @@ async def _surroundings(box: Box) -> AsyncIterator[Surroundings]:
         yield around
     finally:
         del _THERE[loop]
+        for other in _THERE.values():  # of another loop: it was idle meanwhile, and looks again
+            other.committer.suspect()
         spawner.close()
         keeper.close()
         registry.close()
