@@ -4,7 +4,7 @@
 # a whole Holdfast of their own run beside the rest.
 BESIDE_A = tests/cli tests/engine tests/hwtpm tests/keeper tests/swtpm
 BESIDE_B = tests/clients tests/differential tests/unit
-HOSTS = steps sleep_steps sleep_host recover_commands rekey histories copied disk_faults \
+HOSTS = steps sleep_steps sleep_host recover_commands rekey rekey_recovery copied disk_faults \
 	host_tpm_faults wear power_cut doctor clone metrics
 .PHONY: help setup demo test lint bench lab soak clean
 
@@ -44,7 +44,7 @@ lab: setup
 
 soak: setup
 	HOLDFAST_SOAK=1 .venv/bin/python -m pytest -q tests/system/test_faults.py tests/system/test_frames.py \
-		tests/differential/test_generated.py
+		tests/system/test_steps.py tests/system/test_sleep_steps.py tests/differential/test_generated.py
 
 clean:
 	rm -rf .venv build .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -26,7 +26,7 @@ from .running import on_device
 from .serve import Serve
 from .test_faults import Stream, define, read, write
 from .test_sleep_host import sleeps, sleepy
-from .test_steps import ELSEWHERE, KILLS_MAX, SECONDS, VICTIMS, Steps
+from .test_steps import ELSEWHERE, KILLS_MAX, SECONDS, Steps, called, deaths
 
 NAME: Final = "main"
 HERE: Final = tuple(step for step in Step if step.name.startswith(("SLEEP", "WAKE")))
@@ -87,8 +87,7 @@ def night(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Night, Ste
     steps.close()
 
 
-@pytest.mark.parametrize("victim", VICTIMS)
-@pytest.mark.parametrize("step", HERE, ids=lambda step: step.name.lower())
+@pytest.mark.parametrize(("step", "victim"), deaths(HERE), ids=called)
 def test_a_kill_at_this_step_is_a_sleep_a_wake_or_a_reset_that_is_counted(
     night: tuple[Night, Steps], step: Step, victim: str
 ) -> None:

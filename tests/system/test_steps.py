@@ -1,5 +1,7 @@
 """kill -9 of any process at every named step of whatever changes state (`linux.steps`).
 
+HOLDFAST_SOAK=1 kills each of the four at each step, instead of two by turns.
+
 One host lives through all of it. A step holds its operation; then one process is killed, and the
 rest goes on. After each: nothing acknowledged is lost, no epoch has gone back, what was under way
 is either done or not, and the host works.
@@ -13,7 +15,7 @@ import signal
 import socket
 import sqlite3
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
@@ -35,6 +37,25 @@ ELSEWHERE: Final = frozenset({Step.RECOVERY_WRITTEN, Step.RECOVERY_SETTLED}) | f
     step for step in Step if step.name.startswith(("SLEEP", "WAKE"))
 )
 VICTIMS: Final = ("daemon", "keeper", "spawner", "worker")
+
+
+def called(value: Step | str) -> str:
+    """In a test's name."""
+    return value.name.lower() if isinstance(value, Step) else value
+
+
+def deaths(steps: Sequence[Step]) -> list[tuple[Step, str]]:
+    """Who dies at which step: with HOLDFAST_SOAK=1 everybody at each; else the two processes by
+    turns, so that each dies at every second step, in a few minutes."""
+    if os.environ.get("HOLDFAST_SOAK") == "1":
+        return [(step, victim) for step in steps for victim in VICTIMS]
+    return [
+        (step, victim)
+        for number, step in enumerate(steps)
+        for victim in (VICTIMS[number % 2], VICTIMS[2 + (number // 2) % 2])
+    ]
+
+
 OPERATIONS: Final = {
     "CREATE": "create", "POWER_ON": "power_on", "POWER_OFF": "power_off", "COMMIT": "write",
     "KEEPER_ADVANCED": "write", "ANCHOR": "destroy", "KEEPER_SETTLED": "destroy",
@@ -251,16 +272,14 @@ SUCCEEDING: Final = (
 COMMITTING: Final = (Step.COMMIT_WRITTEN, Step.KEEPER_ADVANCED, Step.COMMIT_EXTENDED)
 
 
-@pytest.mark.parametrize("victim", VICTIMS)
-@pytest.mark.parametrize("step", HERE, ids=lambda step: step.name.lower())
+@pytest.mark.parametrize(("step", "victim"), deaths(HERE), ids=called)
 def test_a_kill_at_this_step_loses_nothing_that_was_acknowledged(
     story: tuple[Story, Steps], step: Step, victim: str
 ) -> None:
     killed(story, step, victim, operation_of(step))
 
 
-@pytest.mark.parametrize("victim", VICTIMS)
-@pytest.mark.parametrize("step", COMMITTING, ids=lambda step: step.name.lower())
+@pytest.mark.parametrize(("step", "victim"), deaths(COMMITTING), ids=called)
 def test_a_kill_while_a_state_is_committed_under_another_key_loses_neither(
     story: tuple[Story, Steps], step: Step, victim: str
 ) -> None:
