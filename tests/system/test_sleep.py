@@ -379,7 +379,7 @@ def test_the_same_blob_put_back_after_its_wake_opens_for_no_worker(sleeper: Slee
 
     with sleeper.running.connect() as sock:
         sleeper.sleep()
-        blob = sleeper.blob.read_bytes()
+        blob = sleeper.around.asleep.read(sleeper.vtpm.record.id)
         exchange(sock, GET_RANDOM)
         sleeper.sleep()
         with pytest.raises(IntegrityError, match="does not open"):
@@ -430,6 +430,56 @@ def test_power_off_asleep_is_in_order_and_wakes_nobody(sleeper: Sleeper) -> None
         assert after[2] == before[2] + 1
         assert after[4]  # safe
         assert b"kept----" in exchange(sock, read_index())
+
+
+@pytest.mark.parametrize("what", ["damaged", "of an earlier sleep", "missing"])
+def test_power_off_with_what_is_not_its_own_is_a_power_cut_to_it(
+    sleeper: Sleeper, what: str
+) -> None:
+    """Nothing but what the worker itself left becomes its state; what was durable stays."""
+
+    async def again() -> int:
+        before = sleeper.vtpm.epoch()
+        async with sleeper.vtpm.lock:
+            await sleeper.vtpm.power_off()
+            await sleeper.vtpm.power_on(make_run())
+        return sleeper.vtpm.epoch() - before
+
+    with sleeper.running.connect() as sock:
+        assert rc(exchange(sock, define(NvAttr.OWNERREAD | NvAttr.OWNERWRITE))) == 0
+        assert rc(exchange(sock, rq.nv_write(Rh.OWNER, INDEX, b"kept----", 0))) == 0
+        sleeper.sleep()
+        earlier = sleeper.blob.read_bytes()
+        exchange(sock, GET_RANDOM)
+        sleeper.sleep()
+    if what == "missing":
+        sleeper.blob.unlink()
+    elif what == "damaged":
+        data = bytearray(sleeper.blob.read_bytes())
+        data[len(data) // 4] ^= 1  # in the state that it would have
+        sleeper.blob.write_bytes(data)
+    else:
+        sleeper.blob.write_bytes(earlier)
+    assert sleeper.do(again()) == 1  # the epoch of its power-on
+    with sleeper.running.connect() as sock:
+        assert not clock_of(exchange(sock, READ_CLOCK))[4]  # not safe
+        assert b"kept----" in exchange(sock, read_index())
+
+
+def test_neither_a_sleep_nor_a_wake_waits_for_the_disk(sleeper: Sleeper) -> None:
+    """A wake is a commit that the host TPM knows of before anybody is answered, and no more."""
+    database, committer = sleeper.around.committer._database, sleeper.around.committer
+    with sleeper.running.connect() as sock:
+        exchange(sock, GET_RANDOM)
+        syncs, commits, value = database.syncs, committer.commits, committer._value
+        sleeper.sleep()
+        assert (committer.commits, committer._value) == (commits, value)
+        exchange(sock, GET_RANDOM)
+        assert committer.commits == commits + 1
+        assert committer._value != value
+        assert database.syncs == syncs
+        assert rc(exchange(sock, define(NvAttr.OWNERREAD | NvAttr.OWNERWRITE))) == 0
+        assert database.syncs > syncs  # what comes after it does
 
 
 def test_a_worker_that_dies_after_a_wake_is_replaced_as_any(sleeper: Sleeper) -> None:

@@ -49,13 +49,17 @@ Done = Callable[[HoldfastError | None], None]
 
 @dataclass(frozen=True)
 class Sealed:
-    """A state as its worker has sealed it, and what the leaf says beside."""
+    """A state as its worker has sealed it, and what the leaf says beside.
+
+    `lasting`: it is to survive a power cut. Else the state before it is as good after one.
+    """
 
     instance: UUID
     state: SealedState
     run: int = 0
     lineage: int = 0
     log_head: bytes = EMPTY
+    lasting: bool = True
 
 
 class Unsure(HostError):
@@ -162,7 +166,8 @@ class Committer:
             await self._prepare()
             writes = self._writes(group)
             if writes:
-                await self._commit(writes)
+                lasting = any(not isinstance(w, Sealed) or w.lasting for w, _ in group)
+                await self._commit(writes, lasting=lasting)
         except HoldfastError as error:
             return error
         except Exception as error:  # the edge of a task: those who wait are told
@@ -230,7 +235,7 @@ class Committer:
         used, allowed = self.durable_writes()
         return used < allowed
 
-    async def _commit(self, writes: list[Write]) -> None:
+    async def _commit(self, writes: list[Write], *, lasting: bool = True) -> None:
         """Write, then synchronise and extend at once. HostError if the disk refused: nothing is."""
         changes = {write.instance: write.leaf for write in writes}
         following = self._map.with_leaves(changes)
@@ -242,7 +247,11 @@ class Committer:
             link.anchor.digest,
         )
         loop = asyncio.get_running_loop()
-        syncing = loop.run_in_executor(self._disk, self._database.sync)
+        syncing: asyncio.Future[None] = loop.create_future()
+        if lasting or self._database.log_is_long:
+            syncing = loop.run_in_executor(self._disk, self._database.sync)
+        else:
+            syncing.set_result(None)
         try:
             await self._keeper.ask(message, ipc.Done)
         except HoldfastError as error:

@@ -1,6 +1,6 @@
-"""What is kept of a vTPM while it sleeps: a sealed blob on disk, and its clients' connections.
+"""What is kept of a vTPM while it sleeps: a file of sealed blobs, and its clients' connections.
 
-Not here: what is in the blob (the worker), what becomes of the vTPM (`vtpm`), and when (`sleep`).
+Not here: what is in the blobs (the worker), what becomes of the vTPM (`vtpm`), and when (`sleep`).
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 from uuid import UUID
 
-from holdfast.errors import HoldfastError, HostError
+from holdfast.errors import HoldfastError, HostError, IntegrityError, PeerError
 from holdfast.instance.links import Peer
 from holdfast.instance.worker_link import WorkerLink
 from holdfast.linux.steps import Step, reached
@@ -28,7 +28,7 @@ class Kept:
     async def take(self, worker: WorkerLink, asleep: lc.Asleep) -> None:
         """Take both over from a worker that is about to end. If that fails it goes on: HostError"""
         try:
-            self._blobs.keep(self._instance, asleep.blob)
+            self._blobs.keep(self._instance, asleep.encode())
             reached(Step.SLEEP_WRITTEN)
             keep = lc.Keep(self._instance, asleep.spoken, asleep.numbers)
             await self._spawner.ask(keep, ipc.Done)
@@ -43,12 +43,18 @@ class Kept:
         """Have a spawner that took a dead one's place watch its ends. Connections are gone."""
         await self._spawner.ask(lc.Keep(self._instance, (), ()), ipc.Done)
 
-    def blob(self) -> bytes:
-        """What it is woken with; NotFound if there is none."""
-        return self._blobs.read(self._instance)
+    def asleep(self) -> lc.Asleep:
+        """What it fell asleep with; NotFound if there is nothing, IntegrityError if damaged."""
+        try:
+            left = ipc.decode(self._blobs.read(self._instance))
+        except PeerError:
+            left = None
+        if not isinstance(left, lc.Asleep):
+            raise IntegrityError("what it slept with is damaged")
+        return left
 
     def discard(self) -> None:
-        """The blob is used up, or good for nothing any more."""
+        """It is used up, or good for nothing any more."""
         self._blobs.discard(self._instance)
 
     async def let_go(self) -> None:

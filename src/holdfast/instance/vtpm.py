@@ -101,15 +101,22 @@ class VirtualTpm:
         self._falling = False  # asleep: its worker may be gone in a moment
         self._attended = 0  # by how many of the host's own, who want it to stay awake
         self._slept_in_vain = False  # and is counted
+        self._wakes_with = 0  # the epoch of the wake under way or, if it is on since, the last one
         self._replacing: asyncio.Task[None] | None = None
         self._run_number = record.run  # as states say it: one that is beginning is counted already
         self._log_head = EMPTY
 
     def _keep(self, state: SealedState, done: Done) -> None:
-        """Commit what its worker has sealed."""
+        """Commit what its worker has sealed.
+
+        The epoch of a wake uses a blob up, and else has nothing that a power cut must not take.
+        """
+        lasting = state.epoch != self._wakes_with
+        self._around.committer.submit(self._sealed(state, lasting=lasting), done)
+
+    def _sealed(self, state: SealedState, *, lasting: bool = True) -> Sealed:
         record = self.record
-        sealed = Sealed(record.id, state, self._run_number, record.lineage, self._log_head)
-        self._around.committer.submit(sealed, done)
+        return Sealed(record.id, state, self._run_number, record.lineage, self._log_head, lasting)
 
     @property
     def state(self) -> State:
@@ -256,6 +263,7 @@ class VirtualTpm:
             await self._begin_relay()
             return
         around = self._around
+        self._wakes_with = 0
         await around.committer.ready()
         ledger = run.ledger(self.banks)
 
@@ -343,12 +351,27 @@ class VirtualTpm:
         finally:
             if worker is not None and not worker.ended.is_set():
                 await worker.kill(self._around.spawner)
-        self._kept.discard()  # it slept on a state that was shut down
+        if worker is None:
+            await self._shut_down_asleep()
+        self._kept.discard()
         self.run = None
         self.ledger = {}
         reached(Step.POWER_OFF_SEALED)
         self._move(Event.POWERED_OFF)
         reached(Step.POWER_OFF_RECORDED)
+
+    async def _shut_down_asleep(self) -> None:
+        """If it sleeps, or did when its spawner and daemon died, it is shut down in order."""
+        around = self._around
+        try:
+            left, last = self._kept.asleep(), around.registry.states.state(self.record.id)
+            if left.state == hashlib.sha256(last.sealed).digest():
+                state = SealedState(last.epoch + 1, left.shut_down, b"", last.clears)
+                await around.committer.commit(self._sealed(state))
+        except NotFound:
+            return
+        except HoldfastError as error:
+            LOG.warning("not shut down in order", vtpm=self.record.name, why=str(error))
 
     async def set_back(self, snapshot: Snapshot) -> None:
         """Have its state be that of a snapshot, as the next epoch, with a higher lineage."""
@@ -459,10 +482,11 @@ class VirtualTpm:
         """Wake a worker with what its predecessor left."""
         around = self._around
         await around.committer.ready()
-        blob = self._kept.blob()
+        blob = self._kept.asleep().blob
 
         def task() -> tuple[lc.Wake, bytes]:
             state = around.registry.states.state(self.record.id)
+            self._wakes_with = state.epoch + 1
             digest = hashlib.sha256(state.sealed).digest()
             terms = self.record.terms
             wake = lc.Wake(self.record.profile, terms, state.clears, state.epoch, digest, blob)

@@ -374,8 +374,7 @@ class PowerOff(Message, code=156):
 
 @dataclass(frozen=True)
 class Sleep(Message, code=157):
-    """Sleep, if nobody uses you. Answered with Commit of a state that was shut down in order, then
-    Asleep, or Refused: Conflict if somebody does.
+    """Sleep, if nobody uses you. Answered with Asleep, or Refused: Conflict if somebody does.
 
     The daemon says Done when it has all that it needs to wake it, and the worker ends; or Refused,
     and the worker goes on, as it does if the daemon goes without a word.
@@ -384,8 +383,14 @@ class Sleep(Message, code=157):
 
 @dataclass(frozen=True)
 class Asleep(Message, code=158):
-    """Everything a successor needs, sealed; and clients' connections, as Keep wants them."""
+    """Everything a successor needs, sealed; and clients' connections, as Keep wants them.
 
+    `shut_down`: what the next epoch is if it is switched off instead, sealed. Both are of use only
+    beside the durable state whose SHA-256 is `state`.
+    """
+
+    state: bytes
+    shut_down: bytes
     blob: bytes
     spoken: tuple[str, ...]
     numbers: tuple[int, ...]

@@ -124,16 +124,16 @@ def _serve(blank: Blank, key: bytes, state: lc.Commit) -> lc.Wake:
         ends.hand_over(blank.channel, serving=True)
         expected = tuple(ipc.PcrValue(Alg.SHA256, pcr, bytes(32)) for pcr in MEASURED_PCRS)
         power_on = lc.PowerOn(_PROFILE, _TERMS, 0, state.epoch, state.sealed, 0, (), expected)
-        _ask(ends.daemon, power_on, lc.PoweredOn)
+        (last,), _ = _ask(ends.daemon, power_on, lc.PoweredOn)
         random = rq.get_random(8)
         for _ in range(2):
             _client(ends.listeners[0], blank.pidfd, (random[:4], random[4:]))
         _client(ends.listeners[1], blank.pidfd, (u32(1),))
         channel.send(ends.fuse, fuse.init_request())
         _answer(ends.fuse, blank.pidfd)
-        (last,), asleep = _put_to_sleep(ends.daemon)
+        asleep = _put_to_sleep(ends.daemon)
         channel.send(ends.daemon, ipc.Done().encode())
-        return lc.Wake(_PROFILE, _TERMS, 0, last.epoch, _digest(last.sealed), asleep.blob)
+        return lc.Wake(_PROFILE, _TERMS, 0, last.epoch, asleep.state, asleep.blob)
     finally:
         ends.close()
 
@@ -154,12 +154,12 @@ def _digest(sealed: bytes) -> bytes:
     return hashlib.sha256(sealed).digest()
 
 
-def _put_to_sleep(daemon: socket.socket) -> tuple[list[lc.Commit], lc.Asleep]:
+def _put_to_sleep(daemon: socket.socket) -> lc.Asleep:
     """Ask until it is not in use: it may have to notice first that its clients have gone."""
     deadline = time.monotonic() + SECONDS
     while True:
         try:
-            return _ask(daemon, lc.Sleep(), lc.Asleep)
+            return _ask(daemon, lc.Sleep(), lc.Asleep)[1]
         except _RefusedError:
             if time.monotonic() > deadline:
                 raise

@@ -1,7 +1,7 @@
 """What sleeping vTPMs are woken with: one sealed file each, in a directory that a reboot empties.
 
-Ciphertext, good for one wake. Written whole or not at all; not synchronised, because after a power
-cut it opens nowhere.
+Ciphertext, good for one wake, behind its SHA-256: what is damaged is never taken for a state.
+Written whole or not at all; not synchronised, because after a power cut it opens nowhere.
 
 Not here: what is in it (`protocol.hibernation`), and who believes it (the worker).
 """
@@ -9,16 +9,18 @@ Not here: what is in it (`protocol.hibernation`), and who believes it (the worke
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import stat
 from pathlib import Path
 from typing import Final
 from uuid import UUID
 
-from holdfast.errors import HostError, NotFound
+from holdfast.errors import HostError, IntegrityError, NotFound
 
 SIZE_MAX: Final = 1 << 20  # bytes
 _NEW: Final = ".new"
+_DIGEST: Final = 32  # bytes
 
 
 class Asleep:
@@ -36,6 +38,7 @@ class Asleep:
             fresh.unlink(missing_ok=True)
             flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
             with open(os.open(fresh, flags, 0o600), "wb") as file:
+                file.write(hashlib.sha256(blob).digest())
                 file.write(blob)
             fresh.rename(place)
         except OSError as error:
@@ -44,15 +47,18 @@ class Asleep:
             raise HostError(f"{place} cannot be written: {error.strerror}") from None
 
     def read(self, instance: UUID) -> bytes:
-        """NotFound if there is none, or something that is none."""
+        """NotFound if there is none, or something that is none; IntegrityError if damaged."""
         try:
             flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
             with open(os.open(self._place(instance), flags), "rb") as file:
                 if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
                     raise NotFound("what it slept with is no file")
-                return file.read(SIZE_MAX)
+                digest, blob = file.read(_DIGEST), file.read(SIZE_MAX)
         except OSError as error:
             raise NotFound(f"what it slept with is not there: {error.strerror}") from None
+        if hashlib.sha256(blob).digest() != digest:
+            raise IntegrityError("what it slept with is damaged")
+        return blob
 
     def discard(self, instance: UUID) -> None:
         """It is used up, or nobody's any more."""

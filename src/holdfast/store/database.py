@@ -191,8 +191,13 @@ class Database:
         HostError if the disk fails. Nobody knows then what is on it, and nothing more is written.
         """
         self._make_durable()
-        if self._written >= _LOG_PAGES:
+        if self.log_is_long:
             self._copy()
+
+    @property
+    def log_is_long(self) -> bool:
+        """Whether a `sync` is due, if only to begin the log anew."""
+        return self._written >= _LOG_PAGES
 
     def _make_durable(self) -> None:
         self._check()

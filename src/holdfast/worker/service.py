@@ -194,7 +194,6 @@ class Worker:
         self._have_key()
         epoch = self._epoch + 1
         sealed = seal(self._data_key, self._owner, epoch, Kind.PERMANENT, permanent)
-        self._digest = hashlib.sha256(sealed).digest()
         request = lc.Commit(epoch, sealed, self._wrapped, self._tpm.clears).encode()
         deadline = time.monotonic() + DAEMON_WAIT
         while True:
@@ -206,6 +205,7 @@ class Worker:
             if verdict is not None:
                 if verdict:
                     self._epoch, self._wrapped = epoch, b""
+                    self._digest = hashlib.sha256(sealed).digest()
                 return verdict
             self._await_daemon(deadline)
 
@@ -464,9 +464,10 @@ class Worker:
     # --- sleep and wake ---
 
     def _sleep(self, _message: lc.Sleep) -> ipc.Message:
-        """Shut down, durably; everything that is to go on from here goes to the daemon, sealed.
+        """Everything that is to go on from here goes to the daemon, sealed; nothing is committed.
 
-        So a vTPM that sleeps was powered off in order, whatever becomes of the host meanwhile.
+        What was durable stays so: a sleeper is on, and a power cut is one to it. So that it can be
+        switched off in order, without waking it, what it would be then goes along.
         """
         serving = self._serving
         if serving is None or self._relay is not None or not self._loop.at_rest():
@@ -476,19 +477,17 @@ class Worker:
         encoded = kept.encode()
         if len(encoded) > hb.HIBERNATED_MAX:
             raise Conflict("its clients have more than it can sleep with")
-        try:
-            shut_down = self._shut_down(self._engine.process)
-        except IntegrityError:
-            raise Ended from None  # nobody knows whether it was kept, and no daemon is there
-        if isinstance(shut_down, ipc.Refused):
-            self._tpm.resume(kept.permanent, kept.volatile)
-            return shut_down
+        if self._wrapped and not self._commit(self._tpm.durable):
+            raise HostError("it would sleep under a data key that the store does not have")
+        rq.response(Cc.Shutdown, self._engine.process(rq.shutdown()))
+        noted = self._engine.take_noted()
+        assert noted is not None, "Shutdown stores what Startup is to find"
         self._left = kept
-        blob = seal(
-            self._data_key, self._owner, self._epoch, Kind.HIBERNATED, encoded,
-            self._where(self._digest),
-        )  # fmt: skip
-        return lc.Asleep(blob, *serving.connections())
+        state = self._digest
+        sealed = partial(seal, self._data_key, self._owner)
+        blob = sealed(self._epoch, Kind.HIBERNATED, encoded, self._where(state))
+        shut_down = sealed(self._epoch + 1, Kind.PERMANENT, noted)
+        return lc.Asleep(state, shut_down, blob, *serving.connections())
 
     def _where(self, state: bytes) -> bytes:
         """Where alone a hibernated vTPM opens: this boot, this build, beside this durable state."""
