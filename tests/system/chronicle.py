@@ -51,8 +51,9 @@ class Client:
         """All that it had is there, and its session goes on from where it was."""
         answer = self.wire.exchange(unseal(self._key))
         assert rc(answer) == 0, f"its object is gone: {rc(answer):#x}"
-        assert data_in(answer) == self._secret
-        assert self.wire.exchange(digest_of(self._session))[12:44] == self._digest
+        assert data_in(answer) == self._secret, "its object is another's"
+        digest = self.wire.exchange(digest_of(self._session))[12:44]
+        assert digest == self._digest, f"its session is at {digest.hex()}"
         self._said += 1
         assert rc(self.wire.exchange(say(self._session, self._said))) == 0
         self._digest = said(self._digest, self._said)
@@ -207,7 +208,8 @@ def compare(host: Serve, all_known: Iterable[Known]) -> None:
         states = {row["id"]: row for row in db.execute("SELECT * FROM states")}
         keys = {row["id"]: row for row in db.execute("SELECT * FROM keys")}
         taken = list(db.execute("SELECT * FROM snapshots"))
-    assert made.keys() == states.keys() == keys.keys() == by_id.keys()
+    for rows in (made, states, keys):
+        assert rows.keys() == by_id.keys(), f"there are {list(rows)}, not {list(by_id)}"
     for own, known in by_id.items():
         record, state = json.loads(made[own]["record"]), states[own]
         assert made[own]["name"] == known.name
@@ -215,17 +217,19 @@ def compare(host: Serve, all_known: Iterable[Known]) -> None:
         least = known.epoch + known.rises
         assert state["epoch"] >= least, f"{known.name}: epoch {state['epoch']}, not {least}"
         known.epoch, known.rises = state["epoch"], False
-        assert record["lineage"] == known.lineage
-        assert record["restarts"] == known.restarts
+        for what in ("lineage", "restarts"):
+            wanted = getattr(known, what)
+            assert record[what] == wanted, f"{known.name}: {what} {record[what]}, not {wanted}"
         its = {row["name"]: row for row in taken if row["instance"] == own}
-        assert its.keys() == known.snapshots.keys()
+        assert its.keys() == known.snapshots.keys(), f"{known.name} has snapshots {list(its)}"
         known.buried |= {row[what] for row in (*its.values(), state) for what in _BURIED}
-    assert {row["instance"] for row in taken} <= by_id.keys()
+    assert {row["instance"] for row in taken} <= by_id.keys(), "there are snapshots of nobody"
     listed = {each["name"]: each["state"] for each in host.call("GET", "/v1/vtpms")["vtpms"]}
-    assert listed == {known.name: known.state for known in by_id.values()}
+    states_known = {known.name: known.state for known in by_id.values()}
+    assert listed == states_known, f"they are {listed}, not {states_known}"
     live = {name: len(pids) for name, pids in copies(host).items()}
-    wanted = {known.name: 1 for known in by_id.values() if known.state == "active"}
-    assert live == wanted, f"live are {live}, not {wanted}"
+    alive = {known.name: 1 for known in by_id.values() if known.state == "active"}
+    assert live == alive, f"live are {live}, not {alive}"
 
 
 def gone(host: Serve, known: Known) -> None:

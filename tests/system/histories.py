@@ -94,7 +94,7 @@ class History:
 
     def destroy(self, known: Known) -> None:
         answer = self.host.call("DELETE", f"/v1/vtpms/{known.name}")
-        assert answer["snapshots"] == len(known.snapshots)
+        assert answer["snapshots"] == len(known.snapshots), answer
         del self.known[known.name]
         with pytest.raises(NotFound):
             self.host.inspect(known.name)
@@ -148,7 +148,8 @@ class History:
         with contextlib.closing(Stream(self.host.place(known.name))) as wire:
             self.randoms.fresh(wire)
             value, pcr = nv_of(wire), pcr_of(wire)
-            assert rq.read_public_area(wire.exchange(READ_EK)).encode() == known.ek
+            ek = rq.read_public_area(wire.exchange(READ_EK)).encode()
+        assert ek == known.ek, f"{known.name} has another EK"
         assert value in known.values, f"{known.name}: {value} is there, not {known.values}"
         known.values = (value,)
         assert pcr == known.pcr, f"{known.name}: PCR 16 is {pcr.hex()}, not {known.pcr.hex()}"
@@ -162,7 +163,8 @@ class History:
             until("it is awake", lambda: self._state(known) == "active")
 
     def _state(self, known: Known) -> str:
-        assert len(copies(self.host).get(known.name, ())) <= 1
+        live = copies(self.host).get(known.name, ())
+        assert len(live) <= 1, f"{known.name} is live in {live}"
         return str(self.host.inspect(known.name)["state"])
 
     # --- sleeping ---
@@ -194,17 +196,17 @@ class History:
         name = f"s{next(self._values)}"
         path = f"/v1/vtpms/{known.name}/snapshots"
         taken = self.host.call("POST", path, {"name": name})
-        assert taken["epoch"] == known.epoch
+        assert taken["epoch"] == known.epoch, taken
         known.snapshots[name] = known.values
 
     def restore(self, known: Known, name: str) -> None:
         path = f"/v1/vtpms/{known.name}/snapshots/{name}/restore"
         restored = self.host.call("POST", path, {"reason": "a history"})
-        assert restored["epoch"]["was"] == known.epoch
-        assert restored["epoch"]["is"] > known.epoch
+        assert restored["epoch"]["was"] == known.epoch, restored
+        assert restored["epoch"]["is"] > known.epoch, restored
         known.values, known.rises = known.snapshots[name], True
         known.lineage += 1
-        assert restored["lineage"]["is"] == known.lineage
+        assert restored["lineage"]["is"] == known.lineage, restored
 
     def remove(self, known: Known, name: str) -> None:
         self.host.call("DELETE", f"/v1/vtpms/{known.name}/snapshots/{name}")
@@ -233,7 +235,7 @@ class History:
         for call in calls:
             with pytest.raises((Conflict, NotFound)):
                 self.host.call(*call)
-        assert content(self.host) == before
+        assert content(self.host) == before, f"{known.name} was changed by what was refused"
 
     # --- deaths ---
 
@@ -254,7 +256,8 @@ class History:
                 if what == "spawner":
                     self._replaced(each, pid)
                 else:
-                    assert copies(self.host)[each.name] == {pid}
+                    now = copies(self.host).get(each.name)
+                    assert now == {pid}, f"{each.name} is live in {now}, not {pid}"
             if what == "spawner" and each.asleep:  # whose connections went with it
                 self._streams_end(each)
                 until(f"{each.name} is heard", partial(self._heard, each), SECONDS)
@@ -359,7 +362,7 @@ class History:
                 host.power_on(name)
         with pytest.raises(HoldfastError, match="older than"):
             host.create("never")
-        assert content(host, STATES) == before
+        assert content(host, STATES) == before, "the older registry was changed"
         assert host.stop() == 0
         for file in registry_files(host):
             file.unlink()

@@ -49,7 +49,7 @@ MADE_MAX: Final = 4  # in one history
 
 @dataclass(frozen=True)
 class Draw:
-    """One step, in numbers."""
+    """One step, in numbers. `what` 0 is none: so the simplest history is also the shortest."""
 
     what: int
     which: int
@@ -221,6 +221,8 @@ class Tale:
             for number, draw in enumerate(self._plan.steps):
                 if number >= self._plan.when:
                     self._meet_its_fate(draw)
+                if draw.what == 0:
+                    continue
                 possible = [each for each in self._steps() if each is None or self._some(each)]
                 self._do(possible[draw.what % len(possible)], draw)
             last = self._plan.steps[-1]
