@@ -44,7 +44,8 @@ lab: setup
 
 soak: setup
 	HOLDFAST_SOAK=1 .venv/bin/python -m pytest -q tests/system/test_faults.py tests/system/test_frames.py \
-		tests/system/test_steps.py tests/system/test_sleep_steps.py tests/differential/test_generated.py
+		tests/system/test_steps.py tests/system/test_sleep_steps.py tests/system/test_histories.py \
+		tests/differential/test_generated.py
 
 clean:
 	rm -rf .venv build .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -109,7 +109,7 @@ class History:
 
     def power_off(self, known: Known) -> None:
         self._stop(known)
-        known.rises |= not known.asleep  # who sleeps was shut down when it fell asleep
+        known.rises = True
         known.off()
 
     def _stop(self, known: Known) -> None:
@@ -177,8 +177,14 @@ class History:
             return False
 
         until("it sleeps", sleeps, 5)
-        known.asleep = known.rises = True
+        known.asleep = True
         known.blobs.append(blob_of(self.host, known).read_bytes())
+
+    def power_off_with_an_older_blob(self, known: Known) -> None:
+        """It was shut down in order when it fell asleep before, and that is not what it is now."""
+        blob_of(self.host, known).write_bytes(known.blobs[0])
+        self._stop(known)
+        known.off()
 
     def wake_with_an_older_blob(self, known: Known) -> None:
         """What it slept with before opens no more: a TPM Reset, and counted."""
@@ -337,7 +343,7 @@ class History:
     def _stop_all(self) -> None:
         assert self.host.stop() == 0
         for known in self.known.values():
-            known.rises |= known.state == "active"
+            known.rises |= known.on
             known.off()
 
     def put_an_older_registry_back(self, known: Known) -> None:

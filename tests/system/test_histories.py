@@ -141,6 +141,11 @@ STEPS: Final = (
     Step("put to sleep", active, lambda history, known, _: history.sleep(known)),
     Step("wake by an older blob", slept_before,
          lambda history, known, _: history.wake_with_an_older_blob(known)),
+    Step(
+        "power off by an older blob",
+        slept_before,
+        lambda history, known, _: history.power_off_with_an_older_blob(known),
+    ),
     Step("power off", on, lambda history, known, _: history.power_off(known)),
     Step("take a snapshot of", off, lambda history, known, _: history.snapshot(known)),
     Step("restore a snapshot of", restorable, restore),

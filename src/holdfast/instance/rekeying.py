@@ -38,7 +38,6 @@ from holdfast.instance.background import background
 from holdfast.instance.committer import Sealed, destroyed
 from holdfast.instance.lifecycle import State
 from holdfast.instance.sleep import Sleep
-from holdfast.instance.snapshots import REKEYED
 from holdfast.instance.vtpm import Surroundings, VirtualTpm
 from holdfast.instance.worker_link import WorkerLink
 from holdfast.linux.steps import Step, reached
@@ -50,6 +49,7 @@ from holdfast.store.wrapped import StoredKey, WrappedKeys
 
 LOG = structlog.get_logger()
 BEGUN: Final = "rekey"  # in the journal, until REKEYED
+REKEYED: Final = "rekeyed"
 AT_ONCE: Final = 1024  # keys in one message
 LOOKS_MAX: Final = 5  # before it is given up that all keys are under one root key
 RETRY_DELAYS: Final = (0.5, 2.0, 5.0)  # seconds, while somebody who has died comes back
@@ -158,8 +158,7 @@ class Rekeying:
         for vtpm in vtpms:
             await self._one(vtpm, progress)
             progress.vtpms += 1
-        if DATA in progress.parts:
-            await self._end_backups()
+        await self._end_backups()
         if ROOT in progress.parts:
             await self._look_for_others()
         self._around.registry.database.empty_log()

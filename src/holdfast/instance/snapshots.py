@@ -34,8 +34,6 @@ from holdfast.store.states import Write
 
 LOG = structlog.get_logger()
 SNAPSHOTS_MAX: Final = 32  # of one vTPM
-REKEYED: Final = "rekeyed"  # in the journal: all keys are others
-_SECONDS: Final = len("2026-01-01T00:00:00")
 _BACKUP_TAG: Final = b"holdfast/backup/1"
 
 
@@ -136,13 +134,12 @@ class Snapshots:
             )
         if leaf.status is not Status.LIVE:
             raise IntegrityError("that vTPM was destroyed: it does not come back")
-        rekeyed = self._around.registry.states.journalled(REKEYED)
-        if rekeyed is not None and backup.created[:_SECONDS] < rekeyed[0][:_SECONDS]:
-            raise IntegrityError(
-                f"that backup was made before this host's keys were changed at {rekeyed[0]} "
-                "(holdfast rekey): it opens nowhere any more"
-            )
         taken = self._around.committer.leaf(backup.id)
+        if taken is not None and taken.status is Status.DESTROYED:
+            raise IntegrityError(
+                "that backup was made before this host's keys were changed (holdfast rekey): it "
+                "opens nowhere any more"
+            )
         if taken is None or taken.status is not Status.SNAPSHOT:
             raise IntegrityError(
                 "this host does not know of that backup: it was made after the states that were "
