@@ -38,7 +38,7 @@ FATES: Final = {
     "nothing": 446, "worker": 40, "keeper": 4, "daemon": 4, "spawner": 3, "stop": 2, "older": 1,
 }  # fmt: skip
 PROCESSES: Final = ("keeper", "daemon", "spawner")
-LENGTHS: Final = (6, 9)
+LENGTHS: Final = (5, 8)
 VTPMS_MAX: Final = 3
 CLIENTS_MAX: Final = 2
 MADE_MAX: Final = 4  # in one history
@@ -141,11 +141,8 @@ STEPS: Final = (
     Step("put to sleep", active, lambda history, known, _: history.sleep(known)),
     Step("wake by an older blob", slept_before,
          lambda history, known, _: history.wake_with_an_older_blob(known)),
-    Step(
-        "power off by an older blob",
-        slept_before,
-        lambda history, known, _: history.power_off_with_an_older_blob(known),
-    ),
+    Step("power off by an older blob", slept_before,
+         lambda history, known, _: history.power_off_with_an_older_blob(known)),
     Step("power off", on, lambda history, known, _: history.power_off(known)),
     Step("take a snapshot of", off, lambda history, known, _: history.snapshot(known)),
     Step("restore a snapshot of", restorable, restore),
