@@ -452,15 +452,16 @@ def test_power_off_with_what_is_not_its_own_is_a_power_cut_to_it(
         earlier = sleeper.blob.read_bytes()
         exchange(sock, GET_RANDOM)
         sleeper.sleep()
-    if what == "missing":
-        sleeper.blob.unlink()
-    elif what == "damaged":
-        data = bytearray(sleeper.blob.read_bytes())
-        data[len(data) // 4] ^= 1  # in the state that it would have
-        sleeper.blob.write_bytes(data)
-    else:
-        sleeper.blob.write_bytes(earlier)
-    assert sleeper.do(again()) == 1  # the epoch of its power-on
+        # Its connection stays: one that ends wakes it.
+        if what == "missing":
+            sleeper.blob.unlink()
+        elif what == "damaged":
+            data = bytearray(sleeper.blob.read_bytes())
+            data[len(data) // 4] ^= 1  # in the state that it would have
+            sleeper.blob.write_bytes(data)
+        else:
+            sleeper.blob.write_bytes(earlier)
+        assert sleeper.do(again()) == 1  # the epoch of its power-on
     with sleeper.running.connect() as sock:
         assert not clock_of(exchange(sock, READ_CLOCK))[4]  # not safe
         assert b"kept----" in exchange(sock, read_index())
