@@ -6,7 +6,7 @@ import hashlib
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import pytest
 from tpm2_pytss.types import TPMS_ATTEST
@@ -26,10 +26,12 @@ from holdfast.hwtpm.host import Blob, HostTpm, fresh_auth
 from holdfast.hwtpm.nvindex import NvIndex, SignedIndex
 from holdfast.hwtpm.policy import RecoverySigner
 from holdfast.hwtpm.transport import Transport
+from holdfast.tpm2 import requests as rq
 from holdfast.tpm2.commands import Cc
-from holdfast.tpm2.constants import HEADER_SIZE, NvAttr
+from holdfast.tpm2.constants import HEADER_SIZE, Ht, NvAttr
 from holdfast.tpm2.keys import verify
 from holdfast.tpm2.structures import Attest, NvAttest, NvPublic, Public, Signature
+from holdfast.tpm2.wire import sized, u32
 
 from .approving import AUTH, UNIQUE, approve_now
 from .interposer import Interposer, flipped
@@ -40,6 +42,17 @@ INDICES = (WRITER_INDEX, DURABLE_INDEX, HYBRID_INDEX)
 NAMES = {WRITER_INDEX: "writer", DURABLE_INDEX: "durable", HYBRID_INDEX: "hybrid"}
 EXTENDS = 50
 Change = Callable[[NvPublic], NvPublic]
+
+
+@dataclass(frozen=True)
+class Theirs:
+    """TPMS_AUTH_COMMAND by somebody else, who knows the session's handle."""
+
+    session: int
+    mac: bytes
+
+    def encode(self) -> bytes:
+        return u32(self.session) + sized(bytes(16)) + b"\x01" + sized(self.mac)
 
 
 def untouched(public: NvPublic) -> NvPublic:
@@ -592,3 +605,71 @@ def test_a_public_area_that_is_none_is_a_host_error(swtpm: Swtpm) -> None:
         pytest.raises(HostError, match="not the one the keeper made"),
     ):
         tpm.anchor.open(*anchored.names, anchored.secret)
+
+
+# --- an extension that is allowed ahead ---
+
+
+def test_what_was_prepared_is_one_command_and_good_for_one(swtpm: Swtpm) -> None:
+    with tapped(swtpm) as (wire, anchor):
+        anchor.prepare()
+        for number, commands in ((2, 1), (3, 2)):
+            before = wire.count
+            anchor.extend(Chain.HYBRID, digest(number))
+            assert wire.count - before == commands
+        anchor.prepare()
+        anchor.extend(Chain.DURABLE, digest(4))
+        assert anchor.read() == ChainValues(
+            chained(digest(4)), chained(digest(1), digest(2), digest(3))
+        )
+
+
+def test_it_is_prepared_once(swtpm: Swtpm) -> None:
+    with tapped(swtpm) as (wire, anchor):
+        anchor.prepare()
+        before = wire.count
+        anchor.prepare()
+        assert wire.count == before
+
+
+@pytest.mark.parametrize("mac", [b"", bytes(32)], ids=["none", "a guess"])
+def test_nobody_else_extends_by_what_was_prepared(swtpm: Swtpm, mac: bytes) -> None:
+    with tapped(swtpm) as (wire, anchor):
+        wire.code, wire.seen = Cc.PolicySecret, b""
+        anchor.prepare()
+        session = int.from_bytes(wire.seen[14:18], "big")  # PolicySecret's second handle
+        assert session >> 24 == Ht.POLICY_SESSION
+        theirs = Theirs(session, mac)
+        command = rq.command(Cc.NV_Extend, (HYBRID_INDEX,) * 2, (theirs,), sized(digest(9)))
+        with pytest.raises(TpmError):
+            rq.response(Cc.NV_Extend, wire.aside(command))
+        assert anchor.read().hybrid == chained(digest(1))
+        anchor.extend(Chain.HYBRID, digest(2))
+        assert anchor.read().hybrid == chained(digest(1), digest(2))
+
+
+def test_a_signature_between_does_not_use_up_nor_find_what_was_prepared(
+    anchored: Anchored,
+) -> None:
+    with anchored.host() as tpm:
+        tpm.anchor.open(*anchored.names, anchored.secret)
+        signer = RecoverySigner(os.urandom(32))
+        tpm.index.define(signer, 1)
+        tpm.approve(signer.public, approve_now(tpm, signer, 1))
+        blob = tpm.create_ca_key(signer.public.name)
+        tpm.use_ca(blob)
+        for number in (1, 2):
+            tpm.anchor.prepare()
+            tpm.sign_as_ca(digest(0))
+            tpm.anchor.extend(Chain.HYBRID, digest(number))
+        assert tpm.anchor.read().hybrid == chained(digest(1), digest(2))
+
+
+def test_what_was_prepared_before_a_reset_extends_nothing_after_it(anchored: Anchored) -> None:
+    with anchored.opened() as anchor:
+        anchor.prepare()
+        anchored.standin.stop()
+        anchored.standin.start()
+        with pytest.raises((TpmError, HostError)):
+            anchor.extend(Chain.DURABLE, digest(1))
+    assert anchored.read() == ChainValues(None, None)

@@ -120,6 +120,7 @@ def test_a_reset_is_noticed_with_the_next_commit_and_counted(keeper: Box, disk: 
             keeper.swtpm.stop()
             keeper.swtpm.start()
             assert isinstance(disk.commit(client), ipc.Refused)
+            until("the keeper is open", lambda: is_open(client))  # it may have noticed by itself
             assert disk.open(client) == "unclean"
             assert disk.opened is not None
             present = Link.decode(disk.opened.value + disk.opened.anchor).anchor

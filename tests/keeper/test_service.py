@@ -308,6 +308,7 @@ def test_tpm_that_is_reset_midway_costs_one_answer(keeper: Box) -> None:
         keeper.swtpm.stop()
         keeper.swtpm.start()  # reset, unseen: what was loaded is gone
         assert client.ask(ipc.RoundQuote(1, bytes(32)), ipc.Refused).error == "HostError"
+        until("the keeper is open", lambda: is_open(client))  # it may have noticed by itself
         keeper.commit(client)
         client.ask(ipc.RoundQuote(1, bytes(32)), ipc.HostQuote)
         with Worker() as worker:

@@ -42,6 +42,10 @@ class HostTpm:
         if self.fails == "after":
             raise HostError("the host TPM does not answer")
 
+    def prepare(self) -> None:
+        if self.fails:
+            raise HostError("the host TPM does not answer")
+
     def boot(self) -> int:
         return self.resets << 32
 

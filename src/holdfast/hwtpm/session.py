@@ -176,9 +176,13 @@ class HmacSession(Session):
 
 
 class PolicySession(Session):
-    """Authorizes one use by a policy, and by the value if the policy asks for it."""
+    """Authorizes one use by a policy, and by the value if the policy asks for it.
+
+    `ahead`: the policy that it satisfies before anybody wants to use it; empty: none.
+    """
 
     kind = rq.SE_POLICY
+    ahead = b""
 
     def satisfy(
         self, code: Cc, params: bytes = b"", others: Sequence[int] = (),
@@ -186,6 +190,11 @@ class PolicySession(Session):
     ) -> None:  # fmt: skip
         """Send a policy command; `others` are the handles before the session's."""
         self._context.raw(code, rq.command(code, (*others, self._handle), auths, params))
+
+    def restart(self) -> None:
+        """Satisfy no policy any more."""
+        self.satisfy(Cc.PolicyRestart)
+        self.ahead = b""
 
 
 S = TypeVar("S", bound=Session)
@@ -210,9 +219,16 @@ class Sessions:
         """The HMAC session, for a while."""
         return self._lent(HmacSession)
 
-    def policy(self) -> AbstractContextManager[PolicySession]:
-        """The policy session, for one use, which spends the policy that it satisfies."""
-        return self._lent(PolicySession)
+    @contextmanager
+    def policy(self, ahead: bytes = b"") -> Iterator[PolicySession]:
+        """The policy session, for one use, which spends the policy that it satisfies.
+
+        `ahead`: the one that it may satisfy already.
+        """
+        with self._lent(PolicySession) as session:
+            if session.ahead and session.ahead != ahead:
+                session.restart()
+            yield session
 
     def end(self) -> None:
         """Remove them from the TPM, to have their room."""

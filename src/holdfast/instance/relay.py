@@ -22,8 +22,9 @@ async def relay(spawner: Peer, record: Instance, died: Callable[[str], None]) ->
     device = await in_time(record.device, _open_device, record.device, late=os.close)
     try:
         worker, _ = await spawn(
-            spawner, record.id, not_yet, died, b"", lc.Relay(), lc.PoweredOn, (device,)
-        )
+            spawner, record.id, not_yet, died, b"", lc.Relay(), lc.PoweredOn, (device,),
+            serving=True,
+        )  # fmt: skip
     finally:
         os.close(device)
     return worker

@@ -57,9 +57,9 @@ RESTART_DELAYS: Final = (0.0, 0.1, 0.5, 2.0, 5.0, 15.0)  # seconds before each r
 WORKER_END_SECONDS: Final = 5.0  # for an orderly end; the longest command takes less
 WAKES_MAX: Final = 4  # of a host at once: each takes a worker, which takes a CPU to make
 STEADY_SECONDS: Final = 60.0  # after which a worker's death counts as the first again
-# What a worker is to begin with, and its wrapped key. Asked for again when another worker is to
-# try: the one before may have died with a commit on its way.
-Task = Callable[[], tuple[lc.PowerOn | lc.Wake, bytes]]
+# What a worker is to begin with. Asked for again when another worker is to try: the one before may
+# have died with a commit on its way.
+Task = Callable[[], lc.PowerOn | lc.Wake]
 
 
 @dataclass(frozen=True)
@@ -267,7 +267,7 @@ class VirtualTpm:
         await around.committer.ready()
         ledger = run.ledger(self.banks)
 
-        def task() -> tuple[lc.PowerOn, bytes]:
+        def task() -> lc.PowerOn:
             state = around.registry.states.state(self.record.id)
             return lc.PowerOn(
                 self.record.profile, self.record.terms, 0 if anew else state.clears,
@@ -277,7 +277,7 @@ class VirtualTpm:
                     ipc.PcrValue(alg, pcr, bank[pcr])
                     for alg, bank in ledger.items() for pcr in MEASURED_PCRS
                 ),
-            ), state.wrapped  # fmt: skip
+            )  # fmt: skip
 
         await self._start(task)
         self.ledger = ledger
@@ -306,10 +306,11 @@ class VirtualTpm:
     async def _spawned(self, task: Task) -> WorkerLink:
         around = self._around
         await around.committer.behind(self.record.id)
-        what, wrapped = task()
+        wrapped = around.registry.states.wrapped(self.record.id)
         worker, _ = await spawn(
-            around.spawner, self.record.id, self._keep, self._died, wrapped, what, lc.PoweredOn
-        )
+            around.spawner, self.record.id, self._keep, self._died, wrapped, task, lc.PoweredOn,
+            serving=True,
+        )  # fmt: skip
         return worker
 
     def _share(self) -> None:
@@ -405,7 +406,7 @@ class VirtualTpm:
             return
         around = self._around
         await self._alone()
-        wrapped = around.registry.states.state(self.record.id).wrapped
+        wrapped = around.registry.states.wrapped(self.record.id)
         worker, _ = await spawn(
             around.spawner, self.record.id, not_yet, lambda _: None, wrapped, lc.Attend(), ipc.Done
         )
@@ -482,15 +483,14 @@ class VirtualTpm:
         """Wake a worker with what its predecessor left."""
         around = self._around
         await around.committer.ready()
-        blob = self._kept.asleep().blob
 
-        def task() -> tuple[lc.Wake, bytes]:
+        def task() -> lc.Wake:
+            blob = self._kept.asleep().blob
             state = around.registry.states.state(self.record.id)
             self._wakes_with = state.epoch + 1
             digest = hashlib.sha256(state.sealed).digest()
             terms = self.record.terms
-            wake = lc.Wake(self.record.profile, terms, state.clears, state.epoch, digest, blob)
-            return wake, state.wrapped
+            return lc.Wake(self.record.profile, terms, state.clears, state.epoch, digest, blob)
 
         await self._start(task)
 

@@ -29,7 +29,6 @@ WRAPPED_MAX: Final = 1024
 CLEARS_MAX: Final = 0xFFFFFFFF  # what a worker says of how often; it is kept in 64 bits
 WORDS_MAX: Final = 512  # characters of a worker's last words that are kept
 A = TypeVar("A", bound=ipc.Message)
-_SERVING: Final = (lc.PowerOn, lc.Relay, lc.Wake)  # tasks of workers that serve what is held
 # Who commits a worker's states: the state, and whom to tell.
 Keep = Callable[[SealedState, Done], None]
 
@@ -143,23 +142,31 @@ async def spawn(
     keep: Keep,
     died: Callable[[str], None],
     wrapped: bytes,
-    task: ipc.Message,
+    task: ipc.Message | Callable[[], ipc.Message],
     expected: type[A],
     given: Sequence[int] = (),
+    *,
+    serving: bool = False,
     snapshot: UUID = ipc.OWN,
 ) -> tuple[WorkerLink, A]:
     """Get a fresh worker for the instance, which finds its data key and its first task waiting.
 
-    `given`: descriptors that go with the task; `snapshot`: the one whose state it is to open.
-    Returns it with its answer to that task; if anything goes wrong there is no worker. WorkerLost
-    if that is because of itself.
+    A `task` that is to be worked out is, while the spawner is at work. `serving`: it is to have
+    what is held. `given`: descriptors that go with the task; `snapshot`: the one whose state it is
+    to open. Returns it with its answer to that task; if anything goes wrong there is no worker.
+    WorkerLost if that is because of itself.
     """
+
+    async def do() -> tuple[A, list[int]]:
+        message = task if isinstance(task, ipc.Message) else task()
+        return await worker.link.ask(message, expected, given)
+
     ours, theirs = channel.pair()
     worker = WorkerLink(instance, keep, ours, died)
     with theirs:
-        doing = asyncio.ensure_future(worker.link.ask(task, expected, given))
+        doing = asyncio.ensure_future(do())  # with the first wait, which is for the spawner
         try:
-            spawned = lc.Spawn(instance, wrapped, isinstance(task, _SERVING), snapshot)
+            spawned = lc.Spawn(instance, wrapped, serving, snapshot)
             _, fds = await spawner.ask(spawned, lc.Spawned, (theirs.fileno(),))
             worker.watch(*_exactly(2, fds))
         except BaseException:
@@ -177,7 +184,7 @@ async def spawn(
         raise
     # One that is to serve and ended with its answer did so before anybody knew whom to replace;
     # one that has restored a state ends by itself.
-    if worker.ended.is_set() and isinstance(task, _SERVING):
+    if worker.ended.is_set() and serving:
         raise WorkerLost(f"the worker is gone: {worker.link.last_words or 'it ended'}")
     return worker, answer
 

@@ -73,6 +73,8 @@ class Chains(Protocol):
 
     def extend(self, chain: Chain, digest: bytes) -> None: ...
 
+    def prepare(self) -> None: ...
+
     def boot(self) -> int: ...
 
 
@@ -286,6 +288,10 @@ class Freshness:
         reached(Step.KEEPER_ADVANCED)
         self._map, self._anchor, self._value = following, link.anchor, link.value
         return ipc.Done()
+
+    def prepare(self) -> None:
+        """Do ahead what can be done of the next group, while nobody waits."""
+        self._chains.prepare()
 
     def settle(self, message: ipc.Settle) -> ipc.Message:
         """Have the durable chain remember the map as it is."""

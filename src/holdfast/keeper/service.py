@@ -18,7 +18,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Final
+from typing import Final, TypeVar
 from uuid import UUID
 
 from holdfast.errors import HoldfastError, HostError, PeerError, ProtocolError, TpmError
@@ -33,8 +33,10 @@ from holdfast.linux.secret import SecretMemory
 from holdfast.protocol import ipc
 
 PEERS_MAX: Final = 16
+QUIET_SECONDS: Final = 0.001  # after a group of commits: who waits for it has the CPU
 RETRY_SECONDS: Final = 2.0
 RETRY_SECONDS_MAX: Final = 60.0
+T = TypeVar("T")
 
 
 def log(text: str) -> None:
@@ -69,6 +71,7 @@ class Keeper:
         self._retry_at = 0.0
         self._retry_after = RETRY_SECONDS
         self._stand_in = False
+        self._unprepared = False  # for the next group of commits
         self._peers: set[socket.socket] = set()
         self._listener = listener
         listener.setblocking(False)
@@ -90,7 +93,7 @@ class Keeper:
             ipc.HostIdentityRequest: lambda _: self._open().identity(),
             ipc.MapLeaves: lambda m: self._fresh().tell(m),
             ipc.OpenMap: lambda m: self._carried_over(self._fresh().open(m)),
-            ipc.Advance: lambda m: self._fresh().advance(m),
+            ipc.Advance: self._advance,
             ipc.Settle: lambda m: self._carried_over(self._fresh().settle(m)),
             ipc.AskRecovery: lambda _: self._fresh().ask_recovery(),
             ipc.Recover: lambda m: self._fresh().recover(m, self._open().signed_for_recovery),
@@ -106,10 +109,13 @@ class Keeper:
         try:
             while self._running:
                 self._try_to_open()
-                timeout = None
+                timeout = QUIET_SECONDS if self._unprepared else None
                 if self._custody is None:
                     timeout = max(0.0, self._retry_at - time.monotonic())
-                for key, _ in self._selector.select(timeout):
+                events = self._selector.select(timeout)
+                if self._unprepared and not events:
+                    self._prepare()
+                for key, _ in events:
                     # What came before in this batch may have closed it.
                     if self._selector.get_map().get(key.fd) is key:
                         key.data()
@@ -175,6 +181,17 @@ class Keeper:
         if self._custody is None:
             raise HostError(f"the keeper is not open: {self._why_not}")
         return self._custody
+
+    def _advance(self, message: ipc.Advance) -> ipc.Message:
+        answer = self._fresh().advance(message)
+        self._unprepared = True
+        return answer
+
+    def _prepare(self) -> None:
+        """While it is quiet, have the TPM ready for the next group of commits."""
+        self._unprepared = False
+        if self._custody is not None:
+            self._guarded(self._fresh().prepare)
 
     def _fresh(self) -> Freshness:
         self._open()
@@ -290,7 +307,7 @@ class Keeper:
             for fd in fds:
                 os.close(fd)
 
-    def _guarded(self, action: Callable[[], ipc.Message]) -> ipc.Message:
+    def _guarded(self, action: Callable[[], T]) -> T | ipc.Refused:
         """The action's answer, or Refused with the error's class and text."""
         try:
             return action()

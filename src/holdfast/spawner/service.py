@@ -420,13 +420,14 @@ class Spawner:
         with key_worker, key_keeper:
             # Asked on the worker's behalf, so that the key is there before it is needed.
             channel.send(key_worker, ipc.KeyRequest(message.wrapped, message.snapshot).encode())
-            if begin.held:
-                cuse = begin.nodes == NodeKind.CUSE.value
-                _ask_again([held[0], *(held[_ENDS : _ENDS + 2] if cuse else ())])
-            fds = (its_end, key_worker.fileno(), page, *held)
-            channel.send(blank.channel, begin.encode(), fds)
-            # While the worker looks at that: without a lease it gets no key, and is ended.
-            self._leases.tell(ipc.Lease(message.instance), key_keeper.fileno(), blank.pidfd)
+            lease = ipc.Lease(message.instance)
+            # Without a lease it gets no key, and is ended.
+            with self._leases.telling(lease, key_keeper.fileno(), blank.pidfd):
+                if begin.held:
+                    cuse = begin.nodes == NodeKind.CUSE.value
+                    _ask_again([held[0], *(held[_ENDS : _ENDS + 2] if cuse else ())])
+                fds = (its_end, key_worker.fileno(), page, *held)
+                channel.send(blank.channel, begin.encode(), fds)
 
     def _bring_keys(self, message: lc.BringKeys) -> Reply:
         instance = message.instance
@@ -438,8 +439,8 @@ class Spawner:
         key_worker, key_keeper = channel.pair()
         with key_worker, key_keeper:
             channel.send(key_worker, request.encode())
-            channel.send(entry.worker.channel, lc.NewKeys().encode(), (key_worker.fileno(),))
-            self._leases.tell(ipc.MoreKeys(instance), key_keeper.fileno())
+            with self._leases.telling(ipc.MoreKeys(instance), key_keeper.fileno()):
+                channel.send(entry.worker.channel, lc.NewKeys().encode(), (key_worker.fileno(),))
         return ipc.Done(), ()
 
     def _living(self) -> Iterator[tuple[UUID, int]]:

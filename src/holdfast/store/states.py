@@ -87,6 +87,14 @@ class States:
             )
         return state
 
+    def wrapped(self, instance: UUID) -> bytes:
+        """The wrapped data key of the newest state; NotFound if there never was one."""
+        found = self._database.read("SELECT wrapped FROM states WHERE id = ?", str(instance))
+        row = found.fetchone()
+        if row is None:
+            raise NotFound(f"there is no state of {instance}")
+        return bytes(row[0])
+
     def has(self, instance: UUID) -> bool:
         """Whether there is a state of this vTPM."""
         rows = self._database.read("SELECT 1 FROM states WHERE id = ?", str(instance))
