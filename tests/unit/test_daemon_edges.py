@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
+import os
+import socket
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from hypothesis import given
@@ -14,8 +20,10 @@ from holdfast.daemon.__main__ import API_ROOM
 from holdfast.daemon.doctor import brief
 from holdfast.daemon.ground import is_virtual
 from holdfast.daemon.inside import ROOM as EVIDENCE_ROOM
+from holdfast.daemon.inside import Inside
 from holdfast.daemon.listening import Present, Room
 from holdfast.errors import InvalidInput
+from holdfast.instance.vtpm import VirtualTpm
 
 # --- connections ---
 
@@ -45,6 +53,24 @@ def test_many_users_of_one_person_leave_root_its_room() -> None:
 def test_a_container_has_no_more_connections_for_having_many_users() -> None:
     present = Present(EVIDENCE_ROOM)
     assert sum(present.enter(uid) for uid in range(1000)) <= 2 * EVIDENCE_ROOM.user
+
+
+def test_a_run_that_is_taken_up_at_the_end_is_left_to_the_next_daemon(tmp_path: Path) -> None:
+    inside, vtpm = Inside(), Mock(VirtualTpm)
+    asyncio.run(inside.end())
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.bind(os.fspath(tmp_path / "s"))
+        inside.open(vtpm, sock)
+        assert sock.fileno() == -1
+
+
+def test_a_daemon_whose_supervisor_ends_while_it_loads_does_not_begin() -> None:
+    begin, began = os.pipe()
+    os.close(began)
+    command = [sys.executable, "-m", "holdfast.daemon", "--begin-fd", str(begin)]
+    done = subprocess.run(command, pass_fds=(begin,), capture_output=True, timeout=60, check=False)
+    os.close(begin)
+    assert (done.returncode, done.stderr) == (1, b"")
 
 
 # --- status ---

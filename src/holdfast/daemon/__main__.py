@@ -79,6 +79,7 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="holdfast-daemon", description=__doc__)
     parser.add_argument("--config", type=Path)
     parser.add_argument("--ready-fd", type=int, help="gets a byte when the API is open")
+    parser.add_argument("--begin-fd", type=int, help="what is loaded waits for a byte here")
     options = parser.parse_args(arguments)
     process.set_pdeathsig(signal.SIGTERM)
     process.set_dumpable(False)
@@ -96,6 +97,8 @@ def main(arguments: list[str]) -> int:
     # It would log a traceback for each request that is no HTTP: anyone could fill the log so.
     # What fails in our own code is logged, and rationed, where it is answered (`api.problems`).
     logging.getLogger("aiohttp").setLevel(logging.CRITICAL)
+    if options.begin_fd is not None and not os.read(options.begin_fd, 1):
+        return 1  # who was to say so has ended
     try:
         with contextlib.suppress(KeyboardInterrupt):
             asyncio.run(serve(config.load(options.config), options.ready_fd))

@@ -40,6 +40,7 @@ class Inside:
         self._runner: web.AppRunner | None = None
         self._there: dict[str, VirtualTpm] = {}  # by the socket's path
         self._places: dict[VirtualTpm, _Place] = {}
+        self._ended = False
 
     def serve(self, runner: web.AppRunner) -> None:
         """Serve this application, which asks `asked` whom a request is about."""
@@ -56,6 +57,9 @@ class Inside:
     def open(self, vtpm: VirtualTpm, sock: socket.socket) -> None:
         """Serve a vTPM's run on a listening socket, which is taken over."""
         self.close(vtpm)
+        if self._ended:  # one that this daemon has just taken up, and leaves to the next
+            sock.close()
+            return
         place = self._places[vtpm] = _Place(sock.getsockname())
         self._there[place.path] = vtpm
         background(self._listen(place, sock))
@@ -76,7 +80,8 @@ class Inside:
                 place.listening.end()
 
     async def end(self) -> None:
-        """All runs are over."""
+        """All runs are over, and those to come."""
+        self._ended = True
         for vtpm in tuple(self._places):
             self.close(vtpm)
         if self._runner is not None:

@@ -1,8 +1,9 @@
-"""`holdfast serve`: keeper, spawner and daemon, started in order, restarted when they die.
+"""`holdfast serve`: keeper, spawner and daemon, started together, restarted when they die.
 
-They are processes of equal standing: one that dies is started again, with back-off, and finds the
-others; only the spawner's death ends running vTPMs. Ends with SIGTERM: daemon first, then spawner,
-then keeper. Tells systemd when it is ready (sd_notify), if systemd asked.
+Each has about as much to load; the daemon then waits until the others listen. They are processes
+of equal standing: one that dies is started again, with back-off, and finds the others; only the
+spawner's death ends running vTPMs. Ends with SIGTERM: daemon first, then spawner, then keeper.
+Tells systemd when it is ready (sd_notify), if systemd asked.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final
+from typing import BinaryIO, Final
 
 from holdfast.daemon import config
 from holdfast.daemon.config import Config
@@ -97,9 +98,7 @@ class Supervisor:
     def run(self) -> int:
         """Start all, wait, restart; returns the exit status."""
         self._prepare()
-        for child in self._children:
-            if not self._ending:
-                self._begin(child)
+        self._begin()
         if not self._ending:
             sys.stderr.write("holdfast: ready\n")
             _notify("READY=1")
@@ -141,30 +140,38 @@ class Supervisor:
         child.pidfd = os.pidfd_open(child.process.pid)
         self._selector.register(child.pidfd, selectors.EVENT_READ, child)
 
-    def _begin(self, child: Child) -> None:
-        """Start it, and wait until it serves or we are to end; HostError if it does not."""
-        if child.socket is not None:
+    def _begin(self) -> None:
+        """Start all, and wait until they serve or we are to end; HostError if one does not."""
+        *others, daemon = self._children
+        read, write = os.pipe()
+        begin, began = os.pipe()
+        for child in others:
+            assert child.socket is not None, "only the daemon listens to no one of ours"
             child.socket.unlink(missing_ok=True)  # a former one's, which would be taken for its own
             self._start(child)
-            self._await_socket(child, child.socket)
-            return
-        read, write = os.pipe()
-        self._start(child, ("--ready-fd", str(write)), (write,))
+        self._start(daemon, ("--begin-fd", str(begin), "--ready-fd", str(write)), (begin, write))
+        os.close(begin)
         os.close(write)
-        self._await_byte(child, read)
+        with os.fdopen(read, "rb") as ready, os.fdopen(began, "wb", 0) as told:
+            for child in others:
+                self._await_socket(child)
+            if not self._ending:
+                told.write(b"\n")
+                self._await_byte(daemon, ready)
 
-    def _await_socket(self, child: Child, path: Path) -> None:
+    def _await_socket(self, child: Child) -> None:
         """Its socket appears when it listens."""
         deadline = time.monotonic() + READY_SECONDS
         assert child.process is not None
-        while not path.exists() and not self._ending:
+        assert child.socket is not None
+        while not child.socket.exists() and not self._ending:
             if child.process.poll() is not None or time.monotonic() > deadline:
                 raise HostError(f"the {child.name} did not start")
             select_quietly(child.pidfd, 0.02)
 
-    def _await_byte(self, child: Child, fd: int) -> None:
+    def _await_byte(self, child: Child, pipe: BinaryIO) -> None:
         """It writes a byte when it listens; end of file without one means that it has ended."""
-        with os.fdopen(fd, "rb") as pipe, selectors.DefaultSelector() as ready:
+        with selectors.DefaultSelector() as ready:
             ready.register(pipe, selectors.EVENT_READ)
             ready.register(self._wake, selectors.EVENT_READ)
             came = {key.fileobj for key, _ in ready.select(READY_SECONDS)}
