@@ -641,8 +641,9 @@ def test_nobody_else_extends_by_what_was_prepared(swtpm: Swtpm, mac: bytes) -> N
         assert session >> 24 == Ht.POLICY_SESSION
         theirs = Theirs(session, mac)
         command = rq.command(Cc.NV_Extend, (HYBRID_INDEX,) * 2, (theirs,), sized(digest(9)))
-        with pytest.raises(TpmError):
+        with pytest.raises(TpmError) as refused:
             rq.response(Cc.NV_Extend, wire.aside(command))
+        assert refused.value.rc == 0x9A2  # TPM_RC_BAD_AUTH, session 1
         assert anchor.read().hybrid == chained(digest(1))
         anchor.extend(Chain.HYBRID, digest(2))
         assert anchor.read().hybrid == chained(digest(1), digest(2))

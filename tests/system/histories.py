@@ -183,7 +183,9 @@ class History:
     def power_off_with_an_older_blob(self, known: Known) -> None:
         """It was shut down in order when it fell asleep before, and that is not what it is now."""
         blob_of(self.host, known).write_bytes(known.blobs[0])
+        before = content(self.host, STATES)
         self._stop(known)
+        assert content(self.host, STATES) == before
         known.off()
 
     def wake_with_an_older_blob(self, known: Known) -> None:

@@ -14,33 +14,25 @@ from contextlib import closing
 
 import pytest
 
-from holdfast.linux.steps import ENVIRONMENT, Step
+from holdfast.linux.steps import Step
 from tests.asking import until
 
 from .serve import Serve, a_host, children, serves
+from .stepping import Steps, stepping
 from .test_faults import Stream, define, read, write
-from .test_steps import Steps
 
 STEPS = (Step.COMMIT_WRITTEN, Step.KEEPER_ADVANCED, Step.COMMIT_EXTENDED)
 
 
 @pytest.fixture(scope="module")
 def held(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Serve, Steps]]:
-    path = tmp_path_factory.mktemp("beginning") / "steps.sock"
-    for parent in (path.parent, path.parent.parent):
-        parent.chmod(0o755)
-    steps = Steps(path)
-    steps.start()
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setenv(ENVIRONMENT, str(path))
-        with a_host() as host:
-            host.create("web")
-            host.power_on("web")
-            with closing(Stream(host.place("web"))) as wire:
-                define(wire)
-                assert write(wire, 1) == 0
-            yield host, steps
-    steps.close()
+    with stepping(tmp_path_factory) as steps, a_host() as host:
+        host.create("web")
+        host.power_on("web")
+        with closing(Stream(host.place("web"))) as wire:
+            define(wire)
+            assert write(wire, 1) == 0
+        yield host, steps
 
 
 @pytest.mark.parametrize("how", ["power on", "replacement"])

@@ -17,16 +17,17 @@ from typing import Final
 import pytest
 
 from holdfast.errors import HoldfastError
-from holdfast.linux.steps import ENVIRONMENT, Step
+from holdfast.linux.steps import Step
 from holdfast.tpm2 import requests as rq
 from tests.asking import rc, until
 from tests.commands import digest_of, handle_of
 
 from .running import on_device
 from .serve import Serve
+from .stepping import Steps, stepping
 from .test_faults import Stream, define, read, write
 from .test_sleep_host import sleeps, sleepy
-from .test_steps import ELSEWHERE, KILLS_MAX, SECONDS, Steps, called, deaths
+from .test_steps import ELSEWHERE, KILLS_MAX, SECONDS, called, deaths
 
 NAME: Final = "main"
 HERE: Final = tuple(step for step in Step if step.name.startswith(("SLEEP", "WAKE")))
@@ -75,16 +76,8 @@ class Night:
 
 @pytest.fixture(scope="module")
 def night(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Night, Steps]]:
-    path = tmp_path_factory.mktemp("steps") / "steps.sock"
-    for parent in (path.parent, path.parent.parent):
-        parent.chmod(0o755)
-    steps = Steps(path)
-    steps.start()
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setenv(ENVIRONMENT, str(path))
-        with sleepy("idle_after = 1") as host:
-            yield Night(host), steps
-    steps.close()
+    with stepping(tmp_path_factory) as steps, sleepy("idle_after = 1") as host:
+        yield Night(host), steps
 
 
 @pytest.mark.parametrize(("step", "victim"), deaths(HERE), ids=called)

@@ -12,21 +12,19 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import socket
 import sqlite3
-import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Final
 
 import pytest
 
 from holdfast.errors import HoldfastError, NotFound
-from holdfast.linux.steps import ENVIRONMENT, Step
+from holdfast.linux.steps import Step
 from tests.asking import until
 
 from .serve import Serve, a_host
+from .stepping import Steps, stepping
 from .test_faults import GET_RANDOM, Stream, define, read, write
 from .test_rekey_recovery import keys_of
 
@@ -64,52 +62,6 @@ OPERATIONS: Final = {
 }  # fmt: skip
 SECONDS: Final = 60.0
 KILLS_MAX: Final = 8
-
-
-class Steps(threading.Thread):
-    """Hears of every step; at the one that is armed it does something once, before it lets go."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__(daemon=True)
-        self._listener = socket.socket(socket.AF_UNIX)
-        self._listener.bind(os.fspath(path))
-        path.chmod(0o666)
-        self._listener.listen(64)
-        self._armed: tuple[Step, Callable[[], None]] | None = None
-        self._lock = threading.Lock()
-        self.visited: set[Step] = set()
-
-    def run(self) -> None:
-        while True:
-            try:
-                sock, _ = self._listener.accept()
-            except OSError:
-                return
-            threading.Thread(target=self._hold, args=(sock,), daemon=True).start()
-
-    def _hold(self, sock: socket.socket) -> None:
-        with sock:
-            name = sock.recv(64).decode()
-            step, action = Step[name], None
-            self.visited.add(step)
-            with self._lock:
-                if self._armed is not None and self._armed[0] is step:
-                    action, self._armed = self._armed[1], None
-            if action is not None:
-                action()
-
-    def arm(self, step: Step, action: Callable[[], None]) -> None:
-        with self._lock:
-            self._armed = (step, action)
-
-    @property
-    def waits(self) -> bool:
-        with self._lock:
-            return self._armed is not None
-
-    def close(self) -> None:
-        self._listener.shutdown(socket.SHUT_RDWR)
-        self._listener.close()
 
 
 class Story:
@@ -249,16 +201,8 @@ class Story:
 
 @pytest.fixture(scope="module")
 def story(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Story, Steps]]:
-    path = tmp_path_factory.mktemp("steps") / "steps.sock"
-    for parent in (path.parent, path.parent.parent):
-        parent.chmod(0o755)
-    steps = Steps(path)
-    steps.start()
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setenv(ENVIRONMENT, str(path))
-        with a_host(per_day=10_000) as host:
-            yield Story(host), steps
-    steps.close()
+    with stepping(tmp_path_factory) as steps, a_host(per_day=10_000) as host:
+        yield Story(host), steps
 
 
 def operation_of(step: Step) -> str:

@@ -88,6 +88,12 @@ def sealed(instance: InstanceId, epoch: int, content: str = "") -> Sealed:
     return Sealed(instance, SealedState(epoch, f"{instance} {epoch}{content}".encode(), b"w"))
 
 
+def known(committer: Committer, instance: InstanceId) -> Leaf:
+    leaf = committer.leaf(instance)
+    assert leaf is not None
+    return leaf
+
+
 async def commit(committer: Committer, instance: InstanceId, epoch: int) -> None:
     await committer.ready()
     await committer.commit(sealed(instance, epoch))
@@ -844,6 +850,20 @@ def test_epochs_go_up_by_one_and_the_same_commit_twice_is_once(world: World) -> 
                 assert "cannot follow" in str(refused)
             assert registry.states.state(one).epoch == 2
             assert registry.states.state(two).epoch == 1
+
+    asyncio.run(scenario())
+
+
+def test_who_does_not_know_the_run_leaves_its_log_as_it_was_said(world: World) -> None:
+    async def scenario() -> None:
+        with world.on() as (registry, committer):
+            one = vtpm(registry, "one")
+            await committer.ready()
+            await committer.commit(sealed(one, 1))
+            assert known(committer, one).log_head == bytes(32)
+            await committer.commit(replace(sealed(one, 2), run=3, log_head=b"l" * 32))
+            await committer.commit(sealed(one, 3))
+            assert (known(committer, one).run, known(committer, one).log_head) == (3, b"l" * 32)
 
     asyncio.run(scenario())
 

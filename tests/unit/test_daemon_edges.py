@@ -8,8 +8,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
-from unittest.mock import Mock
+from typing import Any, cast
 
 import pytest
 from hypothesis import given
@@ -56,7 +55,7 @@ def test_a_container_has_no_more_connections_for_having_many_users() -> None:
 
 
 def test_a_run_that_is_taken_up_at_the_end_is_left_to_the_next_daemon(tmp_path: Path) -> None:
-    inside, vtpm = Inside(), Mock(VirtualTpm)
+    inside, vtpm = Inside(), cast(VirtualTpm, object())
     asyncio.run(inside.end())
     with socket.socket(socket.AF_UNIX) as sock:
         sock.bind(os.fspath(tmp_path / "s"))

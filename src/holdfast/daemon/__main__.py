@@ -97,10 +97,10 @@ def main(arguments: list[str]) -> int:
     # It would log a traceback for each request that is no HTTP: anyone could fill the log so.
     # What fails in our own code is logged, and rationed, where it is answered (`api.problems`).
     logging.getLogger("aiohttp").setLevel(logging.CRITICAL)
-    if options.begin_fd is not None and not os.read(options.begin_fd, 1):
-        return 1  # who was to say so has ended
     try:
         with contextlib.suppress(KeyboardInterrupt):
+            if options.begin_fd is not None and not os.read(options.begin_fd, 1):
+                return 1  # who was to say so has ended
             asyncio.run(serve(config.load(options.config), options.ready_fd))
     except (HoldfastError, OSError) as error:
         sys.stderr.write(f"holdfast-daemon: {error}\n")

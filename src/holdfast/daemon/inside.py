@@ -80,7 +80,7 @@ class Inside:
                 place.listening.end()
 
     async def end(self) -> None:
-        """All runs are over, and those to come."""
+        """End the sockets of all runs; one that is opened from now on is closed at once."""
         self._ended = True
         for vtpm in tuple(self._places):
             self.close(vtpm)

@@ -47,6 +47,16 @@ class Child:
     pidfd: int = -1
     deaths: list[float] = field(default_factory=list)
 
+    @property
+    def listens(self) -> bool:
+        """Whether its socket is there; or nobody waits for it."""
+        return self.socket is None or self.socket.exists()
+
+    def unlisten(self) -> None:
+        """Remove a former one's socket, which would be taken for its own."""
+        if self.socket is not None:
+            self.socket.unlink(missing_ok=True)
+
 
 class Supervisor:
     """Keeps the three running until told to end."""
@@ -146,8 +156,7 @@ class Supervisor:
         read, write = os.pipe()
         begin, began = os.pipe()
         for child in others:
-            assert child.socket is not None, "only the daemon listens to no one of ours"
-            child.socket.unlink(missing_ok=True)  # a former one's, which would be taken for its own
+            child.unlisten()
             self._start(child)
         self._start(daemon, ("--begin-fd", str(begin), "--ready-fd", str(write)), (begin, write))
         os.close(begin)
@@ -156,15 +165,15 @@ class Supervisor:
             for child in others:
                 self._await_socket(child)
             if not self._ending:
-                told.write(b"\n")
+                with contextlib.suppress(BrokenPipeError):  # it has ended, as is said next
+                    told.write(b"\n")
                 self._await_byte(daemon, ready)
 
     def _await_socket(self, child: Child) -> None:
         """Its socket appears when it listens."""
         deadline = time.monotonic() + READY_SECONDS
         assert child.process is not None
-        assert child.socket is not None
-        while not child.socket.exists() and not self._ending:
+        while not child.listens and not self._ending:
             if child.process.poll() is not None or time.monotonic() > deadline:
                 raise HostError(f"the {child.name} did not start")
             select_quietly(child.pidfd, 0.02)

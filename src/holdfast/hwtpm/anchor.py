@@ -7,10 +7,10 @@
               the TPM resets, and costs no NV write but the first of a boot
 
 A chain is extended by PolicySecret(writer), which may be said ahead: the session is salted, so that
-nobody else can use it. An index that is removed and made anew with another
-authorization value has the same Name until it is written; the writer was written by a signature of
-the recovery key. So nobody else can make a writer that the chains' policy, which contains its Name,
-would accept; and whoever makes a chain anew begins with nothing, and cannot extend it.
+nobody else can use it. An index that is removed and made anew with another authorization value has
+the same Name until it is written; the writer was written by a signature of the recovery key. So
+nobody else can make a writer that the chains' policy, which contains its Name, would accept; and
+whoever makes a chain anew begins with nothing, and cannot extend it.
 
 Not here: what is extended, and what a value means (`evidence.freshness`, `keeper.freshness`).
 """

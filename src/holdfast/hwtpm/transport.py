@@ -122,7 +122,8 @@ class BoundedTcti(PyTCTI):  # type: ignore[misc]  # tpm2-pytss has no types
         self._patience = patience
         self._command = b""
 
-    # By tpm2-tss, and by us without the way through it, which is as long as a command of a vTPM.
+    # `Context.raw` calls `transmit` and `receive`, tpm2-tss the two `do_`. PyTCTI's own would go to
+    # tpm2-tss and back, which takes as long as a vTPM's command.
 
     def transmit(self, command: bytes) -> None:
         self.do_transmit(command)

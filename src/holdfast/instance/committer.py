@@ -51,14 +51,15 @@ Done = Callable[[HoldfastError | None], None]
 class Sealed:
     """A state as its worker has sealed it, and what the leaf says beside.
 
-    `lasting`: it is to survive a power cut. Else the state before it is as good after one.
+    `log_head` None: as the leaf before. `lasting`: it is to survive a power cut. Else the state
+    before it is as good after one.
     """
 
     instance: UUID
     state: SealedState
     run: int = 0
     lineage: int = 0
-    log_head: bytes = EMPTY
+    log_head: bytes | None = None
     lasting: bool = True
 
 
@@ -236,7 +237,10 @@ class Committer:
         return used < allowed
 
     async def _commit(self, writes: list[Write], *, lasting: bool = True) -> None:
-        """Write, then synchronise and extend at once. HostError if the disk refused: nothing is."""
+        """Write, then extend; synchronise meanwhile if it is to be `lasting`, or the log is long.
+
+        HostError if the disk refused: nothing is written.
+        """
         changes = {write.instance: write.leaf for write in writes}
         following = self._map.with_leaves(changes)
         link = Link(self._value, self._anchor.after(following.root))
@@ -481,11 +485,13 @@ class Committer:
 
 def live(sealed: Sealed, earlier: Leaf | None) -> Leaf:
     """The leaf of a state that follows `earlier`; counts never go back."""
-    run, lineage = sealed.run, sealed.lineage
+    run, lineage, log_head = sealed.run, sealed.lineage, sealed.log_head
     if earlier is not None:
         run, lineage = max(run, earlier.run), max(lineage, earlier.lineage)
+    if log_head is None:
+        log_head = earlier.log_head if earlier is not None else EMPTY
     digest = hashlib.sha256(sealed.state.sealed).digest()
-    return Leaf(Status.LIVE, sealed.state.epoch, digest, run, lineage, sealed.log_head)
+    return Leaf(Status.LIVE, sealed.state.epoch, digest, run, lineage, log_head)
 
 
 def destroyed(earlier: Leaf) -> Leaf:

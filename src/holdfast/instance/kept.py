@@ -1,6 +1,6 @@
-"""What is kept of a vTPM while it sleeps: a file of sealed blobs, and its clients' connections.
+"""What is kept of a vTPM while it sleeps: a file of what is sealed, and clients' connections.
 
-Not here: what is in the blobs (the worker), what becomes of the vTPM (`vtpm`), and when (`sleep`).
+Not here: what is in the file (the worker), what becomes of the vTPM (`vtpm`), and when (`sleep`).
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from holdfast.store.asleep import Asleep
 class Kept:
     """Of one vTPM."""
 
-    def __init__(self, instance: UUID, spawner: Peer, blobs: Asleep) -> None:
+    def __init__(self, instance: UUID, spawner: Peer, files: Asleep) -> None:
         self._instance = instance
         self._spawner = spawner
-        self._blobs = blobs
+        self._files = files
 
     async def take(self, worker: WorkerLink, asleep: lc.Asleep) -> None:
         """Take both over from a worker that is about to end. If that fails it goes on: HostError"""
         try:
-            self._blobs.keep(self._instance, asleep.encode())
+            self._files.keep(self._instance, asleep.encode())
             reached(Step.SLEEP_WRITTEN)
             keep = lc.Keep(self._instance, asleep.spoken, asleep.numbers)
             await self._spawner.ask(keep, ipc.Done)
@@ -46,7 +46,7 @@ class Kept:
     def asleep(self) -> lc.Asleep:
         """What it fell asleep with; NotFound if there is nothing, IntegrityError if damaged."""
         try:
-            left = ipc.decode(self._blobs.read(self._instance))
+            left = ipc.decode(self._files.read(self._instance))
         except PeerError:
             left = None
         if not isinstance(left, lc.Asleep):
@@ -55,7 +55,7 @@ class Kept:
 
     def discard(self) -> None:
         """It is used up, or good for nothing any more."""
-        self._blobs.discard(self._instance)
+        self._files.discard(self._instance)
 
     async def let_go(self) -> None:
         """A worker has the connections now: nobody else needs them."""

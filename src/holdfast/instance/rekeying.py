@@ -33,7 +33,6 @@ from uuid import UUID, uuid4
 import structlog
 
 from holdfast.errors import Conflict, HoldfastError, HostError, IntegrityError, NotFound
-from holdfast.evidence.freshness import EMPTY
 from holdfast.instance.background import background
 from holdfast.instance.committer import Sealed, destroyed
 from holdfast.instance.lifecycle import State
@@ -217,10 +216,8 @@ class Rekeying:
             return
         epoch = state.epoch + 1
         sealed = await self._resealed(vtpm, worker, state, epoch)
-        earlier = around.committer.leaf(instance)
-        log_head = EMPTY if earlier is None else earlier.log_head
         run, lineage = vtpm.record.run, vtpm.record.lineage
-        await around.committer.commit(Sealed(instance, sealed, run, lineage, log_head))
+        await around.committer.commit(Sealed(instance, sealed, run, lineage))
 
     async def _renew_snapshot(
         self, vtpm: VirtualTpm, worker: WorkerLink, snapshot: Snapshot

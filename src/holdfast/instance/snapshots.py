@@ -117,8 +117,12 @@ class Snapshots:
         around = self._around
         await around.committer.ready()
         state = around.registry.states.state(vtpm.record.id)
-        made = self._of_now(vtpm, _backup_id(vtpm.record.id, state.epoch, state.sealed), "backup")
-        if around.committer.leaf(made.id) is None:
+        own = _backup_id(vtpm.record.id, state.epoch, state.sealed)
+        leaf = around.committer.leaf(own)
+        if leaf is not None and leaf.status is Status.DESTROYED:  # other keys have ended it
+            own, leaf = uuid4(), None
+        made = self._of_now(vtpm, own, "backup")
+        if leaf is None:
             await around.committer.commit(Write(made.id, _leaf(vtpm, made), None))
         LOG.info("backed up", vtpm=vtpm.record.name, epoch=made.epoch)
         return made

@@ -24,7 +24,6 @@ import structlog
 
 from holdfast.errors import Conflict, HoldfastError, HostError, IntegrityError, NotFound
 from holdfast.eventlog.replay import PcrValues
-from holdfast.evidence.freshness import EMPTY
 from holdfast.instance.ahead import Parked
 from holdfast.instance.background import background
 from holdfast.instance.bucket import Bucket
@@ -104,7 +103,7 @@ class VirtualTpm:
         self._wakes_with = 0  # the epoch of the wake under way or, if it is on since, the last one
         self._replacing: asyncio.Task[None] | None = None
         self._run_number = record.run  # as states say it: one that is beginning is counted already
-        self._log_head = EMPTY
+        self._log_head: bytes | None = None  # of the run that this daemon knows
 
     def _keep(self, state: SealedState, done: Done) -> None:
         """Commit what its worker has sealed.
@@ -366,9 +365,10 @@ class VirtualTpm:
         around = self._around
         try:
             left, last = self._kept.asleep(), around.registry.states.state(self.record.id)
-            if left.state == hashlib.sha256(last.sealed).digest():
-                state = SealedState(last.epoch + 1, left.shut_down, b"", last.clears)
-                await around.committer.commit(self._sealed(state))
+            if left.state != hashlib.sha256(last.sealed).digest():
+                raise IntegrityError("what it slept with is of another state than what is durable")
+            state = SealedState(last.epoch + 1, left.shut_down, b"", last.clears)
+            await around.committer.commit(self._sealed(state))
         except NotFound:
             return
         except HoldfastError as error:
@@ -406,15 +406,16 @@ class VirtualTpm:
             return
         around = self._around
         await self._alone()
-        wrapped = around.registry.states.wrapped(self.record.id)
+        wrapped = around.registry.states.state(self.record.id).wrapped
         worker, _ = await spawn(
             around.spawner, self.record.id, not_yet, lambda _: None, wrapped, lc.Attend(), ipc.Done
         )
         self._maker = worker
         try:
             yield worker
-            await worker.link.ask(lc.PowerOff(), ipc.Done)
         finally:
+            with contextlib.suppress(HoldfastError):  # it has ended
+                await worker.link.ask(lc.PowerOff(), ipc.Done)
             await self._alone()
 
     # --- sleep and wake ---

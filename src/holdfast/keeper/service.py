@@ -18,7 +18,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Final, TypeVar
+from typing import Final
 from uuid import UUID
 
 from holdfast.errors import HoldfastError, HostError, PeerError, ProtocolError, TpmError
@@ -33,10 +33,9 @@ from holdfast.linux.secret import SecretMemory
 from holdfast.protocol import ipc
 
 PEERS_MAX: Final = 16
-QUIET_SECONDS: Final = 0.001  # after a group of commits: who waits for it has the CPU
+QUIET_SECONDS: Final = 0.001  # without a message after a group, before the next is prepared
 RETRY_SECONDS: Final = 2.0
 RETRY_SECONDS_MAX: Final = 60.0
-T = TypeVar("T")
 
 
 def log(text: str) -> None:
@@ -191,7 +190,10 @@ class Keeper:
         """While it is quiet, have the TPM ready for the next group of commits."""
         self._unprepared = False
         if self._custody is not None:
-            self._guarded(self._fresh().prepare)
+            try:
+                self._fresh().prepare()
+            except (HostError, TpmError) as error:
+                self._distrust(error)
 
     def _fresh(self) -> Freshness:
         self._open()
@@ -307,7 +309,7 @@ class Keeper:
             for fd in fds:
                 os.close(fd)
 
-    def _guarded(self, action: Callable[[], T]) -> T | ipc.Refused:
+    def _guarded(self, action: Callable[[], ipc.Message]) -> ipc.Message:
         """The action's answer, or Refused with the error's class and text."""
         try:
             return action()

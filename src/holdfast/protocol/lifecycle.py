@@ -375,6 +375,7 @@ class PowerOff(Message, code=156):
 @dataclass(frozen=True)
 class Sleep(Message, code=157):
     """Sleep, if nobody uses you. Answered with Asleep, or Refused: Conflict if somebody does.
+    Before that Commit, if the store does not have the data key yet.
 
     The daemon says Done when it has all that it needs to wake it, and the worker ends; or Refused,
     and the worker goes on, as it does if the daemon goes without a word.

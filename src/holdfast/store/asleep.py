@@ -1,9 +1,10 @@
-"""What sleeping vTPMs are woken with: one sealed file each, in a directory that a reboot empties.
+"""What sleeping vTPMs are woken or switched off with: a file each, in a directory that a reboot
+empties.
 
 Ciphertext, good for one wake, behind its SHA-256: what is damaged is never taken for a state.
 Written whole or not at all; not synchronised, because after a power cut it opens nowhere.
 
-Not here: what is in it (`protocol.hibernation`), and who believes it (the worker).
+Not here: what is in it (`protocol.lifecycle.Asleep`), and who believes it (the worker).
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ class Asleep:
     def __init__(self, directory: Path) -> None:
         self._directory = directory
 
-    def keep(self, instance: UUID, blob: bytes) -> None:
+    def keep(self, instance: UUID, left: bytes) -> None:
         """Put it there, in another's place if there is one; HostError if the disk refuses."""
         place = self._place(instance)
         fresh = place.with_suffix(_NEW)
@@ -38,8 +39,8 @@ class Asleep:
             fresh.unlink(missing_ok=True)
             flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
             with open(os.open(fresh, flags, 0o600), "wb") as file:
-                file.write(hashlib.sha256(blob).digest())
-                file.write(blob)
+                file.write(hashlib.sha256(left).digest())
+                file.write(left)
             fresh.rename(place)
         except OSError as error:
             with contextlib.suppress(OSError):
@@ -53,12 +54,12 @@ class Asleep:
             with open(os.open(self._place(instance), flags), "rb") as file:
                 if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
                     raise NotFound("what it slept with is no file")
-                digest, blob = file.read(_DIGEST), file.read(SIZE_MAX)
+                digest, left = file.read(_DIGEST), file.read(SIZE_MAX)
         except OSError as error:
             raise NotFound(f"what it slept with is not there: {error.strerror}") from None
-        if hashlib.sha256(blob).digest() != digest:
+        if hashlib.sha256(left).digest() != digest:
             raise IntegrityError("what it slept with is damaged")
-        return blob
+        return left
 
     def discard(self, instance: UUID) -> None:
         """It is used up, or nobody's any more."""

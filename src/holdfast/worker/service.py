@@ -183,7 +183,7 @@ class Worker:
     def _commit(self, permanent: bytes, meanwhile: Callable[[], None] | None = None) -> bool:
         """Seal and have the daemon keep it; False if the daemon cannot.
 
-        `meanwhile` is done once the daemon has been asked, while the disk is at work.
+        `meanwhile` is done once the daemon has been asked, while it is at work.
         """
         try:
             return self._commit_next(permanent, meanwhile)
@@ -298,11 +298,15 @@ class Worker:
         execute = self._engine.process
         self._owner = Owner(self._instance, message.profile, message.terms)
         manufacture.install_certificates(execute, message.ek_rsa, message.ek_ecc, message.chain)
-        return self._shut_down(execute)
+        return self._end_in_order()
 
-    def _shut_down(self, execute: Callable[[bytes], bytes]) -> ipc.Message:
-        rq.response(Cc.Shutdown, execute(rq.shutdown()))
-        noted = self._engine.take_noted()
+    def _shutdown(self) -> bytes | None:
+        """TPM2_Shutdown(CLEAR); the permanent state that it stored."""
+        rq.response(Cc.Shutdown, self._engine.process(rq.shutdown()))
+        return self._engine.take_noted()
+
+    def _end_in_order(self) -> ipc.Message:
+        noted = self._shutdown()
         if noted is not None and not self._commit(noted):
             return ipc.Refused("HostError", "the last state could not be made durable")
         return ipc.Done()
@@ -454,7 +458,7 @@ class Worker:
         if self._relay is not None:
             self._relay.flush()
             return ipc.Done()
-        return self._shut_down(self._engine.process)
+        return self._end_in_order()
 
     def _running(self) -> Vtpm:
         if self._serving is None:
@@ -479,8 +483,7 @@ class Worker:
             raise Conflict("its clients have more than it can sleep with")
         if self._wrapped and not self._commit(self._tpm.durable):
             raise HostError("it would sleep under a data key that the store does not have")
-        rq.response(Cc.Shutdown, self._engine.process(rq.shutdown()))
-        noted = self._engine.take_noted()
+        noted = self._shutdown()
         assert noted is not None, "Shutdown stores what Startup is to find"
         self._left = kept
         state = self._digest
