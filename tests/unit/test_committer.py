@@ -15,7 +15,7 @@ from uuid import UUID, uuid4
 import pytest
 
 from holdfast.errors import Conflict, Forbidden, HostError, IntegrityError
-from holdfast.evidence.freshness import EMPTY, GENESIS, Anchor, FreshnessMap, Link, Status
+from holdfast.evidence.freshness import EMPTY, GENESIS, Anchor, FreshnessMap, Leaf, Link, Status
 from holdfast.hwtpm.anchor import Chain
 from holdfast.ids import InstanceId, instance_name
 from holdfast.instance import committer as module
