@@ -9,22 +9,29 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import signal
 import socket
 import subprocess
 from collections.abc import Coroutine, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
+from uuid import UUID
 
 import pytest
 
-from holdfast.errors import HoldfastError, IntegrityError
+from holdfast.errors import HoldfastError, HostError, IntegrityError
+from holdfast.instance import committer
+from holdfast.instance.kept import Kept
 from holdfast.instance.lifecycle import State
 from holdfast.instance.sleep import Limits, Sleep
+from holdfast.instance.worker_link import SEALED_MAX, WorkerLink
+from holdfast.linux.steps import Step
 from holdfast.protocol import lifecycle as lc
 from holdfast.tpm2 import requests as rq
 from holdfast.tpm2.algorithms import Alg
 from holdfast.tpm2.commands import Cc
-from holdfast.tpm2.constants import Cap, NvAttr, Rh
+from holdfast.tpm2.constants import Cap, NvAttr, Rc, Rh
 from holdfast.tpm2.structures import PcrSelection
 from holdfast.tpm2.wire import sized, u16, u32
 from tests.asking import exchange, rc, receive, until
@@ -367,6 +374,133 @@ def test_what_does_not_open_is_a_reset_and_not_a_wake(sleeper: Sleeper, what: st
             sleeper.blob.rmdir()
         sleeper.sleep()  # and it sleeps and wakes again
         assert len(exchange(sock, GET_RANDOM)) == RANDOM_SIZE
+
+
+def test_a_worker_that_dies_when_all_is_handed_over_leaves_a_sleeper(
+    sleeper: Sleeper, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And no successor beside it, whose acknowledged writes would not be synchronised."""
+    vtpm, database = sleeper.vtpm, sleeper.around.committer._database
+    keep, pid = sleeper.around.asleep.keep, sleeper.running.pid()
+
+    def keep_and_kill(instance: UUID, left: bytes) -> None:
+        keep(instance, left)
+        os.kill(pid, signal.SIGKILL)
+        until("the daemon sees it", lambda: _ended(pid))
+
+    with sleeper.running.connect() as sock:
+        exchange(sock, rq.pcr_extend(16, {Alg.SHA256: b"x" * 32}))
+        extended = pcr(sock, 16)
+    with monkeypatch.context() as patched:
+        patched.setattr(sleeper.around.asleep, "keep", keep_and_kill)
+        until("it sleeps", sleeper.put)
+    sleeper.do(vtpm.settle())
+    assert (vtpm.state, vtpm.worker_alive, sleeper.running.pid()) == (State.ASLEEP, False, 0)
+    assert vtpm.record.restarts == 0
+    sleeper.do(vtpm.quote(bytes(32), (0,)))
+    with sleeper.running.connect() as sock:
+        assert pcr(sock, 16) == extended
+        assert rc(exchange(sock, define(NvAttr.OWNERREAD | NvAttr.OWNERWRITE))) == 0
+        syncs = database.syncs
+        assert rc(exchange(sock, rq.nv_write(Rh.OWNER, INDEX, b"durable-", 0))) == 0
+        assert database.syncs == syncs + 1
+
+
+def _ended(pid: int) -> bool:
+    """Whether a worker has been killed; its parent may not have collected it."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except OSError:
+        return True
+
+
+def test_a_worker_that_hands_over_more_than_a_state_does_not_sleep(
+    sleeper: Sleeper, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As one that was taken over might, so that what is committed of it opens for no worker."""
+    take = Kept.take
+
+    async def hostile(kept: Kept, worker: WorkerLink, left: lc.Asleep) -> None:
+        await take(kept, worker, replace(left, shut_down=bytes(SEALED_MAX + 1)))
+
+    with sleeper.running.connect() as sock:
+        exchange(sock, GET_RANDOM)
+        with monkeypatch.context() as patched:
+            patched.setattr(Kept, "take", hostile)
+            with pytest.raises(HostError, match="what no worker of ours leaves"):
+                sleeper.do(sleeper.vtpm.sleep())
+        assert sleeper.awake()
+        assert not sleeper.blob.exists()
+        assert len(exchange(sock, GET_RANDOM)) == RANDOM_SIZE
+
+
+# --- a commit of which nobody knew whether it was done -------------------------------------------
+
+
+@pytest.fixture
+def doubtful(
+    sleeper: Sleeper, box: Box, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[tuple[Sleeper, socket.socket]]:
+    """A write that was refused is on the disk, and its epoch the newest; it was undone."""
+
+    def kill_keeper(step: Step) -> None:
+        if step is Step.COMMIT_WRITTEN and "keeper" in box.processes:
+            box.processes["keeper"].kill()
+            box.processes.pop("keeper").wait()
+
+    with sleeper.running.connect() as sock:
+        sock.settimeout(SECONDS)
+        assert rc(exchange(sock, define(NvAttr.OWNERREAD | NvAttr.OWNERWRITE))) == 0
+        assert rc(exchange(sock, rq.nv_write(Rh.OWNER, INDEX, b"one-----", 0))) == 0
+        with monkeypatch.context() as patched:
+            patched.setattr(committer, "UNSURE_SECONDS", 0.5)
+            patched.setattr(committer, "reached", kill_keeper)
+            refused = rc(exchange(sock, rq.nv_write(Rh.OWNER, INDEX, b"two-----", 0)))
+        assert refused == Rc.NV_UNAVAILABLE
+        box.start("keeper")
+        yield sleeper, sock
+
+
+def test_who_sleeps_after_a_doubtful_commit_wakes_as_it_was(
+    doubtful: tuple[Sleeper, socket.socket],
+) -> None:
+    sleeper, sock = doubtful
+    session = handle_of(exchange(sock, rq.start_policy_session()))
+    before = clock_of(exchange(sock, READ_CLOCK))
+    sleeper.sleep()
+    assert rc(exchange(sock, digest_of(session))) == 0
+    assert clock_of(exchange(sock, READ_CLOCK))[2] == before[2]
+    assert b"one-----" in exchange(sock, read_index())
+    assert sleeper.vtpm.record.restarts == 0
+
+
+def test_who_is_stopped_asleep_after_a_doubtful_commit_ends_in_order(
+    doubtful: tuple[Sleeper, socket.socket],
+) -> None:
+    sleeper, _ = doubtful
+    sleeper.sleep()
+    sleeper.do(_stopped_and_started(sleeper))
+    with sleeper.running.connect() as sock:
+        assert clock_of(exchange(sock, READ_CLOCK))[4]  # safe
+        assert b"one-----" in exchange(sock, read_index())
+
+
+def test_what_is_acknowledged_after_a_doubtful_commit_stays(
+    doubtful: tuple[Sleeper, socket.socket],
+) -> None:
+    """It had nothing to store, as far as the TPM knew."""
+    sleeper, sock = doubtful
+    assert rc(exchange(sock, rq.nv_write(Rh.OWNER, INDEX, b"one-----", 0))) == 0
+    os.kill(sleeper.running.pid(), signal.SIGKILL)
+    with sleeper.running.connect() as again:
+        until("it serves again", lambda: sleeper.vtpm.record.restarts == 1 and sleeper.awake())
+        assert b"one-----" in exchange(again, read_index())
+
+
+async def _stopped_and_started(sleeper: Sleeper) -> None:
+    async with sleeper.vtpm.lock:
+        await sleeper.vtpm.power_off()
+        await sleeper.vtpm.power_on(make_run())
 
 
 def test_the_same_blob_put_back_after_its_wake_opens_for_no_worker(sleeper: Sleeper) -> None:

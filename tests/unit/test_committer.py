@@ -868,6 +868,48 @@ def test_who_does_not_know_the_run_leaves_its_log_as_it_was_said(world: World) -
     asyncio.run(scenario())
 
 
+def unlasting(instance: InstanceId, epoch: int) -> Sealed:
+    return replace(sealed(instance, epoch), lasting=False)
+
+
+def test_what_need_not_last_is_answered_before_it_is_on_the_disk_and_is_there_soon(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "LATE_SECONDS", 0.05)
+
+    async def scenario() -> None:
+        with world.on() as (registry, committer):
+            one = vtpm(registry, "one")
+            await commit(committer, one, 1)
+            before = registry.database.syncs
+            for epoch in (2, 3, 4):
+                await committer.commit(unlasting(one, epoch))
+            assert registry.database.syncs == before
+            await asyncio.sleep(0.3)
+            assert registry.database.syncs == before + 1
+            await committer.close()
+
+    asyncio.run(scenario())
+
+
+def test_what_somebody_is_shown_is_on_the_disk(world: World) -> None:
+    """Else evidence of after a power cut would count what it has counted before it."""
+
+    async def scenario() -> None:
+        with world.on() as (registry, committer):
+            one = vtpm(registry, "one")
+            await commit(committer, one, 1)
+            for epoch in (2, 3):
+                before = registry.database.syncs
+                await committer.commit(unlasting(one, epoch))
+                for _ in range(2):
+                    async with committer.steady():
+                        assert registry.database.syncs == before + 1
+            await committer.close()
+
+    asyncio.run(scenario())
+
+
 def test_a_commit_asked_again_of_a_daemon_that_knows_less_of_the_run_is_once(
     world: World,
 ) -> None:

@@ -20,7 +20,7 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Final
 from uuid import UUID
@@ -41,6 +41,7 @@ LOG = structlog.get_logger()
 GROUP_MAX: Final = 256  # commits in one transaction
 TOLD_AT_ONCE: Final = 1024  # leaves in one message
 UNSURE_SECONDS: Final = 10.0  # that a group on disk waits for the keeper to come back
+LATE_SECONDS: Final = 1.0  # until what nobody waits for is on the disk
 REFUSED_SECONDS: Final = 2.0  # before what was refused is shown again
 SAME: Final = "same"  # `keeper.freshness.Found`: nothing has begun since
 _RETRY_SECONDS: Final = 0.2
@@ -92,6 +93,8 @@ class Committer:
         self._over = asyncio.Event()  # that group; another then
         self._alone = asyncio.Lock()  # one link at a time
         self._disk = ThreadPoolExecutor(1, "disk")
+        self._unsynchronised = False  # whether the last group is not on the disk for certain
+        self._late: asyncio.Task[None] | None = None  # which sees to that
         self._connection: Connection | None = None  # to the keeper that has our map
         self._unsure: set[UUID] = set()  # whose last group may or may not be the newest
         self._refused: tuple[float, IntegrityError] | None = None
@@ -252,10 +255,12 @@ class Committer:
         )
         loop = asyncio.get_running_loop()
         syncing: asyncio.Future[None] = loop.create_future()
-        if lasting or self._database.log_is_long:
+        now = lasting or self._database.log_is_long
+        if now:
             syncing = loop.run_in_executor(self._disk, self._database.sync)
         else:
             syncing.set_result(None)
+            self._synchronise_late()
         try:
             await self._keeper.ask(message, ipc.Done)
         except HoldfastError as error:
@@ -269,10 +274,29 @@ class Committer:
             await syncing
         except HostError as error:
             raise Unsure(str(error)) from None
+        self._unsynchronised = not now
         reached(Step.COMMIT_EXTENDED)
         self.groups += 1
         self.commits += len(writes)
         self.unanchored += len(writes)
+
+    def _synchronise_late(self) -> None:
+        """Soon: not before somebody is answered, and before the host has time to lose it."""
+
+        async def late() -> None:
+            await asyncio.sleep(LATE_SECONDS)
+            with suppress(HostError):  # the next commit says so
+                async with self._alone:
+                    await self._synchronise()
+
+        if self._late is None or self._late.done():
+            self._late = background(late())
+
+    async def _synchronise(self) -> None:
+        """HostError if the disk fails."""
+        if self._unsynchronised:
+            await asyncio.get_running_loop().run_in_executor(self._disk, self._database.sync)
+            self._unsynchronised = False
 
     def _recorded(self, link: Link) -> Recorded:
         encoded = link.encode()
@@ -310,10 +334,12 @@ class Committer:
     async def steady(self) -> AsyncIterator[tuple[FreshnessMap, Link]]:
         """The map, and the link with which the hybrid chain took it in, while no other is.
 
-        All commits wait meanwhile: be short. Errors as of `ready`.
+        On the disk as well: what somebody is shown is not counted again after a power cut. All
+        commits wait meanwhile: be short. Errors as of `ready`, and HostError if the disk fails.
         """
         async with self._alone:
             await self._open()
+            await self._synchronise()
             recorded, _ = self._states.links()
             if recorded is None or (link := Link.decode(recorded.link)).value != self._value:
                 raise IntegrityError("the registry's last link is not that of the hybrid chain")
@@ -480,6 +506,8 @@ class Committer:
             if self._marked or self._owed:
                 await self.anchor_durably(clean=True)
         finally:
+            if self._late is not None:
+                self._late.cancel()
             self._disk.shutdown()
 
 

@@ -6,15 +6,18 @@ Not here: what is in the file (the worker), what becomes of the vTPM (`vtpm`), a
 from __future__ import annotations
 
 import contextlib
+from typing import Final
 from uuid import UUID
 
 from holdfast.errors import HoldfastError, HostError, IntegrityError, PeerError
 from holdfast.instance.links import Peer
-from holdfast.instance.worker_link import WorkerLink
+from holdfast.instance.worker_link import SEALED_MAX, WorkerLink
 from holdfast.linux.steps import Step, reached
 from holdfast.protocol import ipc
 from holdfast.protocol import lifecycle as lc
 from holdfast.store.asleep import Asleep
+
+DIGEST_SIZE: Final = 32
 
 
 class Kept:
@@ -28,6 +31,8 @@ class Kept:
     async def take(self, worker: WorkerLink, asleep: lc.Asleep) -> None:
         """Take both over from a worker that is about to end. If that fails it goes on: HostError"""
         try:
+            if len(asleep.state) != DIGEST_SIZE or len(asleep.shut_down) > SEALED_MAX:
+                raise HostError("it left what no worker of ours leaves")
             self._files.keep(self._instance, asleep.encode())
             reached(Step.SLEEP_WRITTEN)
             keep = lc.Keep(self._instance, asleep.spoken, asleep.numbers)

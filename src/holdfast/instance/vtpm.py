@@ -36,7 +36,7 @@ from holdfast.instance.links import Peer
 from holdfast.instance.manufacture import Manufacture
 from holdfast.instance.relay import relay
 from holdfast.instance.run import Run, write_log
-from holdfast.instance.worker_link import WorkerLink, not_yet, reattach, spawn
+from holdfast.instance.worker_link import Keep, WorkerLink, not_yet, reattach, spawn
 from holdfast.linux.steps import Step, reached
 from holdfast.protocol import ipc
 from holdfast.protocol import lifecycle as lc
@@ -100,18 +100,28 @@ class VirtualTpm:
         self._falling = False  # asleep: its worker may be gone in a moment
         self._attended = 0  # by how many of the host's own, who want it to stay awake
         self._slept_in_vain = False  # and is counted
-        self._wakes_with = 0  # the epoch of the wake under way or, if it is on since, the last one
         self._replacing: asyncio.Task[None] | None = None
         self._run_number = record.run  # as states say it: one that is beginning is counted already
         self._log_head: bytes | None = None  # of the run that this daemon knows
 
     def _keep(self, state: SealedState, done: Done) -> None:
-        """Commit what its worker has sealed.
+        """Commit what its worker has sealed."""
+        self._around.committer.submit(self._sealed(state), done)
 
-        The epoch of a wake uses a blob up, and else has nothing that a power cut must not take.
+    def _keep_woken(self) -> Keep:
+        """The same of a worker that is woken.
+
+        Its first commit uses up what it slept with, and else has nothing that a power cut must not
+        take. If it was not done, what is asked again is taken for any other.
         """
-        lasting = state.epoch != self._wakes_with
-        self._around.committer.submit(self._sealed(state, lasting=lasting), done)
+        woken = False
+
+        def keep(state: SealedState, done: Done) -> None:
+            nonlocal woken
+            lasting, woken = woken, True
+            self._around.committer.submit(self._sealed(state, lasting=lasting), done)
+
+        return keep
 
     def _sealed(self, state: SealedState, *, lasting: bool = True) -> Sealed:
         record = self.record
@@ -262,7 +272,6 @@ class VirtualTpm:
             await self._begin_relay()
             return
         around = self._around
-        self._wakes_with = 0
         await around.committer.ready()
         ledger = run.ledger(self.banks)
 
@@ -281,33 +290,34 @@ class VirtualTpm:
         await self._start(task)
         self.ledger = ledger
 
-    async def _start(self, task: Task) -> None:
+    async def _start(self, task: Task, *, waking: bool = False) -> None:
         """Have a worker carry a task out, and serve."""
         try:
-            self._worker = await self._started(task)
+            self._worker = await self._started(task, waking)
         except HostError:
             # The keeper may have opened its TPM anew since, and know nothing of states.
             self._around.committer.suspect()
             await self._around.committer.ready()
-            self._worker = await self._started(task)
+            self._worker = await self._started(task, waking)
         self._share()
 
-    async def _started(self, task: Task) -> WorkerLink:
+    async def _started(self, task: Task, waking: bool) -> WorkerLink:
         """A worker, of whatever spawner there is now."""
         try:
-            return await self._spawned(task)
+            return await self._spawned(task, waking)
         except NotFound:  # a spawner that took a dead one's place holds nothing
             if self.record.ports:  # whose container's network is not ours to enter from here
                 raise HostError("the spawner has just been replaced: start it again") from None
             await self._hold()
-            return await self._spawned(task)
+            return await self._spawned(task, waking)
 
-    async def _spawned(self, task: Task) -> WorkerLink:
+    async def _spawned(self, task: Task, waking: bool) -> WorkerLink:
         around = self._around
         await around.committer.behind(self.record.id)
         wrapped = around.registry.states.wrapped(self.record.id)
+        keep = self._keep_woken() if waking else self._keep
         worker, _ = await spawn(
-            around.spawner, self.record.id, self._keep, self._died, wrapped, task, lc.PoweredOn,
+            around.spawner, self.record.id, keep, self._died, wrapped, task, lc.PoweredOn,
             serving=True,
         )  # fmt: skip
         return worker
@@ -465,7 +475,7 @@ class VirtualTpm:
         async with self._around.wakes:
             try:
                 await self._go_on()
-            except (IntegrityError, NotFound) as error:
+            except IntegrityError as error:
                 LOG.warning("slept in vain", vtpm=self.record.name, why=str(error))
                 if not self._slept_in_vain:
                     self._slept_in_vain = True
@@ -486,14 +496,16 @@ class VirtualTpm:
         await around.committer.ready()
 
         def task() -> lc.Wake:
-            blob = self._kept.asleep().blob
+            try:
+                blob = self._kept.asleep().blob
+            except NotFound as error:  # which would be the spawner's, that holds nothing
+                raise IntegrityError(str(error)) from None
             state = around.registry.states.state(self.record.id)
-            self._wakes_with = state.epoch + 1
             digest = hashlib.sha256(state.sealed).digest()
             terms = self.record.terms
             return lc.Wake(self.record.profile, terms, state.clears, state.epoch, digest, blob)
 
-        await self._start(task)
+        await self._start(task, waking=True)
 
     async def hold_asleep(self) -> None:
         """A spawner that took a dead one's place learns what it is to hold and to watch."""
@@ -532,8 +544,9 @@ class VirtualTpm:
     async def _replace(self, why: str) -> None:
         """TPM Reset: the same measurements in a new worker, later and later if that goes on."""
         async with self.lock:
-            run = self.run
-            if self._stopping or run is None:
+            run, worker = self.run, self._worker
+            # It may have been put to sleep, or replaced, since.
+            if self._stopping or run is None or worker is None or not worker.ended.is_set():
                 return
             self._worker = None
             now = time.monotonic()

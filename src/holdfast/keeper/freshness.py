@@ -83,6 +83,10 @@ def recovery_message(link: bytes, reason: str) -> bytes:
     return _RECOVER_TAG + link + reason.encode()
 
 
+class NotShown(HostError):
+    """No daemon has shown what there is, or it was not believed. The host TPM has not failed."""
+
+
 @dataclass(frozen=True)
 class _Told:
     """What a daemon shows: links, and leaves with those that are remembered for long."""
@@ -313,9 +317,9 @@ class Freshness:
 
     @property
     def present(self) -> FreshnessMap:
-        """The map; HostError while none is open."""
+        """The map; NotShown while none is open."""
         if self._map is None:
-            raise HostError(f"which states are the newest is not known: {self._why_not}")
+            raise NotShown(f"which states are the newest is not known: {self._why_not}")
         return self._map
 
     @property

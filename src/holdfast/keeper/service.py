@@ -26,7 +26,7 @@ from holdfast.evidence.freshness import EMPTY
 from holdfast.hwtpm.transport import Transport
 from holdfast.keeper import vault
 from holdfast.keeper.custody import Custody
-from holdfast.keeper.freshness import Freshness
+from holdfast.keeper.freshness import Freshness, NotShown
 from holdfast.keeper.leases import Leases
 from holdfast.linux import channel
 from holdfast.linux.secret import SecretMemory
@@ -313,6 +313,8 @@ class Keeper:
         """The action's answer, or Refused with the error's class and text."""
         try:
             return action()
+        except NotShown as error:
+            return ipc.Refused(HostError.__name__, str(error))
         except (HostError, TpmError) as error:
             self._distrust(error)
             return ipc.Refused(HostError.__name__, str(error))

@@ -481,8 +481,10 @@ class Worker:
         encoded = kept.encode()
         if len(encoded) > hb.HIBERNATED_MAX:
             raise Conflict("its clients have more than it can sleep with")
-        if self._wrapped and not self._commit(self._tpm.durable):
-            raise HostError("it would sleep under a data key that the store does not have")
+        # It would sleep beside a state, or under a data key, that is not the store's.
+        if (self._wrapped or self._tpm.in_doubt) and not self._commit(self._tpm.durable):
+            raise HostError("the store does not have the state that it is in")
+        self._tpm.committed(self._tpm.durable)
         noted = self._shutdown()
         assert noted is not None, "Shutdown stores what Startup is to find"
         self._left = kept

@@ -6,6 +6,9 @@ from libtpms' store callback would mean failure mode instead (measured), so the 
 notes. Which commands store cannot be read off their attributes: a failed authorization stores
 too. So the volatile state is taken before every command with an authorization, 10 µs.
 
+What was refused and undone may have become durable all the same. Until a commit says which it is,
+one that may write to NV is committed even if it had nothing to store.
+
 Not here: sealing and the channel on which a commit travels.
 """
 
@@ -19,8 +22,9 @@ from typing import Final
 from holdfast.engine.libtpms import Engine, StateKind
 from holdfast.errors import IntegrityError
 from holdfast.frontend.cancelling import LONG
+from holdfast.tpm2 import requests as rq
 from holdfast.tpm2.commands import Cc
-from holdfast.tpm2.constants import ST_SESSIONS, Rc
+from holdfast.tpm2.constants import ST_SESSIONS, Cap, Rc
 from holdfast.tpm2.requests import error_response, response, stir_random
 
 Commit = Callable[[bytes], bool]  # permanent state -> whether it is durable now
@@ -28,6 +32,8 @@ Cancellable = Callable[[Callable[[], bytes]], bytes]  # run a command that may b
 
 STIR_BYTES: Final = 64
 _CODE: Final = slice(6, 10)
+_CC_INDEX: Final = 0xFFFF  # TPMA_CC
+_CC_NV: Final = 1 << 22
 # Authorized, yet never stored by: PCRs have no dictionary-attack protection.
 _NEVER_STORE: Final = frozenset(
     code.to_bytes(4, "big") for code in (Cc.PCR_Extend, Cc.PCR_Event, Cc.PCR_Reset)
@@ -44,6 +50,7 @@ class DurableTpm:
         self._commit = commit
         self._cancellable = cancellable
         self._durable = b""  # the permanent state that was committed last
+        self.in_doubt = False  # whether what was undone may be what is durable
         self.clears = 0  # TPM2_Clear that succeeded in this run, as the commit under way says too
 
     def restore(self, permanent: bytes) -> None:
@@ -64,6 +71,7 @@ class DurableTpm:
     def committed(self, permanent: bytes) -> None:
         """This state is durable now."""
         self._durable = permanent
+        self.in_doubt = False
 
     @property
     def durable(self) -> bytes:
@@ -84,18 +92,28 @@ class DurableTpm:
         else:
             answer = engine.process(command, locality)
         noted = engine.take_noted()
+        if noted is None and self.in_doubt and snapshot is not None and self._writes(command):
+            noted = self._durable
         if noted is not None:
             cleared = command[_CODE] == _CLEAR and answer[_CODE] == bytes(4)
             self.clears += cleared
             if not self._commit(noted):
                 self.clears -= cleared
                 return self._undo(snapshot)
-            self._durable = noted
+            self.committed(noted)
         return answer
+
+    def _writes(self, command: bytes) -> bool:
+        """Whether a command's TPMA_CC says that it may write to NV (Part 2, 8.9)."""
+        code = int.from_bytes(command[_CODE], "big")
+        answer = self._engine.process(rq.get_capability(Cap.COMMANDS, code, 1))
+        attributes = int.from_bytes(answer[-4:], "big")
+        return attributes & _CC_INDEX == code and bool(attributes & _CC_NV)
 
     def _undo(self, snapshot: bytes | None) -> bytes:
         if snapshot is None or not self._durable:
             raise IntegrityError("a command stored state that could not be made durable")
+        self.in_doubt = True
         self.resume(self._durable, snapshot)
         return error_response(Rc.NV_UNAVAILABLE)
 
