@@ -168,7 +168,7 @@ def test_a_fault_nobody_thought_of_makes_a_vtpm_fail_and_not_hang(
         sealed = Sealed(vtpm.record.id, SealedState(1, b"s", b"w"))
         await vtpm._around.committer.commit(sealed)
         vtpm.run = plain_run()
-        await vtpm._replace("it ended")
+        await vtpm._replace(None, "it ended")
         return vtpm
 
     vtpm = asyncio.run(replace())
@@ -205,7 +205,7 @@ def test_a_spawner_that_takes_its_time_to_come_back_is_given_the_ends_to_hold(
         vtpm.run = plain_run()
         sockets = [socket.socket(socket.AF_UNIX) for _ in range(3)]
         vtpm._door = Door(Attachment(tmp_path, os.eventfd(0), *sockets))
-        await vtpm._replace("its spawner ended")
+        await vtpm._replace(None, "its spawner ended")
         vtpm._door.close()
         return spawner.asked, vtpm.record.why_failed
 

@@ -15,15 +15,13 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Final
 from uuid import uuid4
 
 from holdfast.errors import Conflict
 from holdfast.frontend.door import Unpowered
 from holdfast.frontend.nodes import Nodes, Number
 from holdfast.linux import cgroup
-
-_BOOT_ID: Final = Path("/proc/sys/kernel/random/boot_id")
+from holdfast.linux.process import boot_id
 
 
 class Reservations:
@@ -31,7 +29,7 @@ class Reservations:
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
-        self._boot = _BOOT_ID.read_text().strip()
+        self._boot = str(boot_id())
         self._kept: list[tuple[Nodes, Unpowered]] = []
 
     def reserve(self, numbers: Sequence[Number], pid: int) -> None:

@@ -37,6 +37,7 @@ from holdfast.frontend.nodes import DEVICES, Number
 from holdfast.ids import InstanceName
 from holdfast.instance.run import Run, host_extends
 from holdfast.linux.opening import open_in_root
+from holdfast.linux.process import boot_id
 from holdfast.measure.cache import FileTreeCache
 from holdfast.measure.config import CONFIG_MAX, ConfigFacts, Hook, config_facts, hooks_after
 from holdfast.measure.events import (
@@ -61,7 +62,6 @@ print(ctypes.CDLL(sys.argv[1]).TPMLIB_GetVersion())
 print(next(m.split(None, 5)[5].strip() for m in open("/proc/self/maps") if "/libtpms.so" in m))
 """
 _FIND_SECONDS: Final = 10.0
-_BOOT_ID: Final = Path("/proc/sys/kernel/random/boot_id")
 _POLICY_KEYS: Final = frozenset({"any", "config", "layers", "hooks", "restore"})
 
 
@@ -297,7 +297,7 @@ def hook_path() -> Path:
 
 @cache
 def _tree_cache(path: Path) -> FileTreeCache:
-    return FileTreeCache(path, _BOOT_ID.read_text().strip())
+    return FileTreeCache(path, str(boot_id()))
 
 
 @cache

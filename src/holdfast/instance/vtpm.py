@@ -537,16 +537,16 @@ class VirtualTpm:
 
     def _died(self, why: str) -> None:
         """Called when a worker's process has ended."""
-        if self._stopping or self.run is None or self._worker is None:
+        worker = self._worker
+        if self._stopping or self.run is None or worker is None or not worker.ended.is_set():
             return
-        self._replacing = background(self._replace(why))
+        self._replacing = background(self._replace(worker, why))
 
-    async def _replace(self, why: str) -> None:
+    async def _replace(self, dead: WorkerLink | None, why: str) -> None:
         """TPM Reset: the same measurements in a new worker, later and later if that goes on."""
         async with self.lock:
-            run, worker = self.run, self._worker
-            # It may have been put to sleep, or replaced, since.
-            if self._stopping or run is None or worker is None or not worker.ended.is_set():
+            run = self.run
+            if self._stopping or run is None or self._worker is not dead:  # it may sleep by now
                 return
             self._worker = None
             now = time.monotonic()

@@ -1,10 +1,12 @@
-"""What a process does to itself: prctl(2), capabilities, memory locking."""
+"""What a process does to itself, and in which boot: prctl(2), capabilities, memory locking."""
 
 from __future__ import annotations
 
 import os
 import resource
+from pathlib import Path
 from typing import Any, Final
+from uuid import UUID
 
 from holdfast.linux import libc_abi
 
@@ -23,6 +25,7 @@ _CAPABILITIES_MAX: Final = 64
 _MCL_CURRENT: Final = 1
 _MCL_FUTURE: Final = 2
 _EINVAL: Final = 22
+_BOOT_ID: Final = Path("/proc/sys/kernel/random/boot_id")
 
 
 def _check(result: int, what: str) -> None:
@@ -93,3 +96,8 @@ def lock_memory() -> None:
 def limit(which: int, value: int) -> None:
     """Set a resource limit, soft and hard."""
     resource.setrlimit(which, (value, value))
+
+
+def boot_id() -> UUID:
+    """Of the kernel that runs: another after each boot (random(4))."""
+    return UUID(_BOOT_ID.read_text().strip())

@@ -1,7 +1,8 @@
 """What sleeping vTPMs are woken or switched off with: a file each, in a directory that a reboot
 empties.
 
-Ciphertext, good for one wake, behind its SHA-256: what is damaged is never taken for a state.
+Ciphertext, good for one wake, behind the SHA-256 of it and the boot's id: what is damaged is never
+taken for a state, nor what a boot before left, if the directory was not emptied.
 Written whole or not at all; not synchronised, because after a power cut it opens nowhere.
 
 Not here: what is in it (`protocol.lifecycle.Asleep`), and who believes it (the worker).
@@ -18,6 +19,7 @@ from typing import Final
 from uuid import UUID
 
 from holdfast.errors import HostError, IntegrityError, NotFound
+from holdfast.linux.process import boot_id
 
 SIZE_MAX: Final = 1 << 20  # bytes
 _NEW: Final = ".new"
@@ -29,6 +31,7 @@ class Asleep:
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
+        self._boot = boot_id().bytes
 
     def keep(self, instance: UUID, left: bytes) -> None:
         """Put it there, in another's place if there is one; HostError if the disk refuses."""
@@ -39,7 +42,7 @@ class Asleep:
             fresh.unlink(missing_ok=True)
             flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
             with open(os.open(fresh, flags, 0o600), "wb") as file:
-                file.write(hashlib.sha256(left).digest())
+                file.write(hashlib.sha256(self._boot + left).digest())
                 file.write(left)
             fresh.rename(place)
         except OSError as error:
@@ -57,8 +60,8 @@ class Asleep:
                 digest, left = file.read(_DIGEST), file.read(SIZE_MAX)
         except OSError as error:
             raise NotFound(f"what it slept with is not there: {error.strerror}") from None
-        if hashlib.sha256(left).digest() != digest:
-            raise IntegrityError("what it slept with is damaged")
+        if hashlib.sha256(self._boot + left).digest() != digest:
+            raise IntegrityError("what it slept with is damaged, or of another boot of this host")
         return left
 
     def discard(self, instance: UUID) -> None:

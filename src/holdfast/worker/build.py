@@ -7,18 +7,13 @@ from __future__ import annotations
 
 import hashlib
 from functools import cache
-from pathlib import Path
-from typing import Final
-from uuid import UUID
 
 import holdfast
-
-_BOOT_ID: Final = Path("/proc/sys/kernel/random/boot_id")
+from holdfast.linux.process import boot_id
 
 
 @cache
 def boot_and_build(libtpms: str) -> bytes:
     """The host's boot id (16 bytes), and a digest (32) of our version and that of libtpms."""
-    boot = UUID(_BOOT_ID.read_text().strip()).bytes
     said = f"holdfast {holdfast.__version__}\nlibtpms {libtpms}\n"
-    return boot + hashlib.sha256(said.encode()).digest()
+    return boot_id().bytes + hashlib.sha256(said.encode()).digest()
