@@ -391,6 +391,17 @@ def test_retired_boot_state_is_refused_even_with_its_old_approval_put_back(box: 
         box.custody()
 
 
+def test_an_approval_by_a_file_of_before_others_were_retired_counts(box: Box) -> None:
+    """As where an administrator put back an older copy: an approval that is none would be worse."""
+    old = (box.keeper / vault.FILE).read_bytes()
+    assert box.authorize("--retire")["version"] == 2
+    (box.keeper / vault.FILE).write_bytes(old)
+    with pytest.raises(HostError, match="retired"):
+        box.custody()
+    assert box.authorize()["version"] == 2
+    assert opened(box)
+
+
 def test_authorizing_needs_the_right_recovery_key(box: Box) -> None:
     other = recovery.encrypt([box.identity.to_public()], os.urandom(32))
     (box.out / RECOVERY).write_bytes(other)

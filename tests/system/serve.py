@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -81,6 +82,7 @@ class Serve:
 
     def end_tpm(self) -> None:
         if self.tpm is not None:
+            time.sleep(0.1)  # the keeper is done with what it does unasked
             self.tpm.send_signal(signal.SIGCONT)
             self.tpm.terminate()
             self.tpm.wait(20)

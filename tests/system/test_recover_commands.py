@@ -457,6 +457,50 @@ def test_what_is_gone_for_good_is_given_up_by_name_and_does_not_come_back() -> N
         assert own in {v["id"] for v in found["vtpms"]}
 
 
+def test_a_damaged_state_is_mended_by_a_snapshot_or_a_backup(tmp_path: Path) -> None:
+    """Nothing has to be accepted for that: the host knows both, and what was there last."""
+    with a_host() as host:
+        by_snapshot, by_backup = made(host, "one", 5), made(host, "two", 6)
+        host.call("POST", f"/v1/vtpms/{by_snapshot}/snapshots", {"name": "s"})
+        file = str(tmp_path / "archive")
+        told(host, "backup", by_backup, "--out", file, "--config", str(host.config))
+        names = by_snapshot, by_backup
+        host.stop()
+        change(host, "UPDATE states SET sealed = zeroblob(99)")
+        host.start()
+        for name in names:
+            with pytest.raises(HoldfastError, match="is not the one that was written last"):
+                host.power_on(name)
+        body = {"reason": WHY}
+        restored = [host.call("POST", f"/v1/vtpms/{by_snapshot}/snapshots/s/restore", body)]
+        restored += told(host, "backup", "restore", file, *identity(host), "--reason", WHY)[
+            "restored"
+        ]
+        assert [each["epoch"]["is"] - each["epoch"]["was"] for each in restored] == [1, 1]
+        assert (turn(host, by_snapshot), turn(host, by_backup)) == (5, 6)
+        assert not told(host, "recover")["needed"]
+        assert evidence(host, by_snapshot).link.anchor.recoveries == 0
+
+
+def test_of_an_archive_what_cannot_be_set_back_is_told_and_the_others_are(tmp_path: Path) -> None:
+    with a_host() as host:
+        for number, name in enumerate(("first", "gone", "last")):
+            made(host, name, number)
+        file = str(tmp_path / "archive")
+        told(host, "backup", "--all", "--out", file, "--config", str(host.config))
+        for name in ("first", "last"):
+            turn(host, name, 9)
+        host.call("DELETE", "/v1/vtpms/gone")
+        command = ("backup", "restore", file, *identity(host), "--reason", WHY)
+        value = told(host, *command, "--config", str(host.config), code=7)
+        assert [each["vtpm"] for each in value["restored"]] == ["first", "last"]
+        assert list(value["left"]) == ["gone"]
+        assert "was destroyed" in value["left"]["gone"]
+        assert (turn(host, "first"), turn(host, "last")) == (0, 2)
+        done = host.cli(*command)
+        assert "gone is as it was: that vTPM was destroyed" in done.stdout
+
+
 def ids(host: Serve, name: str) -> list[tuple[str]]:
     with closing(sqlite3.connect(host.database)) as db:
         return db.execute("SELECT id FROM instances WHERE name = ?", (name,)).fetchall()

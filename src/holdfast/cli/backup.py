@@ -15,10 +15,10 @@ from typer.core import TyperGroup
 from holdfast.cli import output
 from holdfast.cli.given import ConfigFile, Json, must_be_root, quoted
 from holdfast.cli.output import MARKS, progress, show
-from holdfast.cli.programs import keeper, settings_of
+from holdfast.cli.programs import daemon_of, keeper, settings_of
 from holdfast.cli.state import Reason, tell_restored
-from holdfast.client import Client
-from holdfast.errors import Conflict, HoldfastError, InvalidInput
+from holdfast.client import Client, NoDaemon
+from holdfast.errors import Conflict, HoldfastError, InvalidInput, exit_code
 
 _OFF = "off"
 
@@ -60,14 +60,15 @@ def create(
     """Write the states of vTPMs that are off to an archive, encrypted."""
     must_be_root("backup")
     if bool(names) == everything:
-        raise InvalidInput("which vTPMs? their names, or --all")
+        raise InvalidInput("which vTPMs? either their names, or --all")
     if out.exists():
         raise Conflict(f"{out} exists: nothing was written")
     settings = settings_of(config)
-    wanted, left = _all() if everything else (names or [], [])
+    client = daemon_of(config)
+    wanted, left = _all(client) if everything else (names or [], [])
     with progress("backing up"):
         lines = [
-            json.dumps(Client().call("POST", f"/v1/vtpms/{quoted(name)}/backups", {}))
+            json.dumps(client.call("POST", f"/v1/vtpms/{quoted(name)}/backups", {}))
             for name in wanted
         ]
         command = ["write-archive", f"--dir={settings['keeper']}", f"--out={out}"]
@@ -86,11 +87,11 @@ def create(
         raise Conflict(f"{out} is written, without those that are not off: {', '.join(left)}")
 
 
-def _all() -> tuple[list[str], list[str]]:
+def _all(client: Client) -> tuple[list[str], list[str]]:
     """Names of vTPMs that are off, and of others; a TPM that is passed through has no state."""
     vtpms = [
-        Client().call("GET", f"/v1/vtpms/{quoted(v['name'])}")
-        for v in Client().call("GET", "/v1/vtpms")["vtpms"]
+        client.call("GET", f"/v1/vtpms/{quoted(v['name'])}")
+        for v in client.call("GET", "/v1/vtpms")["vtpms"]
     ]
     ours = [v for v in vtpms if v["mode"] == "vtpm"]
     return (
@@ -120,24 +121,41 @@ def restore(
     names: Annotated[
         list[str] | None, typer.Argument(metavar="NAME...", help="Only these vTPMs.")
     ] = None,
+    config: ConfigFile = None,
     as_json: Json = False,
 ) -> None:
-    """Set vTPMs of this host that are off back to an archive, as snapshot restore does."""
+    """Set vTPMs of this host that are off back to an archive, as snapshot restore does.
+
+    One that cannot be set back is told, and stays as it is; the others are set back.
+    """
     must_be_root("backup restore")
     command = ["read-archive", "--states", f"--file={file}", f"--identity={identity}"]
     archive = keeper(command + [f"--name={name}" for name in names or ()])
     restored: list[dict[str, Any]] = []
-    name = ""
-    try:
-        for each in archive["vtpms"]:
-            name = each.pop("name")
-            body = {**each, "reason": reason}
-            value = Client().call("POST", f"/v1/vtpms/{quoted(name)}/restore", body)
-            restored.append(value)
-            if not as_json:
-                tell_restored(value)
-    except HoldfastError as error:
-        done = ", ".join(value["vtpm"] for value in restored)
-        before = f" (set back before: {done})" if done else ""
-        raise type(error)(f"{name}: {error}{before}") from None
-    show({"restored": restored}, as_json, lambda _: None)
+    left: dict[str, HoldfastError] = {}
+    for each in archive["vtpms"]:
+        name = each.pop("name")
+        body = {**each, "reason": reason}
+        try:
+            restored.append(
+                daemon_of(config).call("POST", f"/v1/vtpms/{quoted(name)}/restore", body)
+            )
+        except NoDaemon:
+            raise
+        except HoldfastError as error:  # others can be set back all the same
+            left[name] = error
+
+    told = {name: str(error) for name, error in left.items()}
+    if left and not restored:
+        first = next(iter(left.values()))
+        raise type(first)("; ".join(f"{name}: {why}" for name, why in told.items()))
+
+    def human(value: dict[str, Any]) -> None:
+        for each in restored:
+            tell_restored(each)
+        for name, why in value["left"].items():
+            output.line(f"{name} is as it was: {why}", MARKS["problem"])
+
+    show({"restored": restored, "left": told}, as_json, human)
+    if left:
+        raise typer.Exit(exit_code(next(iter(left.values()))))

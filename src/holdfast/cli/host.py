@@ -16,7 +16,14 @@ import typer
 from holdfast.cli import output
 from holdfast.cli.given import ConfigFile, Json, must_be_root
 from holdfast.cli.output import MARKS, progress, show
-from holdfast.cli.programs import keeper, keeper_user, of_config, settings_of, user
+from holdfast.cli.programs import (
+    daemon_of,
+    keeper,
+    keeper_user,
+    of_config,
+    settings_of,
+    user,
+)
 from holdfast.client import Client, NoDaemon
 
 
@@ -119,10 +126,8 @@ def status(as_json: Json = False) -> None:
 
 def doctor(config: ConfigFile = None, as_json: Json = False) -> None:
     """Look for what this host lacks, and say it in plain words; all of it if a daemon runs."""
-    if config is not None:
-        settings_of(config)  # what is wrong with it, though a daemon that runs has read its own
     try:
-        value = Client().call("GET", "/v1/doctor")
+        value = daemon_of(config).call("GET", "/v1/doctor")
     except NoDaemon:
         value = of_config("ground", config)
 

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from holdfast.client import ENVIRONMENT, Client
 from holdfast.errors import HostError, by_name
 
 
@@ -55,6 +56,13 @@ def keeper(arguments: list[str], given: bytes | None = None) -> dict[str, Any]:
 
 def settings_of(config: Path | None) -> dict[str, Any]:
     return of_config("settings", config)
+
+
+def daemon_of(config: Path | None) -> Client:
+    """The daemon of this configuration, unless the environment says where it is."""
+    if config is None or ENVIRONMENT in os.environ:
+        return Client()
+    return Client(Path(settings_of(config)["api"]))
 
 
 def of_config(part: str, config: Path | None, *more: str) -> dict[str, Any]:

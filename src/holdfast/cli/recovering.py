@@ -13,8 +13,7 @@ import typer
 from holdfast.cli import output
 from holdfast.cli.given import ConfigFile, Json, must_be_root
 from holdfast.cli.output import MARKS, show
-from holdfast.cli.programs import keeper, settings_of
-from holdfast.client import Client
+from holdfast.cli.programs import daemon_of, keeper, settings_of
 from holdfast.errors import Conflict, InvalidInput
 
 TO_RECOVER = 7  # exit code: there is something
@@ -24,13 +23,17 @@ def recover(
     accept_older: Annotated[
         bool,
         typer.Option(
-            "--accept-older", help="Accept all states as they are on disk, with the recovery key."
+            "--accept-older",
+            help="Accept all states as they are on disk, with the recovery key: needs --identity "
+            "and --recovery-file.",
         ),
     ] = False,
     forget: Annotated[
         str,
         typer.Option(
-            metavar="NAME", help="Give up a row that is damaged, or a vTPM whose state is gone."
+            metavar="NAME",
+            help="Give up a row that is damaged, a vTPM whose state is gone, or by its id a state "
+            "of no vTPM.",
         ),
     ] = "",
     reason: Annotated[str, typer.Option(help="Why, for the journal: one line.")] = "",
@@ -55,14 +58,14 @@ def recover(
         raise InvalidInput("--reason is needed: it is journalled")
     if forget:
         body = {"name": forget, "reason": reason}
-        value = Client().call("POST", "/v1/recovery/forget", body)
+        value = daemon_of(config).call("POST", "/v1/recovery/forget", body)
         show(value, as_json, lambda v: output.line(f"{v['forgotten']} is given up", MARKS["ok"]))
     elif accept_older:
         if identity is None or recovery_file is None:
             raise InvalidInput("--accept-older needs --identity and --recovery-file")
         show(_accept(reason, identity, recovery_file, config), as_json, _tell_accepted)
     else:
-        value = Client().call("GET", "/v1/recovery")
+        value = daemon_of(config).call("GET", "/v1/recovery")
         show(value, as_json, _tell)
         if value["needed"]:
             raise typer.Exit(TO_RECOVER)
@@ -71,7 +74,7 @@ def recover(
 def _accept(
     reason: str, identity: Path, recovery_file: Path, config: Path | None
 ) -> dict[str, Any]:
-    found = Client().call("GET", "/v1/recovery")
+    found = daemon_of(config).call("GET", "/v1/recovery")
     if not found["link"]:
         raise Conflict("there is nothing to accept: what is on disk is the newest")
     settings = settings_of(config)
@@ -82,7 +85,7 @@ def _accept(
         ]
     )  # fmt: skip
     body = {"link": found["link"], "reason": reason, **signed}
-    value: dict[str, Any] = Client().call("POST", "/v1/recovery", body)
+    value: dict[str, Any] = daemon_of(config).call("POST", "/v1/recovery", body)
     return value
 
 
@@ -93,6 +96,16 @@ def _tell(value: dict[str, Any]) -> None:
         output.line(value["why"], MARKS["problem"])
     for each in value["vtpms"]:
         output.line(f"{each['name'] or each['id']}: {each['why']}", MARKS["problem"])
+    if value["link"]:
+        output.line(
+            "Put back what was there last, if there is a copy: then nothing is lost. If there is "
+            "none, what is there can be accepted. What was made or written after it is lost "
+            "then, and archives that were made after it are of no use:"
+        )
+        output.line(
+            "  holdfast recover --accept-older --reason WHY --identity KEY --recovery-file "
+            "recovery.age"
+        )
 
 
 def _tell_accepted(value: dict[str, Any]) -> None:

@@ -15,8 +15,8 @@ import typer
 from holdfast.cli import output
 from holdfast.cli.given import ConfigFile, Json, must_be_root
 from holdfast.cli.output import MARKS, counted, progress, show
-from holdfast.cli.programs import keeper, keeper_user, settings_of
-from holdfast.client import Client, NoDaemon
+from holdfast.cli.programs import daemon_of, keeper, keeper_user, settings_of
+from holdfast.client import NoDaemon
 from holdfast.errors import HostError, InvalidInput
 
 LOOK_SECONDS: Final = 0.1
@@ -67,9 +67,11 @@ def rekey(
             )
         files = identity, recovery_file, site_root_key, out
         written = _prepared(files, recovery_recipient, config)
+    elif identity or recovery_file or site_root_key or recovery_recipient or out:
+        raise InvalidInput("files and keys are named for --recovery: add that, or leave them out")
     if not (root or data or recovery):
         root = data = True
-    value = _changed({"recovery": recovery, "root": root, "data": data}) | written
+    value = _changed({"recovery": recovery, "root": root, "data": data}, config) | written
     show(value, as_json, _tell)
     if value["left"]:
         raise typer.Exit(STATES_LEFT)
@@ -94,9 +96,9 @@ def _prepared(
     return {name: value[name] for name in ("recovery_key", "site_root_key") if name in value}
 
 
-def _changed(parts: dict[str, bool]) -> dict[str, Any]:
+def _changed(parts: dict[str, bool], config: Path | None) -> dict[str, Any]:
     try:
-        value: dict[str, Any] = Client().call("POST", _PATH, parts)
+        value: dict[str, Any] = daemon_of(config).call("POST", _PATH, parts)
     except NoDaemon:
         if not parts["recovery"]:
             raise
@@ -107,7 +109,7 @@ def _changed(parts: dict[str, bool]) -> dict[str, Any]:
     with counted("changing keys") as told:
         while not value["done"]:
             time.sleep(LOOK_SECONDS)
-            value = Client().call("GET", _PATH)
+            value = daemon_of(config).call("GET", _PATH)
             told(value["vtpms"], value["of"])
     return value
 

@@ -13,7 +13,7 @@ import typer
 from holdfast.cli import output
 from holdfast.cli.given import ConfigFile, Json, Name, json_file, quoted, uid_of
 from holdfast.cli.output import MARKS, progress, show
-from holdfast.cli.programs import of_config
+from holdfast.cli.programs import daemon_of, of_config
 from holdfast.client import Client, NoDaemon
 from holdfast.frontend.bundle import with_vtpm
 
@@ -175,7 +175,7 @@ def inspect(name: Name, config: ConfigFile = None) -> None:
     """
     path = f"/v1/vtpms/{quoted(name)}"
     try:
-        value = Client().call("GET", path)
+        value = daemon_of(config).call("GET", path)
     except NoDaemon:
         if os.geteuid() != 0:
             raise

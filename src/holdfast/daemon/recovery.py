@@ -83,6 +83,8 @@ async def accept(host: Host, link: bytes, reason: str, signature: bytes) -> dict
     Conflict if it is not what was signed any more; Forbidden if that is not the recovery key's.
     """
     changed = await host.committer.recover(link, reason, signature)
+    for vtpm in host.all():
+        host.refused(vtpm, "")  # whatever the reason was, it was of before
     names = {str(vtpm.record.id): vtpm.record.name for vtpm in host.all()}
     return {
         "needed": False,
@@ -98,7 +100,13 @@ async def forget(host: Host, name: str, reason: str) -> dict[str, Any]:
 
     The map remembers that it was destroyed. Conflict for what is well, NotFound for what is not.
     """
-    await host.committer.ready()
+    try:
+        await host.committer.ready()
+    except IntegrityError as error:
+        raise IntegrityError(
+            f"first what is on disk has to be accepted (holdfast recover --accept-older), then "
+            f"{name} can be given up: {error}"
+        ) from None
     if name not in host.left and name not in host.registry.states.orphans():
         record = host.find(name).record
         found = instances.findings_of(host.registry, record)

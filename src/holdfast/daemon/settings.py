@@ -29,6 +29,7 @@ def answer(arguments: list[str], asked: Callable[[Config], dict[str, Any]]) -> i
 
 def _for_cli(config: Config) -> dict[str, Any]:
     return {
+        "api": str(config.paths.api),
         "keeper": str(config.paths.vault),
         "tcti": config.host.tcti,
         "event_log": str(config.host.event_log),

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from typing import Final
 
-from holdfast.hwtpm.context import Context
-from holdfast.hwtpm.nvindex import SignedIndex
+from holdfast.hwtpm.context import ENCRYPT_BOTH, Context
+from holdfast.hwtpm.nvindex import SIGNED_SIZE, SignedIndex
 
 VERSION_INDEX: Final = 0x01804846  # in the owner's range; "HF"
 
@@ -21,3 +21,14 @@ class VersionIndex(SignedIndex):
 
     def __init__(self, context: Context, number: int = VERSION_INDEX) -> None:
         super().__init__(context, number, "version index")
+
+    def read(self) -> int:
+        """The version, as the TPM says and nobody between: what is approved for it counts."""
+        context, esapi, handle = self._context, self._esapi, self._handle()
+        value = context.call(
+            "NV_Read",
+            lambda: esapi.nv_read(
+                handle, SIGNED_SIZE, auth_handle=handle, session1=context.hmac(ENCRYPT_BOTH)
+            ),
+        )
+        return int.from_bytes(bytes(value), "big")

@@ -97,12 +97,16 @@ class Snapshots:
         self, vtpm: VirtualTpm, snapshot: Snapshot, what: str, reason: str
     ) -> Restored:
         around = self._around
-        epoch, lineage = vtpm.epoch(), vtpm.record.lineage
+        await around.committer.ready()
+        leaf = around.committer.leaf(vtpm.record.id)  # its state may be damaged: that is why
+        if leaf is None or leaf.status is not Status.LIVE:
+            raise NotFound(f"there is no state of {vtpm.record.name}")
+        epoch, lineage = leaf.epoch, vtpm.record.lineage
         around.registry.states.journal(
             str(vtpm.record.id), "restore", f"{what} of epoch {snapshot.epoch}: {reason}"
         )
         reached(Step.RESTORE_JOURNALLED)
-        await vtpm.set_back(snapshot)
+        await vtpm.set_back(snapshot, epoch)
         reached(Step.RESTORE_COMMITTED)
         anchored = await around.committer.anchor_durably()
         LOG.warning("restored", vtpm=vtpm.record.name, what=what, epoch=snapshot.epoch)

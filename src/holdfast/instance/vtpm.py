@@ -384,12 +384,13 @@ class VirtualTpm:
         except HoldfastError as error:
             LOG.warning("not shut down in order", vtpm=self.record.name, why=str(error))
 
-    async def set_back(self, snapshot: Snapshot) -> None:
-        """Have its state be that of a snapshot, as the next epoch, with a higher lineage."""
+    async def set_back(self, snapshot: Snapshot, present: int) -> None:
+        """Have its state be that of a snapshot, as the epoch after `present`, which is the newest.
+
+        Its lineage is higher then.
+        """
         around = self._around
         await self._alone()
-        await around.committer.ready()
-        present = around.registry.states.state(self.record.id).epoch
         # First: a lineage that was raised for nothing harms nobody, one that was not would.
         self.record = replace(self.record, lineage=self.record.lineage + 1)
         around.registry.update(self.record)

@@ -186,8 +186,9 @@ def _refuse_remains(tpm: HostTpm) -> None:
     there = tpm.remains()
     if there:
         raise HostError(
-            "the host TPM has NV indices of Holdfast's already; if the earlier installation on "
-            f"this host is given up for good, remove them with: {removal(*there)}"
+            "the host TPM has NV indices of Holdfast's already. If the keeper's file was lost, put "
+            "it back from a copy; if the earlier installation on this host is given up for good, "
+            f"remove them with: {removal(*there)}"
         )
 
 
@@ -257,7 +258,9 @@ def authorize(
         tpm.open_primary(made.unique, made.primary_auth, made.primary_name, ek_name)
         tpm.index.open(made.index_name)
         wanted = values or current(tpm, tuple(sorted(made.approvals[0].values)))
-        version = made.version + 1 if retire else made.version
+        # Of a file from before others were retired, it would be an approval that is not one.
+        present = max(made.version, tpm.index.read())
+        version = present + 1 if retire else present
         approval = approve(signer, wanted, version, made.index_name)
         others = tuple(a for a in made.approvals if retire or a.values != approval.values)
         if len(others) >= APPROVALS_MAX:

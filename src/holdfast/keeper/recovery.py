@@ -84,4 +84,7 @@ def read_encrypted(path: Path, identity: Path) -> bytes:
     except OSError:
         raise
     except Exception:  # noqa: BLE001 - as above; and its text may hold what we must not repeat
-        raise InvalidInput(f"{identity} does not open {path}") from None
+        raise InvalidInput(
+            f"{identity} does not open {path}: the one is no private key of a recipient, or the "
+            "other is no age file, or was changed or cut short"
+        ) from None

@@ -86,6 +86,12 @@ class Vault:
         sync(directory)
 
 
+NONE: Final = (
+    "this host is not initialised: run holdfast init; or, if it was, put the keeper's file back "
+    "from a copy"
+)
+
+
 def exists(directory: Path) -> bool:
     return (directory / FILE).exists()
 
@@ -100,7 +106,7 @@ def load(directory: Path, name: str = FILE) -> Vault:
     try:
         data = (directory / name).read_bytes()
     except FileNotFoundError:
-        raise NotFound("this host is not initialised: run holdfast init") from None
+        raise NotFound(NONE) from None
     try:
         value = json.loads(data)
         version = value.pop("version_of_file")
@@ -119,7 +125,7 @@ def changing(directory: Path) -> Iterator[Vault]:
     try:
         lock = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     except FileNotFoundError:
-        raise NotFound("this host is not initialised: run holdfast init") from None
+        raise NotFound(NONE) from None
     try:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
