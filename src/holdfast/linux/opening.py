@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import itertools
 import os
+import time
 from typing import Final
 
 _libc: Final = ctypes.CDLL(None, use_errno=True)
@@ -18,8 +20,11 @@ _RESOLVE_NO_MAGICLINKS: Final = 0x02
 _RESOLVE_NO_SYMLINKS: Final = 0x04
 _RESOLVE_BENEATH: Final = 0x08
 _RESOLVE_IN_ROOT: Final = 0x10
-# The kernel gives up with EAGAIN where a rename elsewhere races with its walk.
-_ATTEMPTS: Final = 16
+# The kernel gives up with EAGAIN where a rename, or a change of any mount, races with its walk; a
+# mount namespace that is made holds such a lock for as long as all its mounts take to be copied.
+_ATTEMPTS: Final = 16  # one after the other
+_SECONDS: Final = 5.0  # then with pauses
+_PAUSE: Final = 0.001
 
 
 class _OpenHow(ctypes.Structure):
@@ -48,14 +53,17 @@ def open_in_root(root: int, path: bytes, flags: int) -> int:
 
 def _openat2(directory: int, path: bytes, flags: int, resolve: int) -> int:
     how = _OpenHow(flags | os.O_CLOEXEC, 0, resolve)
-    for _ in range(_ATTEMPTS):
+    deadline, number = time.monotonic() + _SECONDS, 0
+    for attempt in itertools.count(1):
         # SAFETY: `path` and `how` outlive the call, and the kernel is told how's exact size.
         fd = _libc.syscall(
             ctypes.c_long(_SYS_OPENAT2), ctypes.c_int(directory), path, ctypes.byref(how), _SIZE
         )
         if fd >= 0:
             return int(fd)
-        if ctypes.get_errno() not in (errno.EAGAIN, errno.EINTR):
+        number = ctypes.get_errno()
+        if number not in (errno.EAGAIN, errno.EINTR) or time.monotonic() > deadline:
             break
-    number = ctypes.get_errno()
+        if attempt >= _ATTEMPTS:
+            time.sleep(_PAUSE)
     raise OSError(number, os.strerror(number), os.fsdecode(path))
