@@ -73,7 +73,7 @@ def holdfast(
 ) -> Iterator[Host]:
     """A host with a software host TPM, on a tmpfs-free directory of its own."""
     directory = Path(tempfile.mkdtemp(prefix="hfb-"))
-    serve = None
+    host = None
     try:
         with plain_tpm(directory / "host-tpm", HOST_LOG) as sock:
             (directory / "holdfast.toml").write_text(
@@ -94,16 +94,17 @@ def holdfast(
             log = (directory / "log").open("wb")
             serve = subprocess.Popen([program, "serve", *config], stderr=log, stdout=log)
             api = directory / "run" / "api.sock"
+            host = Host(directory, Client(api), serve)  # whose `serve` may be another one later
             until = time.monotonic() + 30
             while not api.exists():
                 assert time.monotonic() < until, (directory / "log").read_text()
                 time.sleep(0.05)
-            yield Host(directory, Client(api), serve)
-            serve.send_signal(signal.SIGTERM)
-            serve.wait(30)
+            yield host
+            host.serve.send_signal(signal.SIGTERM)
+            host.serve.wait(300)  # thousands are put in order
     finally:
-        if serve is not None and serve.poll() is None:
-            serve.kill()
+        if host is not None and host.serve.poll() is None:
+            host.serve.kill()
         shutil.rmtree(directory, ignore_errors=True)
 
 
