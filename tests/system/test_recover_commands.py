@@ -457,6 +457,36 @@ def test_what_is_gone_for_good_is_given_up_by_name_and_does_not_come_back() -> N
         assert own in {v["id"] for v in found["vtpms"]}
 
 
+def test_a_registry_from_before_a_rekey_is_not_accepted_beside_the_keepers_file_of_after_it(
+    tmp_path: Path,
+) -> None:
+    with a_host() as host:
+        name = made(host, "one", 5)
+        host.stop()
+        for file in registry_files(host):
+            shutil.copy2(file, tmp_path)
+        host.start()
+        told(host, "rekey")
+        host.stop()
+        newer = tmp_path / "newer"
+        newer.mkdir()
+        for file in registry_files(host):
+            shutil.move(file, newer)
+        for file in tmp_path.glob("registry.sqlite*"):
+            shutil.copy2(file, host.database.parent)
+        host.start()
+        command = ("recover", "--accept-older", "--reason", WHY, *keys(host))
+        assert "are of two copies" in told(host, *command, code=4)
+        assert told(host, "recover", code=7)["needed"]
+        host.stop()
+        for file in registry_files(host):
+            file.unlink()
+        for file in newer.iterdir():
+            shutil.copy2(file, host.database.parent)
+        host.start()
+        assert turn(host, name) == 5
+
+
 def test_a_damaged_state_is_mended_by_a_snapshot_or_a_backup(tmp_path: Path) -> None:
     """Nothing has to be accepted for that: the host knows both, and what was there last."""
     with a_host() as host:

@@ -17,6 +17,9 @@ from uuid import UUID
 from holdfast.daemon import instances
 from holdfast.daemon.host import Host
 from holdfast.errors import Conflict, IntegrityError, NotFound
+from holdfast.instance.rekeying import AT_ONCE
+from holdfast.protocol import ipc
+from holdfast.store.wrapped import WrappedKeys
 
 _ORPHAN: Final = "it is of no vTPM that the registry has: it is left as it is"
 
@@ -80,8 +83,15 @@ def _wrong(host: Host) -> list[Wrong]:
 async def accept(host: Host, link: bytes, reason: str, signature: bytes) -> dict[str, Any]:
     """Have what is on disk accepted, as the recovery key's signature says.
 
-    Conflict if it is not what was signed any more; Forbidden if that is not the recovery key's.
+    Conflict if it is not what was signed any more, or of no use to this keeper; Forbidden if that
+    is not the recovery key's.
     """
+    if not await _of_this_keeper(host):
+        raise Conflict(
+            "no data key on disk opens under this keeper's root key: the registry and the keeper's "
+            "file are of two copies, as from before and after a holdfast rekey. Nothing was "
+            "changed: put both back from one"
+        )
     changed = await host.committer.recover(link, reason, signature)
     for vtpm in host.all():
         host.refused(vtpm, "")  # whatever the reason was, it was of before
@@ -93,6 +103,18 @@ async def accept(host: Host, link: bytes, reason: str, signature: bytes) -> dict
         "accepted": [names.get(own, own) for own in map(str, changed)],
         "recoveries": host.committer.anchor.recoveries,
     }
+
+
+async def _of_this_keeper(host: Host) -> bool:
+    """Whether some data key on disk opens, or there is none."""
+    keys = WrappedKeys(host.registry.database).all()
+    for start in range(0, len(keys), AT_ONCE):
+        some = keys[start : start + AT_ONCE]
+        asked = ipc.Rewrap(tuple(ipc.WrappedKey(key.instance, key.wrapped) for key in some))
+        answer, _ = await host.keeper.ask(asked, ipc.Rewrapped)
+        if any(key.wrapped for key in answer.keys):
+            return True
+    return not keys
 
 
 async def forget(host: Host, name: str, reason: str) -> dict[str, Any]:
