@@ -24,7 +24,7 @@ from tests.hwtpm.conftest import powered
 from tests.hwtpm.swtpm import Swtpm
 
 from .serve import Serve, a_host
-from .test_faults import Stream, attest, define, read, write
+from .test_faults import GET_RANDOM, Stream, attest, define, read, write
 
 LOCKED = 0x01500020
 WRITES = 500
@@ -87,6 +87,8 @@ class Worn:
             for worker in before:
                 os.kill(worker, signal.SIGKILL)
             until("a new worker", partial(self._others, before))
+        with closing(Stream(self.host.place("web"))) as wire:  # until that one serves
+            assert rc(wire.exchange(GET_RANDOM)) == 0
 
     def _others(self, than: list[int]) -> bool:
         now = self.host.workers()

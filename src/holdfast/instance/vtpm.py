@@ -412,7 +412,7 @@ class VirtualTpm:
             await self.wake()
         if self.on:
             if self._worker is None or self._worker.ended.is_set():
-                raise HostError(f"{self.record.name}: its worker is just being replaced")
+                raise self._replaced()
             yield self._worker
             return
         around = self._around
@@ -428,6 +428,9 @@ class VirtualTpm:
             with contextlib.suppress(HoldfastError):  # it has ended
                 await worker.link.ask(lc.PowerOff(), ipc.Done)
             await self._alone()
+
+    def _replaced(self) -> HostError:
+        return HostError(f"{self.record.name}: its worker is just being replaced: try again")
 
     # --- sleep and wake ---
 
@@ -521,7 +524,7 @@ class VirtualTpm:
 
     @asynccontextmanager
     async def _awake(self) -> AsyncIterator[WorkerLink]:
-        """Its worker, which is awake meanwhile. Conflict if it is off."""
+        """Its worker, which is awake meanwhile. Conflict if it is off, HostError as of `attended`."""
         self._attended += 1
         try:
             if self._falling or self._asleep:
@@ -529,7 +532,7 @@ class VirtualTpm:
                     if self.state is State.ASLEEP:
                         await self.wake()
             if self._worker is None:
-                raise Conflict("the vTPM is not powered on")
+                raise self._replaced() if self.on else Conflict("the vTPM is not powered on")
             yield self._worker
         finally:
             self._attended -= 1
