@@ -524,7 +524,7 @@ class VirtualTpm:
 
     @asynccontextmanager
     async def _awake(self) -> AsyncIterator[WorkerLink]:
-        """Its worker, which is awake meanwhile. Conflict if it is off, HostError as of `attended`."""
+        """Its worker, awake meanwhile. Conflict if it is off, HostError while there is none."""
         self._attended += 1
         try:
             if self._falling or self._asleep:
