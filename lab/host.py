@@ -129,7 +129,7 @@ json.dump(config, open(path, "w"))
         """End its container, and wait until the vTPM is off."""
         self.run(
             f"runc --root /run/runc delete -f {vtpm}; for turn in $(seq 60); do "
-            f"holdfast ls | grep -q '^{vtpm} *off' && exit 0; sleep 0.5; done; exit 1"
+            f"holdfast ls | grep -q '^{vtpm}[[:space:]]*off' && exit 0; sleep 0.5; done; exit 1"
         )
 
     def worker(self) -> int:
