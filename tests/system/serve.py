@@ -170,8 +170,14 @@ class Serve:
         return next(finding for finding in findings if finding["what"] == what)
 
     def cli(self, *arguments: str, timeout: float = 60) -> subprocess.CompletedProcess[str]:
+        return self.cli_with({"HOLDFAST_SOCKET": str(self.api)}, *arguments, timeout=timeout)
+
+    @staticmethod
+    def cli_with(
+        environment: dict[str, str], *arguments: str, timeout: float = 60
+    ) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            [PROGRAM, *arguments], env={**os.environ, "HOLDFAST_SOCKET": str(self.api)},
+            [PROGRAM, *arguments], env={**os.environ, **environment},
             capture_output=True, text=True, timeout=timeout, check=False,
         )  # fmt: skip
 

@@ -44,6 +44,14 @@ def told(report: Any, what: str) -> list[str]:
     return [finding["says"] for finding in report["findings"] if finding["what"] == what]
 
 
+def test_the_daemon_of_a_configuration_is_found_by_that(host: Serve) -> None:
+    """Where its run directory is not the default, and nothing in the environment says so."""
+    done = host.cli_with({}, "doctor", "--config", str(host.config), "--json")
+    assert "vtpms" in json.loads(done.stdout)  # which a daemon alone can tell
+    done = host.cli_with({}, "doctor", "--json")
+    assert "vtpms" not in json.loads(done.stdout)
+
+
 def test_what_is_wrong_with_a_vtpm_is_told_with_a_daemon_and_without(host: Serve) -> None:
     for name in ("good", "stale", "fell", "row"):
         host.create(name)

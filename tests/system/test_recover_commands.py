@@ -366,6 +366,10 @@ def test_an_older_registry_is_refused_by_name_until_the_recovery_key_accepts_it(
         found = told(host, "recover", code=7)
         assert found["needed"]
         assert "older than" in found["why"]
+        assert "holdfast recover --accept-older --reason" in host.cli("recover").stdout
+        forget = ("recover", "--forget", name, "--reason", WHY)
+        assert "first what is on disk has to be accepted" in told(host, *forget, code=7)
+        assert "it was not started" in host.finding(f"vTPM {name}")["says"]
 
         # Another host's recovery key; and a signature of any key but this host's.
         accept = ("recover", "--accept-older", "--reason", WHY)
@@ -387,6 +391,8 @@ def test_an_older_registry_is_refused_by_name_until_the_recovery_key_accepts_it(
         assert value["recoveries"] == 1
         assert not told(host, "recover")["needed"]
         assert ("recover", WHY) in journal(host)
+        findings = host.call("GET", "/v1/doctor")["findings"]
+        assert not [each for each in findings if each["what"] == f"vTPM {name}"]
         assert evidence(host, name).link.anchor.recoveries == 1
         assert turn(host, name) == 1
         assert "accepted: 1;" in host.finding("history")["says"]

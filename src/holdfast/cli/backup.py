@@ -133,18 +133,16 @@ def restore(
     archive = keeper(command + [f"--name={name}" for name in names or ()])
     restored: list[dict[str, Any]] = []
     left: dict[str, HoldfastError] = {}
+    client = daemon_of(config)
     for each in archive["vtpms"]:
         name = each.pop("name")
         body = {**each, "reason": reason}
         try:
-            restored.append(
-                daemon_of(config).call("POST", f"/v1/vtpms/{quoted(name)}/restore", body)
-            )
-        except NoDaemon:
-            raise
-        except HoldfastError as error:  # others can be set back all the same
-            left[name] = error
-
+            restored.append(client.call("POST", f"/v1/vtpms/{quoted(name)}/restore", body))
+        except HoldfastError as error:
+            if isinstance(error, NoDaemon) and not restored:
+                raise
+            left[name] = error  # others can be set back all the same
     told = {name: str(error) for name, error in left.items()}
     if left and not restored:
         first = next(iter(left.values()))

@@ -59,10 +59,14 @@ def settings_of(config: Path | None) -> dict[str, Any]:
 
 
 def daemon_of(config: Path | None) -> Client:
-    """The daemon of this configuration, unless the environment says where it is."""
-    if config is None or ENVIRONMENT in os.environ:
+    """The daemon of this configuration, unless the environment says where it is.
+
+    What is wrong with the configuration is an error all the same.
+    """
+    settings = settings_of(config) if config is not None else None
+    if settings is None or ENVIRONMENT in os.environ:
         return Client()
-    return Client(Path(settings_of(config)["api"]))
+    return Client(Path(settings["api"]))
 
 
 def of_config(part: str, config: Path | None, *more: str) -> dict[str, Any]:

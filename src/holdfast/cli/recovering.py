@@ -14,6 +14,7 @@ from holdfast.cli import output
 from holdfast.cli.given import ConfigFile, Json, must_be_root
 from holdfast.cli.output import MARKS, show
 from holdfast.cli.programs import daemon_of, keeper, settings_of
+from holdfast.client import Client
 from holdfast.errors import Conflict, InvalidInput
 
 TO_RECOVER = 7  # exit code: there is something
@@ -56,25 +57,29 @@ def recover(
         raise InvalidInput("--accept-older and --forget are two things: one at a time")
     if (accept_older or forget) and not reason:
         raise InvalidInput("--reason is needed: it is journalled")
+    client = daemon_of(config)
     if forget:
         body = {"name": forget, "reason": reason}
-        value = daemon_of(config).call("POST", "/v1/recovery/forget", body)
+        value = client.call("POST", "/v1/recovery/forget", body)
         show(value, as_json, lambda v: output.line(f"{v['forgotten']} is given up", MARKS["ok"]))
     elif accept_older:
         if identity is None or recovery_file is None:
             raise InvalidInput("--accept-older needs --identity and --recovery-file")
-        show(_accept(reason, identity, recovery_file, config), as_json, _tell_accepted)
+        value = _accept(client, reason, (identity, recovery_file), config)
+        show(value, as_json, _tell_accepted)
     else:
-        value = daemon_of(config).call("GET", "/v1/recovery")
+        value = client.call("GET", "/v1/recovery")
         show(value, as_json, _tell)
         if value["needed"]:
             raise typer.Exit(TO_RECOVER)
 
 
 def _accept(
-    reason: str, identity: Path, recovery_file: Path, config: Path | None
+    client: Client, reason: str, key: tuple[Path, Path], config: Path | None
 ) -> dict[str, Any]:
-    found = daemon_of(config).call("GET", "/v1/recovery")
+    """`key`: an identity, and the recovery file that it opens."""
+    identity, recovery_file = key
+    found = client.call("GET", "/v1/recovery")
     if not found["link"]:
         raise Conflict("there is nothing to accept: what is on disk is the newest")
     settings = settings_of(config)
@@ -85,7 +90,7 @@ def _accept(
         ]
     )  # fmt: skip
     body = {"link": found["link"], "reason": reason, **signed}
-    value: dict[str, Any] = daemon_of(config).call("POST", "/v1/recovery", body)
+    value: dict[str, Any] = client.call("POST", "/v1/recovery", body)
     return value
 
 

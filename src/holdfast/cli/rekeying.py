@@ -97,8 +97,9 @@ def _prepared(
 
 
 def _changed(parts: dict[str, bool], config: Path | None) -> dict[str, Any]:
+    client = daemon_of(config)
     try:
-        value: dict[str, Any] = daemon_of(config).call("POST", _PATH, parts)
+        value: dict[str, Any] = client.call("POST", _PATH, parts)
     except NoDaemon:
         if not parts["recovery"]:
             raise
@@ -109,7 +110,7 @@ def _changed(parts: dict[str, bool], config: Path | None) -> dict[str, Any]:
     with counted("changing keys") as told:
         while not value["done"]:
             time.sleep(LOOK_SECONDS)
-            value = daemon_of(config).call("GET", _PATH)
+            value = client.call("GET", _PATH)
             told(value["vtpms"], value["of"])
     return value
 

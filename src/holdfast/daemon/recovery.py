@@ -17,10 +17,10 @@ from uuid import UUID
 from holdfast.daemon import instances
 from holdfast.daemon.host import Host
 from holdfast.errors import Conflict, IntegrityError, NotFound
-from holdfast.instance.rekeying import AT_ONCE
+from holdfast.instance.worker_link import WRAPPED_MAX
 from holdfast.protocol import ipc
-from holdfast.store.wrapped import WrappedKeys
 
+KEYS_AT_ONCE: Final = 256  # of at most WRAPPED_MAX, in one message
 _ORPHAN: Final = "it is of no vTPM that the registry has: it is left as it is"
 
 
@@ -106,11 +106,14 @@ async def accept(host: Host, link: bytes, reason: str, signature: bytes) -> dict
 
 
 async def _of_this_keeper(host: Host) -> bool:
-    """Whether some data key on disk opens, or there is none."""
-    keys = WrappedKeys(host.registry.database).all()
-    for start in range(0, len(keys), AT_ONCE):
-        some = keys[start : start + AT_ONCE]
-        asked = ipc.Rewrap(tuple(ipc.WrappedKey(key.instance, key.wrapped) for key in some))
+    """Whether some vTPM's data key opens, or there is none."""
+    keys = []
+    for vtpm in host.all():
+        with contextlib.suppress(NotFound):
+            wrapped = host.registry.states.wrapped(vtpm.record.id)
+            keys.append(ipc.WrappedKey(vtpm.record.id, wrapped[:WRAPPED_MAX]))
+    for start in range(0, len(keys), KEYS_AT_ONCE):
+        asked = ipc.Rewrap(tuple(keys[start : start + KEYS_AT_ONCE]))
         answer, _ = await host.keeper.ask(asked, ipc.Rewrapped)
         if any(key.wrapped for key in answer.keys):
             return True

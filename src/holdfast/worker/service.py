@@ -481,10 +481,11 @@ class Worker:
         encoded = kept.encode()
         if len(encoded) > hb.HIBERNATED_MAX:
             raise Conflict("its clients have more than it can sleep with")
-        # It would sleep beside a state, or under a data key, that is not the store's.
-        if (self._wrapped or self._tpm.in_doubt) and not self._commit(self._tpm.durable):
-            raise HostError("the store does not have the state that it is in")
-        self._tpm.committed(self._tpm.durable)
+        if self._wrapped or self._tpm.in_doubt:
+            # It would sleep beside a state, or under a data key, that is not the store's.
+            if not self._commit(self._tpm.durable):
+                raise HostError("the store does not have the state that it is in")
+            self._tpm.committed(self._tpm.durable)
         noted = self._shutdown()
         assert noted is not None, "Shutdown stores what Startup is to find"
         self._left = kept
